@@ -1,0 +1,54 @@
+"""Every error that commhub raises on purpose, as one tree.
+
+Each class also derives from the builtin that fits it, so that code which knows nothing of commhub still catches
+it. A message says what happened, where (hook, distribution, version, and in training bucket, step, rank) and what
+to do. This module imports nothing.
+"""
+
+__all__ = [
+    "CommhubError",
+    "HookConflictError",
+    "HookError",
+    "HookMismatchError",
+    "HookOptionError",
+    "HookTimeoutError",
+    "PluginError",
+    "RegistrationError",
+    "UnknownHookError",
+]
+
+
+class CommhubError(Exception):
+    """The root: `except commhub.CommhubError` catches whatever commhub raises on purpose."""
+
+
+class UnknownHookError(CommhubError, LookupError):
+    """No installed and enabled plugin offers this name."""
+
+
+class HookConflictError(CommhubError, LookupError):
+    """Several distributions offer this name and none of them is preferred; `distribution:name` decides."""
+
+
+class HookOptionError(CommhubError, ValueError):
+    """A hook string or an option of a hook is malformed, unknown, of the wrong type or out of range."""
+
+
+class HookMismatchError(CommhubError, RuntimeError):
+    """The ranks of a group do not agree on hook, version, options, wire or layout."""
+
+
+class PluginError(CommhubError, ImportError):
+    """A plugin is installed but cannot be used; the cause is the original exception."""
+
+
+class RegistrationError(CommhubError, RuntimeError):
+    """A hook cannot be registered on this model, or a registration cannot do what was asked of it."""
+
+
+class HookError(CommhubError, RuntimeError):
+    """A hook failed during training; the text ends with the original's type and message, the cause is the original."""
+
+
+class HookTimeoutError(HookError, TimeoutError):
+    """A hook's communication did not finish in time, for example because a peer is gone."""

@@ -1,8 +1,8 @@
 """Every error that commhub raises on purpose, as one tree.
 
-Each class also derives from the builtin that fits it, so that code which knows nothing of commhub still catches
-it. A message says what happened, where (hook, distribution, version, and in training bucket, step, rank) and what
-to do. This module imports nothing.
+Each class also derives from the builtin that fits it, so that code which knows nothing of commhub still
+catches it. A message says what happened, where (hook, distribution, version, and in training bucket, step,
+rank) and what to do. This module imports nothing.
 """
 
 __all__ = [
@@ -47,7 +47,7 @@ class RegistrationError(CommhubError, RuntimeError):
 
 
 class HookError(CommhubError, RuntimeError):
-    """A hook failed during training; the text ends with the original's type and message, the cause is the original."""
+    """A hook failed in training; the text ends with the original's type and message, the cause is the original."""
 
 
 class HookTimeoutError(HookError, TimeoutError):

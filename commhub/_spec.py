@@ -1,0 +1,212 @@
+"""What a plugin declares about each hook and averager it offers.
+
+A spec is plain data: it names the factory as text, so that listing, describing and completing names never
+import the hook itself, nor torch. A malformed spec raises where it is written, and makes only its own plugin
+"broken".
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option"]
+
+RESERVED: Final = ("process_group", "optimizer", "scaler", "wire", "verify", "timeout", "state")
+"""Arguments of `register` itself and of the core; no hook may declare an option of these names."""
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
+_FACTORY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_TYPES: Final = (int, float, bool, str, dict)
+
+
+def _is_name(_owner: object, _field: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is not a name: write lowercase snake_case, a letter first, such as 'powersgd_rank2'."
+        )
+
+
+def _is_option_name(_owner: object, _field: attrs.Attribute[str], value: str) -> None:
+    if value in RESERVED:
+        raise ValueError(f"option {value!r} is reserved for the core ({', '.join(RESERVED)}): rename it.")
+    if keyword.iskeyword(value):
+        raise ValueError(f"option {value!r} is a Python keyword: rename it.")
+
+
+def _is_option_type(_owner: object, _field: attrs.Attribute[object], value: object) -> None:
+    if value != "hook" and value not in _TYPES:
+        raise ValueError(f"{value!r} is not an option's type: use int, float, bool, str, dict or 'hook'.")
+
+
+def _is_sentence(_owner: object, field: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or "\n" in value:
+        raise ValueError(f"{field.name} is {value!r}: write one line of text.")
+
+
+def _is_factory(_owner: object, _field: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _FACTORY.fullmatch(value):
+        raise ValueError(f"factory is {value!r}: write 'package.module:Class', as text.")
+
+
+def _is_tolerance(_owner: object, _field: attrs.Attribute[float | None], value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(
+            f"tolerance is {value!r}: give a relative error, at least 0, or None for no promise."
+        )
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
+        raise TypeError(f"{value!r} is not a tuple of strings: mind the comma in ('optimizer',).")
+    return tuple(value)
+
+
+def _options(value: object) -> tuple[Option, ...]:
+    if not isinstance(value, tuple | list) or not all(isinstance(x, Option) for x in value):
+        raise TypeError(f"options is {value!r}: give a tuple of commhub.Option.")
+    return tuple(value)
+
+
+@attrs.frozen(kw_only=True)
+class Option:
+    """One option of a hook: a keyword argument of its factory.
+
+    * `name`: lowercase snake_case, and none of the names that `register` takes itself.
+    * `type`: `int`, `float` (takes an int too), `bool`, `str`, `dict`, or `"hook"` for a nested hook string.
+    * `default`: the value when the option is not given. Where it is None, None is allowed as a value.
+    * `help`: one line, for `commhub info`.
+    * `choices`: the allowed values; empty means any value of the type.
+
+    A declaration that contradicts itself raises ValueError.
+    """
+
+    name: str = attrs.field(validator=[_is_name, _is_option_name])
+    type: builtins.type | str = attrs.field(validator=_is_option_type)
+    default: object = attrs.field(default=None, hash=False)
+    help: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    choices: tuple[object, ...] = attrs.field(default=(), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        for choice in self.choices:
+            if not self._has_type(choice):
+                raise ValueError(f"option {self.name!r} has the choice {choice!r}, not a {self.type_name}.")
+        if self.default is not None:
+            object.__setattr__(self, "default", self.convert(self.default))
+
+    @property
+    def type_name(self) -> str:
+        """The type as a reader writes it: `int`, `float`, `bool`, `str`, `dict` or `hook`."""
+        return self.type if isinstance(self.type, str) else self.type.__name__
+
+    def convert(self, value: object) -> object:
+        """Return `value` as a plain value of this option's type.
+
+        An int becomes a float where a float is asked for; a bool is no number, and text is neither. Raises
+        ValueError when the type does not fit or the value is none of the choices.
+        """
+        if value is None and self.default is None:
+            return None
+        if not self._has_type(value):
+            article = "an" if self.type_name == "int" else "a"
+            nested = " string" if self.type == "hook" else ""
+            raise ValueError(f"{self.name} is {value!r}, not {article} {self.type_name}{nested}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name} is {value!r}, none of {', '.join(map(repr, self.choices))}")
+        return self._plain(value)
+
+    def _has_type(self, value: object) -> bool:
+        if isinstance(value, bool):
+            return self.type is bool
+        if self.type is float:
+            return isinstance(value, int | float)
+        return isinstance(value, str if isinstance(self.type, str) else self.type)
+
+    def _plain(self, value: object) -> object:
+        """Strip subclasses (an enum member, a NumPy float), whose repr would leak into hook strings."""
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(self.type, type) and not isinstance(value, bool):
+            return self.type(value)
+        return value
+
+
+@attrs.frozen(kw_only=True)
+class _Spec:
+    """What hooks and averagers declare alike."""
+
+    kind: ClassVar[str]
+
+    name: str = attrs.field(validator=_is_name)
+    summary: str = attrs.field(validator=_is_sentence)
+    factory: str = attrs.field(validator=_is_factory)
+    options: tuple[Option, ...] = attrs.field(default=(), converter=_options)
+    preset: Mapping[str, object] = attrs.field(factory=dict, converter=dict, hash=False)
+    needs: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    devices: tuple[str, ...] = attrs.field(default=("cpu", "cuda"), converter=_words)
+    sent_bytes: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    reference: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+
+    def __attrs_post_init__(self) -> None:
+        declared: dict[str, Option] = {}
+        for option in self.options:
+            if option.name in declared:
+                raise ValueError(f"{self.kind} {self.name!r} declares the option {option.name!r} twice.")
+            declared[option.name] = option
+        preset = {}
+        for name, value in self.preset.items():
+            if name not in declared:
+                raise ValueError(f"{self.kind} {self.name!r} presets {name!r}, which is none of its options.")
+            try:
+                preset[name] = declared[name].convert(value)
+            except ValueError as err:
+                raise ValueError(f"{self.kind} {self.name!r} has a preset of the wrong type: {err}.") from err
+        object.__setattr__(self, "preset", preset)
+
+    def option(self, name: str) -> Option | None:
+        """Return the declared option of this name, or None."""
+        return next((option for option in self.options if option.name == name), None)
+
+
+@attrs.frozen(kw_only=True)
+class HookSpec(_Spec):
+    """A hook, as its plugin declares it.
+
+    * `name`: what users write; lowercase snake_case.
+    * `summary`: one line, for `commhub list`.
+    * `factory`: `"package.module:Class"`; imported when the hook is used, called with the options as keywords.
+    * `options`: the `Option`s it takes.
+    * `preset`: options that this name fixes (`powersgd_rank2` presets `rank=2`); users cannot override them.
+    * `needs`: what must be given at register besides the model, such as `"optimizer"`.
+    * `devices`: where its tensors may live.
+    * `sent_bytes`: the bytes that one rank sends per step, as a formula for readers.
+    * `reference`: the paper or document that defines the method.
+    * `exact`: whether the result is the mean up to rounding in the gradient's dtype.
+    * `agrees`: whether the result is identical on all ranks, bit by bit.
+    * `tolerance`: the bound on the relative error of one step; None where no single step promises one.
+
+    Raises ValueError when a field is malformed, an option is declared twice or a preset names no option, and
+    TypeError when a field that takes a tuple was given something else.
+    """
+
+    kind: ClassVar[str] = "hook"
+
+    exact: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    agrees: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    tolerance: float | None = attrs.field(default=None, validator=_is_tolerance)
+
+
+@attrs.frozen(kw_only=True)
+class AveragerSpec(_Spec):
+    """An averager of parameters, as its plugin declares it; fields and errors are those of `HookSpec`."""
+
+    kind: ClassVar[str] = "averager"

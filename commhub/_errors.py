@@ -47,7 +47,7 @@ class RegistrationError(CommhubError, RuntimeError):
 
 
 class HookError(CommhubError, RuntimeError):
-    """A hook failed in training; the text ends with the original's type and message, the cause is the original."""
+    """A hook failed in training; its text ends with the original error, which is also its cause."""
 
 
 class HookTimeoutError(HookError, TimeoutError):

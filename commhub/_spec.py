@@ -7,7 +7,6 @@ import the hook itself, nor torch. A malformed spec raises where it is written, 
 
 from __future__ import annotations
 
-import builtins
 import keyword
 import re
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -41,7 +40,7 @@ def _is_option_name(_owner: object, _field: attrs.Attribute[str], value: str) ->
         raise ValueError(f"option {value!r} is a Python keyword: rename it.")
 
 
-def _is_option_type(_owner: object, _field: attrs.Attribute[object], value: object) -> None:
+def _is_option_type(_owner: object, _field: attrs.Attribute[type | str], value: object) -> None:
     if value != "hook" and value not in _TYPES:
         raise ValueError(f"{value!r} is not an option's type: use int, float, bool, str, dict or 'hook'.")
 
@@ -60,9 +59,7 @@ def _is_tolerance(_owner: object, _field: attrs.Attribute[float | None], value: 
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(
-            f"tolerance is {value!r}: give a relative error, at least 0, or None for no promise."
-        )
+        raise ValueError(f"tolerance is {value!r}: give a relative error >= 0, or None for no promise.")
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -91,7 +88,7 @@ class Option:
     """
 
     name: str = attrs.field(validator=[_is_name, _is_option_name])
-    type: builtins.type | str = attrs.field(validator=_is_option_type)
+    type: type | str = attrs.field(validator=_is_option_type)
     default: object = attrs.field(default=None, hash=False)
     help: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     choices: tuple[object, ...] = attrs.field(default=(), converter=tuple)
@@ -183,7 +180,7 @@ class HookSpec(_Spec):
 
     * `name`: what users write; lowercase snake_case.
     * `summary`: one line, for `commhub list`.
-    * `factory`: `"package.module:Class"`; imported when the hook is used, called with the options as keywords.
+    * `factory`: `"package.module:Class"`; imported at the first use, called with the options as keywords.
     * `options`: the `Option`s it takes.
     * `preset`: options that this name fixes (`powersgd_rank2` presets `rank=2`); users cannot override them.
     * `needs`: what must be given at register besides the model, such as `"optimizer"`.

@@ -1,0 +1,198 @@
+"""A pool of rank processes, started once per test session: a test on real ranks costs milliseconds, not seconds.
+
+    pool = RankPool()
+    pool.run(average, nproc=2, args=(torch.ones(3),))   # -> the ranks' return values, in rank order
+
+The ranks form a Gloo process group for the call. Whatever goes wrong on one of them becomes one RankError with
+every rank's story, its processes are ended, and the next call gets new ones.
+"""
+
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from commhub.testing import _transport
+from commhub.testing._forkserver import ForkServer, RankProcess
+from commhub.testing._gather import Gathered, gather, kill
+from commhub.testing._isolation import Surroundings
+from commhub.testing._outcome import RankError, RankResult
+from commhub.testing._worker import Order
+
+
+class RankPool:
+    """Processes that play the ranks of a process group, forked when first needed and used again."""
+
+    def __init__(self) -> None:
+        self._server: ForkServer | None = None
+        self._idle: list[RankProcess] = []
+        self._store: Any = None
+        self._calls = 0
+        self._lock = threading.Lock()
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        nproc: int = 2,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        timeout: float = 60,
+        grace: float | None = None,
+        init: bool = True,
+        fresh: bool = False,
+    ) -> list[Any]:
+        """Call `fn(*args, **kwargs)` on `nproc` ranks and return their results in rank order.
+
+        Raises RankError when a rank raises, dies, or gives no answer within `timeout` seconds. After a failure the
+        other ranks have `grace` seconds to tell their side (by default 2 after an exception, 0.5 after a death).
+        `init=False` makes no process group; `fresh=True` runs in new processes that end afterwards.
+        """
+        call = _transport.Call.of(fn, args, kwargs or {})
+        with self._lock:
+            server, ranks = self._ranks(nproc, fresh=fresh)
+            found = self._carry_out(server, ranks, call, fresh, timeout, grace, init=init, destroy=True)
+            outputs = self._put_back(server, ranks, found, fresh=fresh)
+        if found.errors:
+            raise RankError(str(call), found.errors, found.stacks, outputs, nproc)
+        for rank, text in outputs.items():
+            if text.strip():
+                sys.stdout.write(f"[rank {rank}] {text}" if text.endswith("\n") else f"[rank {rank}] {text}\n")
+        return [_value(found, rank) for rank in range(nproc)]
+
+    def run_fresh(
+        self,
+        fn: Callable[..., Any],
+        nproc: int = 2,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        timeout: float = 60,
+        grace: float | None = None,
+        init: bool = True,
+        destroy: bool = False,
+    ) -> list[RankResult]:
+        """Call `fn` in `nproc` brand-new processes, let the interpreters end, and tell how each one did.
+
+        Raises nothing for what happens on a rank. As in a user's script, the process group is left to the
+        interpreter's exit, unless `destroy`.
+        """
+        call = _transport.Call.of(fn, args, kwargs or {})
+        with self._lock:
+            server, ranks = self._ranks(nproc, fresh=True)
+            found = self._carry_out(server, ranks, call, True, timeout, grace, init=init, destroy=destroy)
+            outputs = self._put_back(server, ranks, found, fresh=True)
+        return [
+            RankResult(
+                value=_value(found, rank),
+                error=found.errors.get(rank) if rank in found.answers or rank in found.stacks else None,
+                exitcode=process.status if process.status is not None else -9,
+                stderr=outputs[rank],
+            )
+            for rank, process in enumerate(ranks)
+        ]
+
+    def _ranks(self, nproc: int, *, fresh: bool) -> tuple[ForkServer, list[RankProcess]]:
+        if nproc < 1:
+            raise ValueError(f"nproc={nproc}: at least one rank is needed")
+        if self._server is None:
+            self._server = ForkServer()
+            self._finalizer = weakref.finalize(self, self._server.close)
+        server = self._server
+        if fresh:
+            return server, [server.fork(fresh=True) for _ in range(nproc)]
+        server.read_notices()
+        for process in [p for p in self._idle if p.status is not None]:
+            self._idle.remove(process)
+            warnings.warn(
+                f"a rank's process ended between calls, with status {process.status}:\n{process.written()}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        ranks = self._idle[:nproc]
+        ranks += [server.fork(fresh=False) for _ in range(nproc - len(ranks))]
+        self._idle = self._idle[nproc:]
+        return server, ranks
+
+    def _carry_out(
+        self,
+        server: ForkServer,
+        ranks: list[RankProcess],
+        call: _transport.Call,
+        fresh: bool,
+        timeout: float,
+        grace: float | None,
+        *,
+        init: bool,
+        destroy: bool,
+    ) -> Gathered:
+        self._calls += 1
+        surroundings = Surroundings.here()
+        port = self._store_port()
+        try:
+            for rank, process in enumerate(ranks):
+                order = Order(
+                    call=call,
+                    surroundings=surroundings,
+                    rank=rank,
+                    world_size=len(ranks),
+                    host="127.0.0.1",
+                    port=port,
+                    prefix=f"call-{self._calls}",
+                    init=init,
+                    destroy=destroy,
+                )
+                try:
+                    process.channel.send(order)
+                except OSError:
+                    continue  # it died; gather learns how
+            return gather(server, ranks, fresh=fresh, timeout=timeout, grace=grace)
+        except BaseException:  # Ctrl-C above all
+            kill(server, ranks)
+            raise
+
+    def _store_port(self) -> int:
+        # One store for the session, in this process: no port is chosen twice, and no rank's death takes it along.
+        if self._store is None:
+            from torch.distributed import TCPStore
+
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def _put_back(
+        self, server: ForkServer, ranks: list[RankProcess], found: Gathered, *, fresh: bool
+    ) -> dict[int, str]:
+        """Keep the processes for the next call, or end them after a failure. Returns what they wrote."""
+        if found.errors or fresh:
+            kill(server, ranks)
+        outputs = {rank: process.written() for rank, process in enumerate(ranks)} | found.outputs
+        for process in ranks:
+            if found.errors or fresh:
+                process.close()
+            else:
+                process.forget_output()
+                self._idle.append(process)
+        return outputs
+
+    def close(self) -> None:
+        """End all processes; a later call starts new ones."""
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()
+            for process in self._idle:
+                process.close()
+            self._idle, self._server, self._store, self._finalizer = [], None, None, None
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _value(found: Gathered, rank: int) -> Any:
+    answer = found.answers.get(rank)
+    return None if answer is None or answer.value is None else _transport.loads(answer.value)

@@ -10,6 +10,9 @@ import attrs
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+HOST = "127.0.0.1"
+_PATIENCE = timedelta(hours=1)  # the pool's own timeout comes first, and shows the stacks
+
 
 @attrs.define(kw_only=True)
 class Rank:
@@ -17,7 +20,6 @@ class Rank:
 
     rank: int
     world_size: int
-    host: str
     port: int
     prefix: str
     _store: dist.Store | None = attrs.field(default=None, init=False, repr=False)
@@ -34,10 +36,14 @@ class Rank:
         import torch.distributed as dist
 
         # A client of its own per use: one TCPStore client serves one waiting thread at a time.
-        client = dist.TCPStore(
-            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+        client = dist.TCPStore(HOST, self.port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
         return dist.PrefixStore(f"{self.prefix}/{name}", client)
+
+    def meet(self, store: dist.Store) -> None:
+        """Wait until every rank came here."""
+        if store.add("met", 1) == self.world_size:
+            store.set("all met", "")
+        store.wait(["all met"])
 
 
 _current: Rank | None = None
@@ -54,3 +60,18 @@ def set_current(rank: Rank | None) -> None:
     """Say who this process is, for the harness only."""
     global _current
     _current = rank
+
+
+_hosted: list[dist.Store] = []
+
+
+def host_store() -> int:
+    """Keep a store in this process, for all calls of a session, and return its port.
+
+    The system chose the port, so none is taken twice; and no rank's death takes the store along, as under torchrun.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    _hosted.append(store)
+    return int(store.port)

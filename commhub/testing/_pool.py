@@ -7,6 +7,7 @@ The ranks form a Gloo process group for the call. Whatever goes wrong on one of 
 every rank's story, its processes are ended, and the next call gets new ones.
 """
 
+import contextlib
 import sys
 import threading
 import warnings
@@ -14,7 +15,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from commhub.testing import _transport
+import attrs
+
+from commhub.testing import _context, _transport
 from commhub.testing._forkserver import ForkServer, RankProcess
 from commhub.testing._gather import Gathered, gather, kill
 from commhub.testing._isolation import Surroundings
@@ -28,7 +31,7 @@ class RankPool:
     def __init__(self) -> None:
         self._server: ForkServer | None = None
         self._idle: list[RankProcess] = []
-        self._store: Any = None
+        self._store: tuple[RankProcess, int] | None = None
         self._calls = 0
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize[Any, Any] | None = None
@@ -130,37 +133,45 @@ class RankPool:
         destroy: bool,
     ) -> Gathered:
         self._calls += 1
-        surroundings = Surroundings.here()
-        port = self._store_port()
         try:
+            order = Order(
+                call=call,
+                surroundings=Surroundings.here(),
+                rank=0,
+                world_size=len(ranks),
+                port=self._store_port(server),
+                prefix=f"call-{self._calls}",
+                init=init,
+                destroy=destroy,
+            )
             for rank, process in enumerate(ranks):
-                order = Order(
-                    call=call,
-                    surroundings=surroundings,
-                    rank=rank,
-                    world_size=len(ranks),
-                    host="127.0.0.1",
-                    port=port,
-                    prefix=f"call-{self._calls}",
-                    init=init,
-                    destroy=destroy,
-                )
-                try:
-                    process.channel.send(order)
-                except OSError:
-                    continue  # it died; gather learns how
+                with contextlib.suppress(OSError):  # it died, and gather learns how
+                    process.channel.send(attrs.evolve(order, rank=rank))
             return gather(server, ranks, fresh=fresh, timeout=timeout, grace=grace)
         except BaseException:  # Ctrl-C above all
             kill(server, ranks)
             raise
 
-    def _store_port(self) -> int:
-        # One store for the session, in this process: no port is chosen twice, and no rank's death takes it along.
-        if self._store is None:
-            from torch.distributed import TCPStore
-
-            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        return int(self._store.port)
+    def _store_port(self, server: ForkServer) -> int:
+        # In a process of its own: pytest's gets no threads from torch, and no rank's death takes the store along.
+        if self._store is None or self._store[0].status is not None:
+            keeper = server.fork(fresh=False)
+            call = _transport.Call.of(_context.host_store, (), {})
+            keeper.channel.send(
+                Order(
+                    call=call,
+                    surroundings=Surroundings.here(),
+                    rank=0,
+                    world_size=1,
+                    port=0,
+                    prefix="",
+                    init=False,
+                    destroy=False,
+                )
+            )
+            answer = keeper.channel.recv()
+            self._store = keeper, _transport.loads(answer.value)
+        return self._store[1]
 
     def _put_back(
         self, server: ForkServer, ranks: list[RankProcess], found: Gathered, *, fresh: bool

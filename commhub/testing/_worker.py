@@ -28,7 +28,6 @@ class Order:
     surroundings: _isolation.Surroundings
     rank: int
     world_size: int
-    host: str
     port: int
     prefix: str
     init: bool
@@ -101,13 +100,14 @@ def _membership(order: Order) -> Iterator[None]:
     import torch.distributed as dist
 
     rank = _context.Rank(
-        rank=order.rank, world_size=order.world_size, host=order.host, port=order.port, prefix=order.prefix
+        rank=order.rank, world_size=order.world_size, port=order.port, prefix=order.prefix
     )
     _context.set_current(rank)
-    if order.init:
-        dist.init_process_group(
-            "gloo", store=rank.connect("group"), rank=order.rank, world_size=order.world_size
-        )
+    store = rank.connect("group") if order.init else None
+    if store is not None:
+        dist.init_process_group("gloo", store=store, rank=order.rank, world_size=order.world_size)
     yield
     if order.destroy and dist.is_initialized():
+        if store is not None:
+            rank.meet(store)  # a group that ends while a peer still connects or receives breaks that peer
         dist.destroy_process_group()

@@ -40,6 +40,6 @@ ALIASES: Final = {
 
 
 def owner(name: str) -> str | None:
-    """Return the distribution that a canonical name or alias belongs to, or None where anyone may offer it."""
+    """Return the distribution that a canonical name or alias belongs to; None where it is anyone's."""
     name = ALIASES.get(name, name)
     return HOOKS.get(name) or AVERAGERS.get(name)

@@ -33,8 +33,8 @@ _cache: dict[object, tuple[Claim, ...]] = {}
 class Claim:
     """One entry point: a distribution says that it offers a name.
 
-    `module` is the spec module, `location` where the distribution was found, and `incompatible` the reason why
-    it cannot work with this version of commhub, or None.
+    `module` is the spec module, `location` where the distribution was found, and `incompatible` the reason
+    why it cannot work with this version of commhub, or None.
     """
 
     name: str

@@ -56,7 +56,7 @@ def load_specs(claims: Iterable[Claim]) -> Mapping[str, HookSpec | AveragerSpec]
     except BaseException as err:
         reason = " ".join(f"{type(err).__name__}: {err}".split())
         raise PluginError(
-            f"{one.distribution} {one.version} cannot be used: its specs in {one.module} failed with {reason}. "
+            f"{one.distribution} {one.version} cannot be used: loading {one.module} failed with {reason}. "
             f"Repair, upgrade or uninstall {one.distribution}, or set COMMHUB_DISABLE={one.distribution}."
         ) from err
     return {spec.name: spec for spec in specs}

@@ -1,27 +1,57 @@
 """The test harness: functions on real ranks in milliseconds, and plugins that exist for one test.
 
-Ships with commhub, so that a plugin's own tests run on it too. Importing this package imports neither torch nor
-pytest: each name loads when it is first used.
+Ships with commhub, so that a plugin's own tests run on it too. Importing this package imports neither torch
+nor pytest: each name loads when it is first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
     from commhub.testing._context import Rank, current
+    from commhub.testing._models import Branches, EveryKind, Run, batches, mlp, train
     from commhub.testing._outcome import RankError, RankFailure, RankResult
     from commhub.testing._pool import RankPool
+    from commhub.testing.plugins import TemporaryPlugin, temporary_plugin
 
 _HOMES = {
+    "Branches": "_models",
+    "EveryKind": "_models",
     "Rank": "_context",
     "RankError": "_outcome",
     "RankFailure": "_outcome",
     "RankPool": "_pool",
     "RankResult": "_outcome",
+    "Run": "_models",
+    "TemporaryPlugin": "plugins",
+    "assert_equal_across_ranks": "_compare",
+    "batches": "_models",
+    "bitwise_equal": "_compare",
     "current": "_context",
+    "mlp": "_models",
+    "temporary_plugin": "plugins",
+    "train": "_models",
 }
 
-__all__ = ["Rank", "RankError", "RankFailure", "RankPool", "RankResult", "current"]
+__all__ = [
+    "Branches",
+    "EveryKind",
+    "Rank",
+    "RankError",
+    "RankFailure",
+    "RankPool",
+    "RankResult",
+    "Run",
+    "TemporaryPlugin",
+    "assert_equal_across_ranks",
+    "batches",
+    "bitwise_equal",
+    "current",
+    "mlp",
+    "temporary_plugin",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
 HOST = "127.0.0.1"
 _PATIENCE = timedelta(hours=1)  # the pool's own timeout comes first, and shows the stacks
@@ -22,24 +22,24 @@ class Rank:
     world_size: int
     port: int
     prefix: str
-    _store: dist.Store | None = attrs.field(default=None, init=False, repr=False)
+    _store: Store | None = attrs.field(default=None, init=False, repr=False)
 
     @property
-    def store(self) -> dist.Store:
+    def store(self) -> Store:
         """A key-value store that the ranks of this call share, and no other call."""
         if self._store is None:
             self._store = self.connect("user")
         return self._store
 
-    def connect(self, name: str) -> dist.Store:
+    def connect(self, name: str) -> Store:
         """A new connection to the part `name` of this call's store."""
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         # A client of its own per use: one TCPStore client serves one waiting thread at a time.
-        client = dist.TCPStore(HOST, self.port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
-        return dist.PrefixStore(f"{self.prefix}/{name}", client)
+        client = TCPStore(HOST, self.port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
+        return PrefixStore(f"{self.prefix}/{name}", client)
 
-    def meet(self, store: dist.Store) -> None:
+    def meet(self, store: Store) -> None:
         """Wait until every rank came here."""
         if store.add("met", 1) == self.world_size:
             store.set("all met", "")
@@ -62,16 +62,16 @@ def set_current(rank: Rank | None) -> None:
     _current = rank
 
 
-_hosted: list[dist.Store] = []
+_hosted: list[Store] = []
 
 
 def host_store() -> int:
     """Keep a store in this process, for all calls of a session, and return its port.
 
-    The system chose the port, so none is taken twice; and no rank's death takes the store along, as under torchrun.
+    The system chose the port, so none is taken twice; as under torchrun, no rank's end takes it along.
     """
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     _hosted.append(store)
     return int(store.port)

@@ -13,7 +13,10 @@ from typing import IO
 
 import attrs
 
-_START = "import sys; sys.path[:] = sys.argv[2:]; from commhub.testing._server import main; main(int(sys.argv[1]))"
+_START = """import sys
+sys.path[:] = sys.argv[2:]
+from commhub.testing._server import main
+main(int(sys.argv[1]))"""
 _START_SECONDS = 180  # torch's import, on a busy machine
 
 
@@ -48,12 +51,12 @@ class ForkServer:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         # One thread per library: a second one would make the server's copies unsound.
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         path = [os.path.abspath(entry) for entry in sys.path]
         with theirs:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, on this package
                 [sys.executable, "-c", _START, str(theirs.fileno()), *path],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # the terminal's Ctrl-C is for pytest, which ends this
@@ -76,9 +79,9 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, *, fresh: bool) -> RankProcess:
-        """A new rank process: it serves one order and ends if `fresh`, else orders until its channel closes."""
+        """A new rank process: for one order if `fresh`, else for many, until its channel closes."""
         ours, theirs = Pipe()
-        output = tempfile.TemporaryFile("a+b")
+        output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed with the process
         self._count += 1
         with theirs:
             try:

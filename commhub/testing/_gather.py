@@ -65,8 +65,8 @@ def gather(
             while rank in open_channels and ranks[rank].channel.poll():  # it may have answered and then died
                 listen(rank)
             pending.discard(rank)
-            if rank not in found.answers and (status != 0 or not fresh):
-                found.errors[rank] = death(status)
+            if status != 0 or not fresh:
+                found.errors.setdefault(rank, death(status))
             if status != 0:
                 deadline = min(deadline, time.monotonic() + (DEATH_GRACE if grace is None else grace))
     if not found.errors:
@@ -79,7 +79,7 @@ def gather(
 
 
 def _dump_stacks(server: ForkServer, silent: list[tuple[int, RankProcess]], found: Gathered) -> None:
-    """Have each silent rank write its Python stacks; that works in a signal, whatever the rank is stuck in."""
+    """Have each silent rank write its Python stacks, from a signal handler in C: it may be stuck anywhere."""
     before = {rank: process.output.seek(0, 2) for rank, process in silent}
     for _, process in silent:
         server.signal(process, STACKS_SIGNAL)

@@ -21,7 +21,7 @@ class Surroundings:
 
     @classmethod
     def here(cls) -> "Surroundings":
-        """This process's own."""
+        """Those of the process that asks."""
         path = [os.path.abspath(entry) for entry in sys.path]
         return cls(environ=dict(os.environ), path=path, folder=os.getcwd())
 
@@ -37,7 +37,7 @@ def remember() -> None:
 def reset(surroundings: Surroundings) -> None:
     """Make this process's global settings what they are in a new one."""
     import torch
-    import torch.distributed as dist
+    from torch.distributed import set_debug_level_from_env  # type: ignore[attr-defined]
 
     os.environ.clear()
     os.environ.update(surroundings.environ)
@@ -55,7 +55,7 @@ def reset(surroundings: Surroundings) -> None:
     torch.set_anomaly_enabled(False)
     torch.set_autocast_enabled("cpu", False)
     torch.use_deterministic_algorithms(False)
-    dist.set_debug_level_from_env()
+    set_debug_level_from_env()
     torch.manual_seed(0)
     random.seed(0)
     if "numpy" in sys.modules:

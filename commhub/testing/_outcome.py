@@ -1,4 +1,4 @@
-"""What came of a call on several ranks, as values: results, failures, and the one error that tells them all."""
+"""What came of a call on several ranks, as values: results, failures, and the one error that tells all."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ class RankResult:
     value: Any = None
     """What the function returned; None where it did not return."""
     error: RankFailure | None = None
-    """The exception that left the function, or a hang; a silent death shows in `exitcode` only."""
+    """The exception that left the function, a hang, or else an exit that was not 0."""
     exitcode: int = 0
     """As in `subprocess`: negative for a signal."""
     stderr: str = ""
@@ -74,7 +74,9 @@ class RankError(AssertionError):
         self.outputs = outputs
         """rank -> what it wrote to stdout and stderr."""
         lines = [f"{call} failed on {len(errors)} of {world_size} ranks"]
-        lines += [f"rank {rank}: {e.type_name}: {e.message}" for rank, e in sorted(errors.items())]
+        for rank, failure in sorted(errors.items()):
+            first_line = failure.message.partition("\n")[0]
+            lines.append(f"rank {rank}: {failure.type_name}: {first_line}")
         for rank in range(world_size):
             if rank in errors and errors[rank].traceback:
                 lines.append(f"\n---- rank {rank}, traceback\n{errors[rank].traceback.rstrip()}")

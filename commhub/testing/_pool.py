@@ -1,10 +1,10 @@
-"""A pool of rank processes, started once per test session: a test on real ranks costs milliseconds, not seconds.
+"""A pool of rank processes, started once per test session: a test on real ranks costs milliseconds.
 
     pool = RankPool()
     pool.run(average, nproc=2, args=(torch.ones(3),))   # -> the ranks' return values, in rank order
 
-The ranks form a Gloo process group for the call. Whatever goes wrong on one of them becomes one RankError with
-every rank's story, its processes are ended, and the next call gets new ones.
+The ranks form a Gloo process group for the call. Whatever goes wrong on one of them becomes one RankError
+with every rank's story, its processes are ended, and the next call gets new ones.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ class RankPool:
     ) -> list[Any]:
         """Call `fn(*args, **kwargs)` on `nproc` ranks and return their results in rank order.
 
-        Raises RankError when a rank raises, dies, or gives no answer within `timeout` seconds. After a failure the
-        other ranks have `grace` seconds to tell their side (by default 2 after an exception, 0.5 after a death).
+        Raises RankError when a rank raises, dies, or gives no answer within `timeout` seconds. After a
+        failure its peers have `grace` seconds to tell their side (2 after an exception, 0.5 after a death).
         `init=False` makes no process group; `fresh=True` runs in new processes that end afterwards.
         """
         call = _transport.Call.of(fn, args, kwargs or {})
@@ -63,7 +63,7 @@ class RankPool:
             raise RankError(str(call), found.errors, found.stacks, outputs, nproc)
         for rank, text in outputs.items():
             if text.strip():
-                sys.stdout.write(f"[rank {rank}] {text}" if text.endswith("\n") else f"[rank {rank}] {text}\n")
+                sys.stdout.write(f"[rank {rank}] {text.rstrip()}\n")
         return [_value(found, rank) for rank in range(nproc)]
 
     def run_fresh(
@@ -91,7 +91,7 @@ class RankPool:
         return [
             RankResult(
                 value=_value(found, rank),
-                error=found.errors.get(rank) if rank in found.answers or rank in found.stacks else None,
+                error=found.errors.get(rank),
                 exitcode=process.status if process.status is not None else -9,
                 stderr=outputs[rank],
             )
@@ -137,7 +137,6 @@ class RankPool:
             order = Order(
                 call=call,
                 surroundings=Surroundings.here(),
-                rank=0,
                 world_size=len(ranks),
                 port=self._store_port(server),
                 prefix=f"call-{self._calls}",
@@ -153,23 +152,14 @@ class RankPool:
             raise
 
     def _store_port(self, server: ForkServer) -> int:
-        # In a process of its own: pytest's gets no threads from torch, and no rank's death takes the store along.
+        # In a process of its own: pytest's gets no threads from torch, and no rank takes the store along.
         if self._store is None or self._store[0].status is not None:
             keeper = server.fork(fresh=False)
             call = _transport.Call.of(_context.host_store, (), {})
-            keeper.channel.send(
-                Order(
-                    call=call,
-                    surroundings=Surroundings.here(),
-                    rank=0,
-                    world_size=1,
-                    port=0,
-                    prefix="",
-                    init=False,
-                    destroy=False,
-                )
-            )
+            keeper.channel.send(Order(call=call, surroundings=Surroundings.here()))
             answer = keeper.channel.recv()
+            if answer.value is None:
+                raise RuntimeError(f"no store for the ranks:\n{answer.failure.traceback}")
             self._store = keeper, _transport.loads(answer.value)
         return self._store[1]
 

@@ -1,9 +1,9 @@
 """The fork server: a process that has imported torch, never used it, and forks itself into ranks.
 
-pytest's own process cannot be forked once torch has started threads there, and a spawned process imports torch
-for seconds. This one has a single thread, so its copies are sound, and a copy costs milliseconds. It speaks over
-one socket with the parent, and tells at once how a rank's process ended; when the parent is gone, it ends the
-ranks and itself.
+pytest's own process cannot be forked once torch has started threads there, and a spawned process imports
+torch for seconds. This one has a single thread, so its copies are sound, and a copy costs milliseconds. It
+speaks over one socket with the parent, and tells at once how a rank's process ended; when the parent is gone,
+it ends the ranks and itself.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ def main(control_fd: int) -> None:
 
 
 def _preload() -> None:
-    # Ranks meet on 127.0.0.1, yet each of torch's connections asks DNS for the peer's name (`getnameinfo`), and a
-    # lost answer costs 5 s: one connection in 25 here. This glibc call leaves /etc/hosts as the only source.
+    # Ranks meet on 127.0.0.1, yet each of torch's connections asks DNS for the peer's name (`getnameinfo`),
+    # and a lost answer costs 5 s: one connection in 25, seen. Here glibc asks /etc/hosts only.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).__nss_configure_lookup(b"hosts", b"files")
     import torch._dynamo  # DDP and every optimizer import it at first use, for a second
@@ -48,7 +48,7 @@ def _preload() -> None:
 
 
 def serve(control: Connection) -> tuple[int, int, bool] | None:
-    """Fork, signal and reap as told. Returns None when the parent is gone; in a child, what it was forked for."""
+    """Fork, signal and reap as told. Returns None when the parent is gone; in a child, its task."""
     children: dict[int, int] = {}  # process id -> the parent's number for it
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

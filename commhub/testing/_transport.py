@@ -52,8 +52,8 @@ class Call:
         module = sys.modules.get(module_name)
         if module is None or _attribute(module, qualname) is not fn:
             raise TypeError(
-                f"{fn!r} cannot run in another process: pass a function that is defined at the top of a module "
-                "(no lambda, no closure, no bound method) and hand it what it needs as arguments."
+                f"{fn!r} cannot run in another process: pass a function that is defined at the top of a "
+                "module (no lambda, no closure, no bound method) and hand it what it needs as arguments."
             )
         path = getattr(module, "__file__", None)
         if module_name == "__main__" and path is None:
@@ -81,7 +81,7 @@ def _attribute(owner: Any, qualname: str) -> Any:
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the source each time: cached bytecode is keyed on whole seconds, and a test may write faster."""
+    """Compiles the source each time: cached bytecode counts whole seconds, and a test may write faster."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)
@@ -93,7 +93,7 @@ _loaded: dict[str, tuple[str, int]] = {}  # the modules loaded from a file here:
 
 
 def load_module(name: str, path: str | None) -> types.ModuleType:
-    """The module `name`, imported where that finds `path`, else loaded from `path` (again if the file changed)."""
+    """The module `name`, imported where that finds `path`, else loaded from it (again if that changed)."""
     if path is None:
         return importlib.import_module(name)
     present, stamp = sys.modules.get(name), (path, os.stat(path).st_mtime_ns)

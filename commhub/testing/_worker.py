@@ -1,4 +1,4 @@
-"""The life of one rank's process: take an order, become that rank, call, answer; again, or end if it is fresh."""
+"""The life of one rank's process: take an order, become that rank, call, answer; and again, unless fresh."""
 
 import contextlib
 import ctypes
@@ -26,12 +26,12 @@ class Order:
 
     call: Call
     surroundings: _isolation.Surroundings
-    rank: int
-    world_size: int
-    port: int
-    prefix: str
-    init: bool
-    destroy: bool
+    rank: int = 0
+    world_size: int = 1
+    port: int = 0
+    prefix: str = ""
+    init: bool = False
+    destroy: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -57,7 +57,7 @@ def settle(output: int, server: int) -> None:
 
 
 def live(channel: Connection, *, fresh: bool) -> None:
-    """Serve orders until the parent is gone, or one order if `fresh`, whose exception then ends the process."""
+    """Serve orders until the parent is gone; if `fresh`, one order, whose exception then ends the process."""
     while True:
         try:
             order: Order = channel.recv()
@@ -96,12 +96,10 @@ def _carry_out(order: Order) -> bytes:
 
 @contextlib.contextmanager
 def _membership(order: Order) -> Iterator[None]:
-    """Be rank `order.rank`: a process group of its own for the call. After a failure the process is ended, not this."""
+    """Be this rank, in a process group of its own for the call; after a failure the whole process ends."""
     import torch.distributed as dist
 
-    rank = _context.Rank(
-        rank=order.rank, world_size=order.world_size, port=order.port, prefix=order.prefix
-    )
+    rank = _context.Rank(rank=order.rank, world_size=order.world_size, port=order.port, prefix=order.prefix)
     _context.set_current(rank)
     store = rank.connect("group") if order.init else None
     if store is not None:

@@ -48,7 +48,7 @@ class Claim:
 
 def claims() -> tuple[Claim, ...]:
     """Return every claim, sorted; read again whenever a directory on `sys.path` has changed."""
-    key = tuple((path, _changed(path)) for path in sys.path)
+    key = tuple((path, _changed(path)) for path in _search_path())
     if key not in _cache:
         refresh()
         _cache[key] = tuple(sorted(_read()))
@@ -59,6 +59,10 @@ def refresh() -> None:
     """Forget what was read, for changes that leave no trace in a directory's time."""
     _cache.clear()
     importlib.invalidate_caches()
+
+
+def _search_path() -> list[str]:
+    return sys.path
 
 
 def _changed(path: str) -> int:
@@ -73,7 +77,7 @@ def _read() -> Iterator[Claim]:
     for name in sorted(_offering()):
         try:
             # By name, because the first of that name decides even if only a later one has entry points.
-            found = importlib_metadata.distribution(name)
+            found = next(iter(importlib_metadata.distributions(name=name, path=_search_path())))
             points = [point for point in found.entry_points if point.group in GROUPS]
             reason = _incompatible(found.requires or [], core)
             version = found.version
@@ -94,7 +98,7 @@ def _read() -> Iterator[Claim]:
 def _offering() -> set[str]:
     """Return the distributions that mention one of the groups; parsing only these keeps the index quick."""
     names = set()
-    for found in importlib_metadata.distributions():
+    for found in importlib_metadata.distributions(path=_search_path()):
         try:
             text = found.read_text("entry_points.txt") or ""
             if any(group in text for group in GROUPS):

@@ -1,0 +1,86 @@
+"""Plugins for one test: real distributions on disk, found the way that pip's are."""
+
+import importlib
+import sys
+import textwrap
+
+import pytest
+
+from commhub import _index, _registry
+
+HOOK = """
+from commhub import AveragerSpec, HookSpec, Option, hookimpl
+
+@hookimpl
+def commhub_hooks():
+    return [{hooks}]
+
+@hookimpl
+def commhub_averagers():
+    return [{averagers}]
+"""
+
+
+class Site:
+    """A directory of distributions, the only one that the index sees while a test runs."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def add(
+        self,
+        distribution,
+        *hooks,
+        averagers=(),
+        version="1.0",
+        requires=("commhub>=0.1,<1",),
+        source=None,
+        announce=None,
+        fields="",
+        where="",
+    ):
+        """Install a distribution; `source` replaces its spec module, `announce` the names of its entry points."""
+        root = self.path / where
+        module = f"{distribution.replace('-', '_')}_specs".lower()
+        if source is None:
+            listed = ", ".join(_spec("HookSpec", name, module, fields) for name in hooks)
+            means = ", ".join(_spec("AveragerSpec", name, module, fields) for name in averagers)
+            source = HOOK.format(hooks=listed, averagers=means)
+        info = root / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (root / f"{module}.py").write_text(textwrap.dedent(source))
+        needed = "".join(f"Requires-Dist: {line}\n" for line in requires)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needed}"
+        )
+        points = "".join(f"{name} = {module}\n" for name in (hooks if announce is None else announce))
+        means = "".join(f"{name} = {module}\n" for name in averagers)
+        (info / "entry_points.txt").write_text(
+            f"[commhub.hooks.v1]\n{points}\n[commhub.averagers.v1]\n{means}"
+        )
+        _registry.refresh()
+        return module
+
+    def module(self, name, source):
+        """Write one more module beside the plugins."""
+        (self.path / f"{name}.py").write_text(textwrap.dedent(source))
+        importlib.invalidate_caches()
+
+
+def _spec(kind, name, module, fields):
+    return f"{kind}(name={name!r}, summary='A test plugin.', factory='{module}_factory:Made', {fields})"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An empty site: no plugin is installed but those that the test adds."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_index, "_search_path", lambda: [str(tmp_path), str(tmp_path / "second")])
+    monkeypatch.delenv("COMMHUB_DISABLE", raising=False)
+    _registry.refresh()
+    yield Site(tmp_path)
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    _registry.refresh()

@@ -1,0 +1,148 @@
+"""One bucket of gradients, as a hook sees it.
+
+The core lays the bucket out; a hook reads ``gradients`` (or ``segments``) and leaves the average in ``flat``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from ._collectives import Subgroup
+
+
+@attrs.frozen
+class Span:
+    """Where one parameter's gradient lies in a bucket: ``numel`` elements from ``offset``, with these strides."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+def lay_out(names: Sequence[str], tensors: Iterable[Tensor]) -> tuple[Span, ...]:
+    """The spans of tensors that follow one another in a bucket, in their order.
+
+    A tensor that fills its memory without gaps keeps its strides (channels_last, transposed); any other is
+    contiguous in the bucket, as in PyTorch's reducer.
+    """
+    spans, offset = [], 0
+    for name, tensor in zip(names, tensors, strict=True):
+        stride = torch.empty_like(tensor, device="meta").stride()
+        spans.append(Span(name, tuple(tensor.shape), tuple(stride), offset, tensor.numel()))
+        offset += tensor.numel()
+    return tuple(spans)
+
+
+class _Flag:
+    """One truth shared by a bucket and its parts: is everything that was reduced so far finite?"""
+
+    __slots__ = ("value",)
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.ones((), dtype=torch.bool, device=device)
+
+
+@attrs.define(eq=False, kw_only=True, repr=False)
+class Bucket:
+    """The gradients that are averaged in one go.
+
+    Attributes:
+        flat: 1-D, all gradients of the bucket one after another; the result is left here.
+        parameters: the parameters, in the bucket's order.
+        names: their names in the model, the keys of all state.
+        used: per parameter, whether this rank's backward reached it in this step.
+        index: place of the bucket in the order of arrival within the step, from 0.
+        step: synchronised backward passes before this one, from 0.
+        divisor: what a mean divides by: the number of ranks, or of those still active under ``join``.
+        rank, world_size: of this process in the group that averages.
+        loss_scale: what the loss was multiplied by (``scaler=``); residuals are kept divided by it.
+        group: the subgroup of a ``part``; ``None`` is all ranks.
+    """
+
+    flat: Tensor
+    parameters: tuple[Tensor, ...]
+    used: tuple[bool, ...]
+    index: int
+    step: int
+    divisor: int
+    rank: int
+    world_size: int
+    loss_scale: float = 1.0
+    group: Subgroup | None = None
+    _spans: tuple[Span, ...]
+    _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat.device), takes_self=True))
+
+    def __repr__(self) -> str:
+        return f"Bucket(index={self.index}, step={self.step}, {len(self.names)} parameters, {self.flat.numel()} elements)"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names, in the bucket's order."""
+        return tuple(span.name for span in self._spans)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Views of ``flat``, one per parameter, with the parameter's shape and strides."""
+        flat = self.flat
+        start = flat.storage_offset()
+        return tuple(flat.as_strided(s.shape, s.stride, start + s.offset) for s in self._spans)
+
+    @property
+    def segments(self) -> tuple[Tensor, ...]:
+        """Views of ``flat``, one per parameter, 1-D: the elements in memory order."""
+        return tuple(self.flat.narrow(0, s.offset, s.numel) for s in self._spans)
+
+    @property
+    def finite(self) -> Tensor:
+        """0-dim bool on the bucket's device: whether all that was reduced so far is finite, equal on all ranks.
+
+        The core keeps it for hooks that hold state, from the results of floating-point reductions. A hook that
+        sends codes instead of numbers adds its own finding: ``bucket.finite = bucket.finite & mine``.
+        """
+        return self._finite.value
+
+    @finite.setter
+    def finite(self, value: Tensor) -> None:
+        self._finite.value = value
+
+    def part(self, parameters: Sequence[Tensor], group: Subgroup | None = None) -> Bucket:
+        """A bucket over some adjacent parameters of this one, sharing its memory, for ``yield from inner.reduce(...)``.
+
+        Args:
+            parameters: some of ``self.parameters``, adjacent, in order.
+            group: the subgroup among which the inner hook works; it must come from ``commhub.create``.
+
+        Raises:
+            ValueError: if the parameters are not adjacent parameters of this bucket.
+        """
+        wanted = [id(p) for p in parameters]
+        mine = [id(p) for p in self.parameters]
+        first = mine.index(wanted[0]) if wanted and wanted[0] in mine else -1
+        if first < 0 or mine[first : first + len(wanted)] != wanted:
+            raise ValueError("part() takes adjacent parameters of this bucket, in the bucket's order.")
+        chosen = slice(first, first + len(wanted))
+        spans = self._spans[chosen]
+        start = spans[0].offset
+        group = self.group if group is None else group
+        ranks = None if group is None or group is self.group else group.ranks
+        absolute = self.rank if self.group is None else self.group.ranks[self.rank]
+        return Bucket(
+            flat=self.flat.narrow(0, start, sum(s.numel for s in spans)),
+            parameters=self.parameters[chosen],
+            used=self.used[chosen],
+            index=self.index,
+            step=self.step,
+            divisor=self.divisor if ranks is None else len(ranks),
+            rank=self.rank if ranks is None else ranks.index(absolute),
+            world_size=self.world_size if ranks is None else len(ranks),
+            loss_scale=self.loss_scale,
+            group=group,
+            spans=tuple(attrs.evolve(s, offset=s.offset - start) for s in spans),
+            finite=self._finite,
+        )

@@ -1,0 +1,191 @@
+"""Steps and buckets: what lies between gradients that are ready and the driver that averages them.
+
+Knows nothing of DistributedDataParallel; the slot on a DDP model and ``manual`` both feed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from ._bucket import Bucket, Span
+from ._collectives import AllReduce
+from ._errors import HookError
+from ._sparse import SparseMean
+from .drivers._job import Scratch
+from .drivers._lane import Lane
+from .drivers._stats import Meter, Stats
+
+if TYPE_CHECKING:
+    from ._network import Network
+    from ._protocols import Exchange, Hook
+    from ._state import State
+
+
+class Driver(Protocol):
+    """What carries lanes out; see ``commhub.drivers``."""
+
+    meter: Meter
+    failure: HookError | None
+    network: Network | None
+
+    def submit(self, lane: Lane) -> None:
+        """Take the round's next bucket."""
+
+    def end_round(self) -> None:
+        """No more buckets come until ``wait`` has returned."""
+
+    def wait(self) -> None:
+        """Return when every lane is settled."""
+
+    def future(self) -> torch.futures.Future[Tensor]:
+        """A future for a bucket, to be completed from ``Lane``'s ``done``."""
+
+    def close(self) -> None:
+        """Give up threads and groups."""
+
+
+class PlainMean:
+    """The average and nothing else: what a model does whose hook was removed."""
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """Average ``bucket.flat`` over all ranks."""
+        bucket.flat.copy_((yield AllReduce(bucket.flat)))
+
+
+class _Count:
+    """Adds up one number per rank."""
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum")))
+
+
+@attrs.define(eq=False, kw_only=True)
+class Engine:
+    """One hook at work on one group: counts buckets and steps, keeps state and figures.
+
+    Attributes:
+        hook, state, driver: at work.
+        rank, world_size: in the group.
+        wire: the registration's wire dtype.
+        step: synchronised steps so far.
+        stats: the figures.
+        after_step: called with the step's number when its gradients are averaged.
+    """
+
+    hook: Hook
+    state: State
+    driver: Driver
+    rank: int
+    world_size: int
+    wire: torch.dtype | None = None
+    step: int = 0
+    stats: Stats = attrs.Factory(Stats)
+    after_step: list[Callable[[int], None]] = attrs.Factory(list)
+    _scratch: Scratch = attrs.Factory(Scratch)
+    _lanes: list[Lane] = attrs.Factory(list)
+    _open: bool = False
+    _divisor: int = 0
+    _loss_scale: float = 1.0
+    _watch: bool = False
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._open
+
+    def begin(self, *, divisor: int | None = None, loss_scale: float = 1.0) -> None:
+        """Start a step."""
+        self._open = True
+        self._lanes.clear()
+        self._divisor = self.world_size if divisor is None else divisor
+        self._loss_scale = loss_scale
+        self._watch = not self.state.is_empty()
+        self.state.begin()
+
+    def add(
+        self,
+        flat: Tensor,
+        parameters: Sequence[Tensor],
+        spans: tuple[Span, ...],
+        used: tuple[bool, ...],
+        done: Callable[[], None],
+    ) -> None:
+        """Reduce one bucket, in place; ``done`` is called when it is over, whether it went well or not."""
+        bucket = Bucket(
+            flat=flat,
+            parameters=tuple(parameters),
+            used=used,
+            index=len(self._lanes),
+            step=self.step,
+            divisor=self._divisor,
+            rank=self.rank,
+            world_size=self.world_size,
+            loss_scale=self._loss_scale,
+            spans=spans,
+        )
+        hook, wire = (SparseMean(), None) if flat.is_sparse else (self.hook, self.wire)
+        lane = self._lane(hook, bucket, wire, done)
+        size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
+        self.driver.meter.step.logical_bytes += 2 * (self.world_size - 1) / self.world_size * size
+        self._lanes.append(lane)
+        self.driver.submit(lane)
+
+    def _lane(self, hook: Hook, bucket: Bucket, wire: torch.dtype | None, done: Callable[[], None]) -> Lane:
+        return Lane(
+            hook,
+            bucket,
+            world=self.world_size,
+            wire=wire,
+            scratch=self._scratch,
+            meter=self.driver.meter,
+            watch=self._watch,
+            done=done,
+        )
+
+    def end(self) -> HookError | None:
+        """Wait for every bucket; keep what the step remembered, or say what went wrong with it."""
+        self.driver.wait()
+        self._open = False
+        lanes, self._lanes = self._lanes, []
+        figures = self.driver.meter.take()
+        if self.driver.failure is not None:
+            self.state.rollback()
+            return self.driver.failure
+        finite = torch.stack([lane.bucket.finite for lane in lanes]).all() if lanes and self._watch else True
+        self.state.commit(finite)
+        self.stats.end_step(figures)
+        step, self.step = self.step, self.step + 1
+        for function in self.after_step:
+            function(step)
+        return None
+
+    def abandon(self) -> None:
+        """Forget a step that backward did not finish, after what was begun has ended."""
+        self.driver.wait()
+        self.driver.meter.take()
+        self._lanes.clear()
+        self.state.rollback()
+        self._open = False
+
+    def count(self, mine: int, device: torch.device) -> int:
+        """The sum of one number per rank, in a round of its own."""
+        flat = torch.tensor([float(mine)], device=device)
+        bucket = Bucket(
+            flat=flat,
+            parameters=(),
+            used=(),
+            index=0,
+            step=self.step,
+            divisor=1,
+            rank=self.rank,
+            world_size=self.world_size,
+            spans=(),
+        )
+        self.driver.submit(self._lane(_Count(), bucket, None, lambda: None))
+        self.driver.wait()
+        return int(flat.item())

@@ -1,0 +1,62 @@
+"""Error feedback, once for every hook that sends less than it was given.
+
+What a step leaves unsent is kept on this rank and added to the next gradient (Seide et al. 2014; Karimireddy et al.
+2019, arXiv 1901.09847). It is local: this rank's own contribution is what was sent, never the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._bucket import Bucket
+    from ._protocols import Setup
+
+
+class ErrorFeedback:
+    """Residuals of some parameters, in the wider of float32 and the gradient's dtype.
+
+    Args:
+        setup: what ``prepare`` got; the residuals live in ``setup.state.local(name)["residual"]``.
+        names: the parameters that are sent compressed. What is sent exactly has no residual.
+    """
+
+    def __init__(self, setup: Setup, names: Iterable[str]) -> None:
+        self._state = setup.state
+        described = dict(zip(setup.names, zip(setup.shapes, setup.strides, setup.dtypes, strict=True), strict=True))
+        for name in names:
+            shape, stride, dtype = described[name]
+            wide = torch.promote_types(dtype, torch.float32)
+            residual = torch.empty_strided(shape, stride, dtype=wide, device=setup.device).zero_()
+            self._state.local(name)["residual"] = residual
+
+    def compensated(self, bucket: Bucket, i: int) -> Tensor:
+        """Gradient plus residual of the bucket's i-th parameter: 1-D, in memory order, in the residual's dtype.
+
+        For float32 and wider gradients this is the bucket's own memory, changed in place. The residual of a
+        parameter that this rank did not use waits.
+        """
+        gradient = bucket.segments[i]
+        residual = self._residual(bucket, i)
+        values = gradient.to(residual.dtype)
+        return values.add_(residual, alpha=bucket.loss_scale) if bucket.used[i] else values
+
+    def keep(self, bucket: Bucket, i: int, error: Tensor) -> None:
+        """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the bucket is finite so far.
+
+        Branch-free: a non-finite bucket leaves the residual as it was. ``error`` is consumed.
+        """
+        if not bucket.used[i]:
+            return
+        residual = self._residual(bucket, i)
+        if bucket.loss_scale != 1.0:
+            error = error.div_(bucket.loss_scale)
+        torch.where(bucket.finite, error, residual, out=residual)
+
+    def _residual(self, bucket: Bucket, i: int) -> Tensor:
+        residual = self._state.local(bucket.names[i])["residual"]
+        return residual.as_strided((residual.numel(),), (1,))

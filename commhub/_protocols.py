@@ -1,0 +1,152 @@
+"""What a hook is: two methods, one of them a generator. Protocols, so that a third party inherits from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor
+
+from ._bucket import Bucket
+from ._collectives import Collective, Subgroup
+from ._state import State
+
+Request = Collective | tuple[Collective, ...]
+Exchange = Generator[Request, Any, None]
+"""What ``reduce`` returns: it yields collectives and is sent a tensor for each (a tuple for a tuple)."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Setup:
+    """What ``prepare`` is given, once, at registration, on every rank. All state is allocated there.
+
+    Attributes:
+        names, shapes, dtypes, strides: of the model's trainable parameters, in the model's order.
+        device: where gradients lie.
+        rank, world_size: of this process in the group that averages.
+        hosts: for each rank, the number of its host, counted from 0 in rank order.
+        optimizers: those given to ``register``.
+        state: the hook's memory.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    strides: tuple[tuple[int, ...], ...]
+    device: torch.device
+    rank: int
+    world_size: int
+    hosts: tuple[int, ...]
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    state: State
+    _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
+    _after_step: Callable[[Callable[[int], None]], None]
+    _ranks: tuple[int, ...] | None = None
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Subgroup | None:
+        """Make communicators for disjoint groups of ranks and return the one that holds this rank, if any.
+
+        Every rank must ask for the same partition, here in ``prepare`` and nowhere else.
+
+        Raises:
+            ValueError: if a rank stands twice or is out of range.
+        """
+        flat = [rank for group in groups for rank in group]
+        if len(set(flat)) != len(flat) or not all(0 <= rank < self.world_size for rank in flat):
+            raise ValueError(f"partition({groups!r}): each rank from 0 to {self.world_size - 1} stands at most once.")
+        base = self._ranks
+        absolute = [[r if base is None else base[r] for r in sorted(group)] for group in groups]
+        mine = self.rank if base is None else base[self.rank]
+        return next((group for group in self._connect(absolute) if mine in group.ranks), None)
+
+    def after_step(self, function: Callable[[int], None]) -> None:
+        """Call ``function(step)`` after each synchronised step, once its gradients are averaged on this rank."""
+        self._after_step(function)
+
+    def within(self, group: Subgroup) -> Setup:
+        """The setup of a hook that works inside ``group``: its rank, size and hosts are the group's."""
+        return attrs.evolve(
+            self,
+            rank=group.ranks.index(self.rank if self._ranks is None else self._ranks[self.rank]),
+            world_size=len(group),
+            hosts=tuple(self.hosts[r if self._ranks is None else self._ranks.index(r)] for r in group.ranks),
+            ranks=group.ranks,
+        )
+
+    def inner(self, name: str) -> Setup:
+        """The setup of a hook inside another one: the same, with a memory of its own."""
+        return attrs.evolve(self, state=self.state.inner(name))
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """Averages one bucket of gradients over the ranks.
+
+    A hook may also have ``prepare(setup: Setup) -> None``, called once at registration.
+    """
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """Yield the collectives that average ``bucket`` and leave the result in ``bucket.flat``."""
+        ...
+
+
+@runtime_checkable
+class Averager(Protocol):
+    """Averages parameters now and then: a hook on a timetable. The bucket it is given holds parameters."""
+
+    def due(self, step: int) -> Subgroup | None:
+        """Among whom to average after ``step``, or ``None`` for not now."""
+        ...
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """Yield the collectives that average ``bucket`` and leave the result in ``bucket.flat``."""
+        ...
+
+
+class InnerHook:
+    """A hook made by name for use inside another: it works within the subgroup of the bucket it is given.
+
+    ``commhub.create`` returns it. Everything but ``prepare`` and ``reduce`` is the made hook's own.
+    """
+
+    def __init__(self, hook: Hook, name: str) -> None:
+        self._hook = hook
+        self._name = name
+
+    def prepare(self, setup: Setup) -> None:
+        """Prepare the hook with a memory of its own."""
+        prepare = getattr(self._hook, "prepare", None)
+        if prepare is not None:
+            prepare(setup.inner(self._name))
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """The hook's exchange, its collectives confined to ``bucket.group``."""
+        exchange = self._hook.reduce(bucket)
+        return exchange if bucket.group is None else confine(exchange, bucket.group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hook, name)
+
+    def __repr__(self) -> str:
+        return repr(self._hook)
+
+
+def confine(exchange: Exchange, group: Subgroup) -> Exchange:
+    """The same exchange, with every collective that names no subgroup confined to ``group``."""
+
+    def within(request: Collective) -> Collective:
+        confined = isinstance(request, Collective) and request.group is None
+        return attrs.evolve(request, group=group) if confined else request
+
+    results: Any = None
+    try:
+        while True:
+            try:
+                request = exchange.send(results)
+            except StopIteration:
+                return
+            results = yield tuple(map(within, request)) if isinstance(request, tuple) else within(request)
+    finally:
+        exchange.close()

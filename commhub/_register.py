@@ -1,0 +1,142 @@
+"""``commhub.register``: the one line that a training script needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ._choice import Chosen, choose
+from ._ddp import check_devices, find, group_of, refuse, trainable
+from ._errors import HookOptionError, RegistrationError
+from ._protocols import InnerHook
+from ._registration import Registration
+from ._session import Ground, checked_timeout, start
+from ._slot import Slot
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+
+def register(
+    model: object,
+    hook: object,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    scaler: Any = None,
+    wire: torch.dtype | str | None = None,
+    verify: bool = True,
+    timeout: float | None = None,
+    **options: Any,
+) -> Registration:
+    """Average the model's gradients with a hook from now on; collective.
+
+    Args:
+        model: a DistributedDataParallel model, or what holds one.
+        hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
+        process_group: the ranks to average over; default: the model's own.
+        optimizer: one or several, for hooks that need them.
+        scaler: the ``torch.amp.GradScaler`` in use, so that residuals are kept unscaled.
+        wire: a 16-bit dtype (or ``"fp16"``, ``"bf16"``) in which the hook's payloads travel.
+        verify: compare hook, options and model across ranks.
+        timeout: seconds after which a collective, or a rank that does not come, is an error; default: the group's.
+        options: the hook's own.
+
+    Registering again replaces the hook. A registration that fails leaves no trace.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+        HookMismatchError: the ranks asked for different things; raised on all of them.
+        RegistrationError: the model cannot run a hook, or another rank failed.
+
+    >>> registration = commhub.register(model, "powersgd_rank2")  # doctest: +SKIP
+    """
+    ddp = find(model)
+    every = dict(options)
+    for name, value in (("wire", wire), ("process_group", process_group), ("optimizer", optimizer), ("scaler", scaler)):
+        if value is not None:
+            every[name] = value
+
+    def chosen_here() -> Chosen:
+        if not isinstance(verify, bool):
+            raise RegistrationError(f"verify is {verify!r}; it is True or False.")
+        refuse(ddp)
+        check_devices(ddp, dist.get_backend(group))
+        checked_timeout(timeout, group, ddp.device)
+        _optimizers(optimizer)
+        chosen = choose(hook, every)
+        strange = sorted(chosen.reserved.keys() - {"wire", "process_group", "optimizer", "scaler"})
+        if strange:
+            raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
+        return chosen
+
+    group = group_of(ddp, process_group)
+    valid_timeout = isinstance(timeout, int | float) and timeout > 0
+    ground = Ground(
+        group=group,
+        device=ddp.device,
+        parameters=tuple(trainable(ddp)),
+        traits=_traits(ddp),
+        optimizers=_optimizers(optimizer, strict=False),
+        scaler=scaler,
+        timeout=checked_timeout(timeout if valid_timeout else None, group, ddp.device),
+        verify=verify is not False,
+    )
+    session = start(ground, chosen_here)
+    former = Slot.on(ddp)
+    replaced = former.owner if former is not None else None
+    slot = Slot.install(ddp)
+    leftover = slot.engine
+    registration = Registration(ground, session, slot)
+    if replaced is not None:
+        replaced._retire()
+    elif leftover is not None:
+        leftover.driver.close()
+    return registration
+
+
+def _traits(model: DistributedDataParallel) -> dict[str, Any]:
+    return {
+        "find_unused_parameters": model.find_unused_parameters,
+        "static_graph": model.static_graph,
+        "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
+    }
+
+
+def _optimizers(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
+    if given is None:
+        return ()
+    several = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if all(isinstance(one, torch.optim.Optimizer) for one in several):
+        return several
+    if strict:
+        raise RegistrationError(f"optimizer is {type(given).__name__}; give a torch.optim.Optimizer or a list of them.")
+    return ()
+
+
+def create(hook: object, **options: Any) -> InnerHook:
+    """Make a hook without registering it, for use inside another one.
+
+    Args:
+        hook, options: as for ``register``, whose own options (``wire`` and so on) have no place here.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+    """
+    chosen = choose(hook, options)
+    if chosen.reserved:
+        raise HookOptionError(f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one.")
+    return InnerHook(chosen.make(), chosen.name)
+
+
+def registration(model: object) -> Registration | None:
+    """The registration at work on ``model``, if there is one.
+
+    Raises:
+        RegistrationError: if ``model`` neither is nor holds one DDP model.
+    """
+    slot = Slot.on(find(model))
+    return None if slot is None else slot.owner

@@ -1,0 +1,168 @@
+"""Making a hook work on a group, collectively: choose, agree, connect, prepare. All ranks succeed or all raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from ._agree import Meeting, agree, number_hosts
+from ._bucket import lay_out
+from ._choice import Chosen, short_dtype, wire_dtype
+from ._engine import Engine
+from ._errors import RegistrationError
+from ._protocols import Hook, Setup
+from ._state import State
+from .drivers._stats import Meter
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Ground:
+    """What a hook works on; it stays the same when the hook is swapped.
+
+    Attributes:
+        group: the ranks to average over.
+        device: where the gradients lie.
+        parameters: by name, in the model's order.
+        traits: what else must be equal on all ranks.
+        optimizers, scaler, timeout, verify: as given to ``register``.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    parameters: tuple[tuple[str, torch.nn.Parameter], ...]
+    traits: Mapping[str, Any]
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    scaler: Any = None
+    timeout: float = 1800.0
+    verify: bool = True
+
+
+@attrs.frozen(eq=False)
+class Session:
+    """A hook at work."""
+
+    chosen: Chosen
+    engine: Engine
+    wire: torch.dtype | None
+
+
+def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
+    """Make the hook that ``choose`` names work on ``ground``; collective.
+
+    Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises.
+
+    Raises:
+        HookMismatchError: on all ranks where they disagree.
+        RegistrationError: where another rank failed; there the error is the original.
+    """
+    meeting = Meeting.of(ground.group, ground.timeout)
+    failure: Exception | None = None
+    facts: dict[str, Any] = {}
+    try:
+        chosen = choose()
+        wire = wire_dtype(chosen.reserved.get("wire"))
+        hook = chosen.make()
+        facts = _facts(ground, chosen, wire)
+    except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+        failure = error
+    hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
+    driver = None
+    try:
+        driver = _driver(ground, meeting, chosen.label)
+        engine = _prepared(ground, meeting, chosen, hook, wire, number_hosts(hosts), driver)
+    except Exception as error:  # noqa: BLE001 - the same
+        failure = error
+    try:
+        agree(meeting, "prepared", {}, failure)
+    except BaseException:
+        if driver is not None:
+            driver.close()
+        raise
+    return Session(chosen, engine, wire)
+
+
+def _prepared(
+    ground: Ground,
+    meeting: Meeting,
+    chosen: Chosen,
+    hook: Hook,
+    wire: torch.dtype | None,
+    hosts: tuple[int, ...],
+    driver: Any,
+) -> Engine:
+    names = tuple(name for name, _ in ground.parameters)
+    tensors = [parameter for _, parameter in ground.parameters]
+    state = State(names)
+    engine = Engine(
+        hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire
+    )
+    prepare = getattr(hook, "prepare", None)
+    if prepare is not None:
+        setup = Setup(
+            names=names,
+            shapes=tuple(tuple(t.shape) for t in tensors),
+            dtypes=tuple(t.dtype for t in tensors),
+            strides=tuple(span.stride for span in lay_out(names, tensors)),
+            device=ground.device,
+            rank=meeting.rank,
+            world_size=meeting.size,
+            hosts=hosts,
+            optimizers=ground.optimizers,
+            state=state,
+            connect=driver.connect,
+            after_step=engine.after_step.append,
+        )
+        with torch.no_grad():
+            prepare(setup)
+    return engine
+
+
+def _driver(ground: Ground, meeting: Meeting, label: str) -> Any:
+    if ground.device.type == "cuda":
+        from .drivers._stream import StreamDriver
+
+        return StreamDriver(ground.group, ground.device, Meter(), timeout=ground.timeout, label=label)
+    from .drivers._board import Board
+    from .drivers._gloo import Channel
+    from .drivers._thread import ThreadDriver
+
+    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, ground.timeout)
+    board = Board(meeting.branch("board"), meeting.rank)
+    return ThreadDriver(channel, board, Meter(), timeout=ground.timeout, label=label)
+
+
+def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:
+    described = [[name, list(p.shape), str(p.dtype), list(p.stride())] for name, p in ground.parameters]
+    return {
+        "hook": chosen.name,
+        "version": f"{chosen.distribution} {chosen.version}".strip(),
+        **{f"option {key}": repr(value) for key, value in chosen.options.items()},
+        "wire": None if wire is None else short_dtype(wire),
+        "parameters": described,
+        **ground.traits,
+    }
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """The group's own timeout in seconds."""
+    try:
+        return float(group._get_backend(device).options._timeout.total_seconds())
+    except (RuntimeError, AttributeError):
+        return 1800.0
+
+
+def checked_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:
+    """``timeout`` in seconds, the group's own by default.
+
+    Raises:
+        RegistrationError: if it is no positive number.
+    """
+    if timeout is None:
+        return group_timeout(group, device)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise RegistrationError(f"timeout is {timeout!r}; give seconds above zero.")
+    return float(timeout)

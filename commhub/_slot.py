@@ -1,0 +1,191 @@
+"""commhub's one entry into a DDP model: the function that the reducer calls with each bucket.
+
+PyTorch takes a hook once and for good, so the slot stays on the model, and registering, swapping and removing change
+what stands behind it. It raises nothing into the reducer, which would break it for good: a step that failed is
+completed with what is in the buckets, and the error is raised from a callback that runs after DDP's own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+from ._bucket import Span, lay_out
+from ._ddp import SLOT, trainable
+from ._errors import HookError, RegistrationError
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+Future = torch.futures.Future
+
+
+class Slot:
+    """The state of one DDP model's hook: which bucket of which step comes next, and who reduces it."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.owner: Any = None
+        self.engine: Engine | None = None
+        self.scaler: Any = None
+        self.after: Callable[[], None] | None = None
+        self._model = weakref.ref(model)
+        self._names = {id(p): name for name, p in trainable(model)}
+        self._layouts: dict[tuple[int, ...], tuple[Span, ...]] = {}
+        self._used: set[int] = set()
+        self._seen = 0
+        self._task: int | None = None
+        self._device = next(p.device for _, p in trainable(model))
+        self._handles: list[Any] = []
+        self._flags = model.find_unused_parameters or model.static_graph
+
+    @classmethod
+    def on(cls, model: DistributedDataParallel) -> Slot | None:
+        """The model's slot, if it has one."""
+        slot = model.__dict__.get(SLOT)
+        return slot if isinstance(slot, cls) else None
+
+    @classmethod
+    def install(cls, model: DistributedDataParallel) -> Slot:
+        """The model's slot, made and handed to the reducer where there was none."""
+        slot = cls.on(model)
+        if slot is not None:
+            return slot
+        slot = cls(model)
+
+        def commhub_slot(state: Slot, bucket: dist.GradBucket) -> Future[Tensor]:
+            return state.reduce(bucket)
+
+        commhub_slot.__annotations__ = {}
+        model.register_comm_hook(slot, commhub_slot)
+        slot._watch_use(model)
+        model.__dict__[SLOT] = slot
+        return slot
+
+    def show(self, name: str) -> None:
+        """Tell DDP's own log which hook is at work."""
+        model = self._model()
+        if model is not None and model.logger is not None:
+            model.logger._set_comm_hook_name(name)
+
+    def _watch_use(self, model: DistributedDataParallel) -> None:
+        """Where backward may leave parameters out, learn which it reached, from hooks of our own."""
+        if self._flags:
+            used = self._used
+            for _, parameter in trainable(model):
+                mark = used.add
+                handle = parameter.register_post_accumulate_grad_hook(lambda p, mark=mark: mark(id(p)))
+                self._handles.append(handle)
+
+    def reduce(self, grad_bucket: dist.GradBucket) -> Future[Tensor]:
+        """Start averaging one of the reducer's buckets."""
+        engine, model = self.engine, self._model()
+        assert engine is not None
+        assert model is not None
+        in_backward = torch._C._current_autograd_node() is not None
+        in_graph_task = torch._C._current_graph_task_id() != -1
+        joining = model._join_config.enable
+        shadow = joining and not in_graph_task
+        if engine.in_step and in_backward and grad_bucket.index() == 0:
+            engine.abandon()  # an earlier backward ended in an exception
+            self._seen = 0
+        if not engine.in_step:
+            self._begin(engine, model, joining, shadow)
+        parameters = grad_bucket.parameters()
+        self._seen += len(parameters)
+        last = self._seen >= len(self._names)
+        flat = grad_bucket.buffer()
+        future = engine.driver.future()
+        used = self._used_flags(parameters, shadow)
+        spans = self._layout(parameters)
+        engine.add(flat, parameters, spans, used, lambda: future.set_result(flat))
+        if last:
+            engine.driver.end_round()
+        if not in_backward or joining:
+            engine.driver.wait()  # nobody drains later, or a joined rank cannot pipeline either
+        if in_graph_task:
+            self._call_back(last and not in_backward)
+        elif last:
+            failure = self._end(engine)
+            if failure is not None:
+                raise failure
+            if self.after is not None:
+                self.after()
+        return future
+
+    def _begin(self, engine: Engine, model: DistributedDataParallel, joining: bool, shadow: bool) -> None:
+        self._seen, self._task = 0, None
+        divisor = None
+        if joining and not model._divide_by_initial_world_size:
+            divisor = engine.count(0 if shadow else 1, self._device)
+        scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        engine.begin(divisor=divisor, loss_scale=scale)
+
+    def _layout(self, parameters: list[Tensor]) -> tuple[Span, ...]:
+        key = tuple(map(id, parameters))
+        if key not in self._layouts:
+            self._layouts[key] = lay_out([self._names[i] for i in key], parameters)
+        return self._layouts[key]
+
+    def _used_flags(self, parameters: list[Tensor], shadow: bool) -> tuple[bool, ...]:
+        if not self._flags or shadow:
+            return (not shadow,) * len(parameters)
+        return tuple(id(p) in self._used for p in parameters)
+
+    def _call_back(self, ended: bool) -> None:
+        """Have the step ended when this backward has."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task or ended:
+            self._task = task
+            reference = weakref.ref(self)
+
+            def after_backward() -> None:
+                slot = reference()
+                if slot is not None:
+                    slot._after_backward()
+
+            Variable._execution_engine.queue_callback(after_backward)  # type: ignore[no-untyped-call]
+
+    def _after_backward(self) -> None:
+        engine, model = self.engine, self._model()
+        if engine is None or model is None or not engine.in_step:
+            return
+        complete = self._seen >= len(self._names) or model.skip_all_reduce_unused_params
+        if not complete:
+            engine.driver.wait()  # a backward within a backward; more buckets follow
+            return
+        failure = self._end(engine)
+        if failure is not None:
+
+            def tell() -> NoReturn:
+                raise failure
+
+            Variable._execution_engine.queue_callback(tell)  # type: ignore[no-untyped-call]
+        elif self.after is not None:
+            Variable._execution_engine.queue_callback(self.after)  # type: ignore[no-untyped-call]
+
+    def _end(self, engine: Engine) -> HookError | None:
+        failure = engine.end()
+        self._seen, self._task = 0, None
+        self._used.clear()
+        return failure
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        self._refuse_copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._refuse_copy()
+        return (type(None), ())
+
+    def _refuse_copy(self) -> None:
+        if self.owner is not None:
+            raise RegistrationError(
+                f"a DDP model with the hook {self.owner} cannot be copied or pickled: the copy would train without it. "
+                "Copy model.module, save model.state_dict(), or call registration.remove() first."
+            )

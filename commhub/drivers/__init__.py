@@ -1,0 +1,8 @@
+"""How exchanges are carried out: by a thread over Gloo, on a CUDA stream over NCCL, or among virtual ranks.
+
+A driver never knows which hook it drives. See README.md in this folder.
+"""
+
+from ._simulator import Simulation, simulate
+
+__all__ = ["Simulation", "simulate"]

@@ -1,0 +1,53 @@
+"""Where a failing rank says so, for its peers to read while they wait for it."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from torch.distributed import Store
+
+
+class Board:
+    """One message, the first that any rank posts, in the registration's store."""
+
+    _KEY = "failed"
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._rank = store, rank
+
+    def post(self, text: str) -> None:
+        """Tell the peers why this rank stopped. A store that is gone is no second error."""
+        try:
+            self._store.compare_set(self._KEY, "", f"{self._rank}:{text}")
+        except (RuntimeError, ValueError):
+            return
+
+    def read(self) -> tuple[int, str] | None:
+        """The first failing peer's rank and message, if one failed. Asks the store, so call it seldom."""
+        try:
+            if not self._store.check([self._KEY]):
+                return None
+            rank, _, text = self._store.get(self._KEY).decode().partition(":")
+        except (RuntimeError, ValueError):
+            return None
+        return None if int(rank) == self._rank else (int(rank), text)
+
+    def read_soon(self, seconds: float) -> tuple[int, str] | None:
+        """The same, looking again for a while: a peer's connection often ends before its message arrives."""
+        end = time.monotonic() + seconds
+        while True:
+            found = self.read()
+            if found or time.monotonic() > end:
+                return found
+            time.sleep(0.05)
+
+
+def own_connection(store: Store, seconds: float) -> Store:
+    """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look."""
+    try:
+        mine = store.clone()
+        mine.set_timeout(timedelta(seconds=seconds))
+    except (RuntimeError, NotImplementedError):
+        return store
+    return mine

@@ -1,0 +1,34 @@
+"""What can end a step, turned into the one error that training sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._errors import HookError, HookTimeoutError
+
+if TYPE_CHECKING:
+    from .._bucket import Bucket
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error: the interpreter is exiting
+    """The driver is being closed while a step is under way."""
+
+
+def own_error(label: str, bucket: Bucket, error: BaseException) -> HookError:
+    """The error of this rank's hook in this bucket, its cause attached."""
+    where = f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}"
+    if isinstance(error, HookTimeoutError):
+        made: HookError = HookTimeoutError(f"{where}: {error}")
+    elif isinstance(error, HookError):
+        made = HookError(f"{where}: {error}")
+    else:
+        made = HookError(f"{where}: the hook raised {type(error).__name__}: {error}")
+    made.__cause__ = error
+    return made
+
+
+def peer_error(label: str, bucket: Bucket, peer: int, text: str, cause: BaseException | None = None) -> HookError:
+    """The error of another rank, as this rank reports it."""
+    made = HookError(f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}: rank {peer} failed: {text}")
+    made.__cause__ = cause
+    return made

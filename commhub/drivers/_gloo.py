@@ -1,0 +1,173 @@
+"""Collectives over Gloo, on a group of the registration's own.
+
+The group is made from the store alone, so only its members take part, and DDP's own collectives never meet a
+hook's. Gloo's reduce-scatter sends a whole all-reduce and its large all-to-all and all-gather stall (measured: up to
+2.3 and 2.0 times the link's time), so the first is an all-to-all with a local sum here, and the others go in pieces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+from collections.abc import Sequence
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, Work
+
+from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Subgroup
+from ._job import Job, sum_shares
+
+PIECE = 1 << 20
+"""Bytes of payload in one piece of a large all-gather or all-to-all."""
+
+_graveyard: list[Channel] = []
+"""Closed channels with a collective that never ended: Gloo's destructor would wait for it, holding the interpreter."""
+
+
+@attrs.define(eq=False)
+class _Piece:
+    """A stretch of a collective in flight: ``out`` holds p shares of it when ``work`` is done."""
+
+    work: Work
+    out: Tensor
+    kept: Tensor  # the input, alive until the work is done
+
+
+class Flight:
+    """One job on its way."""
+
+    def __init__(self, job: Job, pieces: Sequence[_Piece]) -> None:
+        self.job = job
+        self._pieces = pieces
+        self.not_before = 0.0
+
+    def is_done(self) -> bool:
+        """Whether every piece has ended, well or badly."""
+        return all(piece.work.is_completed() for piece in self._pieces)
+
+    def wait(self, seconds: float) -> None:
+        """Block until the first piece that has not ended does, at most this long. Raises nothing."""
+        for piece in self._pieces:
+            if not piece.work.is_completed():
+                try:
+                    piece.work.wait(datetime.timedelta(seconds=seconds))
+                except RuntimeError:  # either the time is up, or the piece failed and result() says so
+                    return
+
+    def result(self) -> Tensor:
+        """The collective's result as it travelled: 1-D.
+
+        Raises:
+            RuntimeError: what Gloo says, for instance that a peer closed its connection.
+        """
+        for piece in self._pieces:
+            piece.work.wait()
+        job = self.job
+        if job.kind in (AllReduce, Broadcast):
+            return job.payload
+        if not self._pieces:
+            return job.payload.clone()
+        gathered = self._assembled()
+        if job.kind is ReduceScatter:
+            return sum_shares(list(gathered.view(job.payload.dtype).view(job.p, -1)))
+        return gathered.view(job.payload.dtype)
+
+    def _assembled(self) -> Tensor:
+        if len(self._pieces) == 1:
+            return self._pieces[0].out
+        return torch.cat([piece.out.view(self.job.p, -1) for piece in self._pieces], dim=1).view(-1)
+
+
+class Channel:
+    """A Gloo group among all ranks of a registration, and those that its hook asked for.
+
+    Args:
+        store: where the members meet; a prefix that no other channel uses.
+        rank, size: in the registration's group.
+        timeout: seconds after which Gloo gives a collective up.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size = rank, size
+        self._store = store
+        self._timeout = datetime.timedelta(seconds=timeout)
+        self._groups: dict[Subgroup | None, ProcessGroupGloo] = {}
+        self._flights: list[Flight] = []
+        self._partitions = 0
+        self._join(None, store, rank, size)
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
+        """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
+        self._partitions += 1
+        made = tuple(Subgroup(tuple(ranks), self._partitions) for ranks in groups)
+        for group in made:
+            if self.rank in group.ranks:
+                name = f"{self._partitions}/{'.'.join(map(str, group.ranks))}"
+                self._join(group, PrefixStore(name, self._store), group.ranks.index(self.rank), len(group))
+        return made
+
+    def _join(self, group: Subgroup | None, store: Store, rank: int, size: int) -> None:
+        if size > 1:
+            self._groups[group] = ProcessGroupGloo(store, rank, size, self._timeout)
+
+    def launch(self, job: Job) -> Flight:
+        """Start a job; nothing blocks."""
+        pieces: list[_Piece] = []
+        if job.p > 1 and job.payload.numel():
+            pieces = list(self._pieces(job, self._groups[job.group]))
+        flight = Flight(job, pieces)
+        self._flights = [f for f in self._flights if not f.is_done()]
+        if pieces:
+            self._flights.append(flight)
+        return flight
+
+    def _pieces(self, job: Job, group: ProcessGroupGloo) -> list[_Piece]:
+        payload = job.payload
+        if job.kind is AllReduce:
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.SUM
+            return [_Piece(group.allreduce([payload], options), payload, payload)]
+        octets = payload.view(torch.uint8)  # what is only moved may have any dtype
+        if job.kind is Broadcast:
+            options = dist.BroadcastOptions()
+            options.rootRank = job.src
+            return [_Piece(group.broadcast([octets], options), payload, payload)]
+        if job.kind is AllGather:
+            cuts = octets.split(PIECE)
+        else:
+            table = octets.view(job.p, -1)
+            columns = max(1, PIECE // job.p)
+            cuts = tuple(part.reshape(-1) for part in table.split(columns, dim=1))
+        pieces = []
+        for cut in cuts:
+            if job.kind is AllGather:
+                out = cut.new_empty(job.p * cut.numel())
+                pieces.append(_Piece(group._allgather_base(out, cut), out, cut))
+            else:
+                out = torch.empty_like(cut)
+                pieces.append(_Piece(group.alltoall_base(out, cut, [], [], dist.AllToAllOptions()), out, cut))
+        return pieces
+
+    def close(self) -> None:
+        """Give the group up. Where a collective is stuck, the group is kept until it ends; nothing blocks."""
+        if self._groups and self not in _graveyard:
+            _graveyard.append(self)
+        sweep()
+
+    def _is_idle(self) -> bool:
+        return all(flight.is_done() for flight in self._flights)
+
+
+def sweep(at_exit: bool = False) -> None:
+    """Free the closed groups whose collectives have ended. At exit, the others are left to the operating system."""
+    for channel in list(_graveyard):
+        if channel._is_idle():
+            channel._flights.clear()
+            channel._groups.clear()
+            _graveyard.remove(channel)
+        elif at_exit:
+            for kept in (*channel._groups.values(), *(p.work for f in channel._flights for p in f._pieces)):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

@@ -1,0 +1,147 @@
+"""A collective made ready to send: checked, averaged, cast. And its result turned back into what the hook expects.
+
+Everything that is the same for every way of communicating is here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, ReduceScatter, Subgroup, sent_bytes
+from .._errors import HookError
+
+if TYPE_CHECKING:
+    from .._bucket import Bucket
+
+_KINDS = (AllReduce, AllGather, ReduceScatter, AllToAll, Broadcast)
+
+
+class Scratch:
+    """Buffers for casts, kept between steps: a fresh 25 MiB costs more in page faults than the cast itself."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A 1-D tensor, its content undefined."""
+        free = self._free.get((numel, dtype, device))
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=device)
+
+    def give(self, tensor: Tensor) -> None:
+        """Hand back what ``take`` gave."""
+        if tensor.device.type == "cpu":  # a device's caching allocator does this better, and knows of streams
+            self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(tensor)
+
+
+@attrs.define(eq=False)
+class Job:
+    """One collective on its way.
+
+    Attributes:
+        kind: which one.
+        group: the subgroup, or ``None`` for all ranks.
+        p: how many ranks take part.
+        src: a broadcast's source, a rank of the group.
+        payload: 1-D, real, contiguous, in the dtype that travels; an all-reduce and a broadcast leave their result
+            in it.
+        sent_bytes: what this rank sends.
+        raw: the result as it travelled, where whoever carries the job out leaves it here.
+    """
+
+    kind: type[Collective]
+    group: Subgroup | None
+    p: int
+    src: int
+    payload: Tensor
+    sent_bytes: float
+    _collective: Collective
+    _scratch: Scratch
+    raw: Tensor | None = None
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """What the hook is sent: ``raw`` (1-D, as it travelled) in the payload's dtype, complex again if it was.
+
+        An all-reduce or a broadcast gives back the very tensor that was yielded.
+        """
+        tensor = self._collective.tensor
+        if self.kind in (AllReduce, Broadcast):
+            if raw.data_ptr() != tensor.data_ptr() or raw.dtype != tensor.dtype:
+                _real(tensor).copy_(raw)
+        else:
+            real = torch.view_as_real(tensor).dtype if tensor.is_complex() else tensor.dtype
+            result = raw.to(real)
+            tensor = torch.view_as_complex(result.view(-1, 2)) if tensor.is_complex() else result
+        if self.payload.data_ptr() != self._collective.tensor.data_ptr():
+            self._scratch.give(self.payload)
+        return tensor
+
+
+def sum_shares(shares: Sequence[Tensor]) -> Tensor:
+    """The sum of equally long tensors in their order, 16-bit ones in float32. The result is a new tensor."""
+    first = shares[0]
+    wide = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else first.dtype
+    total = first.to(wide, copy=True)
+    for share in shares[1:]:
+        total += share
+    return total
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)
+
+
+def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | None, scratch: Scratch) -> Job:
+    """Check what a hook yielded and make it ready: mean first, cast after.
+
+    Args:
+        request: what the hook yielded, or one element of a tuple it yielded.
+        bucket: the bucket it belongs to.
+        world: ranks of the whole group.
+        wire: the registration's wire dtype, for floating payloads that are wider and name none of their own.
+        scratch: where buffers for casts come from.
+
+    Raises:
+        HookError: if it is no collective that can be carried out, saying what to yield instead.
+    """
+    collective = _checked(request, bucket)
+    tensor = collective.tensor
+    payload = _real(tensor)
+    p = world if collective.group is None else len(collective.group)
+    kind = type(collective)
+    if kind in (ReduceScatter, AllToAll) and tensor.numel() % p:
+        raise HookError(f"yielded {kind.__name__} of {tensor.numel()} elements among {p} ranks. Pad to a multiple of {p}.")
+    if isinstance(collective, Broadcast) and not 0 <= collective.src < p:
+        raise HookError(f"yielded Broadcast(src={collective.src}) among {p} ranks. Give a rank of the group.")
+    if isinstance(collective, AllReduce | ReduceScatter) and collective.op == "mean":
+        if not payload.is_floating_point():
+            raise HookError(f"yielded {kind.__name__}(op='mean') of {payload.dtype}. Use op='sum', or a floating dtype.")
+        divisor = bucket.divisor if collective.group is bucket.group or collective.group is None else p
+        if divisor != 1:
+            payload.mul_(1.0 / divisor)
+    narrow = collective.wire if collective.wire is not None else wire
+    if narrow is not None and payload.is_floating_point() and narrow.itemsize < payload.dtype.itemsize:
+        payload = scratch.take(payload.numel(), narrow, payload.device).copy_(payload)
+    src = collective.src if isinstance(collective, Broadcast) else 0
+    size = sent_bytes(kind, payload.nbytes, p)
+    return Job(kind, collective.group, p, src, payload, size, collective, scratch)
+
+
+def _checked(request: object, bucket: Bucket) -> Collective:
+    if not isinstance(request, _KINDS):
+        raise HookError(f"yielded {type(request).__name__}. Yield a collective such as AllReduce(bucket.flat), or a tuple.")
+    tensor = request.tensor
+    name = type(request).__name__
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        raise HookError(f"yielded {name} of {type(tensor).__name__}. Its first argument is a dense tensor.")
+    if tensor.device != bucket.flat.device:
+        raise HookError(f"yielded {name} on {tensor.device} for a bucket on {bucket.flat.device}. Keep it there.")
+    if not tensor.is_contiguous():
+        raise HookError(f"yielded {name} of a tensor that is not contiguous. Call .contiguous() on it.")
+    if request.wire is not None and not request.wire.is_floating_point:
+        raise HookError(f"yielded {name}(wire={request.wire}). A wire dtype is floating, such as torch.float16.")
+    return request

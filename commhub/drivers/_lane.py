@@ -1,0 +1,127 @@
+"""One bucket's exchange under way: the hook's generator, driven step by step with nothing leaking in or out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._collectives import AllReduce
+from .._errors import HookError
+from ._job import Job, Scratch, make_job
+from ._stats import Meter
+
+if TYPE_CHECKING:
+    from .._bucket import Bucket
+    from .._protocols import Hook
+
+
+class Lane:
+    """Drives ``hook.reduce(bucket)``: ``start``, then ``land`` the results of ``jobs`` until ``finished``.
+
+    Args:
+        hook: whose generator to drive.
+        bucket: what it reduces.
+        world: ranks of the whole group.
+        wire: the registration's wire dtype.
+        scratch, meter: the driver's.
+        watch: whether to keep ``bucket.finite``: for hooks that hold state.
+        done: called once, when the exchange has ended or was given up.
+    """
+
+    def __init__(
+        self,
+        hook: Hook,
+        bucket: Bucket,
+        *,
+        world: int,
+        wire: torch.dtype | None,
+        scratch: Scratch,
+        meter: Meter,
+        watch: bool,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.bucket = bucket
+        self.jobs: tuple[Job, ...] = ()
+        self.finished = False
+        self.started = False
+        self.issued_at = 0.0
+        self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
+        self._meter, self._watch, self._done = meter, watch, done
+        self._flat = bucket.flat
+        self._single = False
+        self._exchange: Generator[Any, Any, None] | None = None
+
+    def start(self) -> None:
+        """Run the hook up to its first collective."""
+        self.started = True
+        began = time.monotonic()
+        with torch.no_grad(), torch.autocast(self._flat.device.type, enabled=False):
+            exchange = self._hook.reduce(self.bucket)
+        if not isinstance(exchange, Generator):
+            raise HookError(
+                f"reduce() returned {type(exchange).__name__}. Write it as a generator: yield the collectives, "
+                "leave the result in bucket.flat."
+            )
+        self._exchange = exchange
+        self._send(None, began)
+
+    def land(self, raws: Sequence[Tensor]) -> None:
+        """Give the hook the results of ``jobs``, as they travelled, and run it up to its next collectives."""
+        began = time.monotonic()
+        with torch.no_grad():
+            results = tuple(job.finish(raw) for job, raw in zip(self.jobs, raws, strict=True))
+            if self._watch:
+                self._note_finite(results)
+        self._send(results[0] if self._single else results, began)
+
+    def settle(self) -> None:
+        """Say that this bucket is done with, however it ended."""
+        done, self._done = self._done, lambda: None
+        done()
+
+    def abandon(self) -> None:
+        """Close the generator; the bucket keeps whatever is in it."""
+        self.finished = True
+        if self._exchange is not None:
+            self._exchange.close()
+        self.settle()
+
+    def _send(self, value: Any, began: float) -> None:
+        assert self._exchange is not None
+        with torch.no_grad(), torch.autocast(self._flat.device.type, enabled=False):
+            try:
+                request = self._exchange.send(value)
+            except StopIteration:
+                self._finish()
+                self._meter.spent("decode", began, time.monotonic())
+                return
+            self._single = not isinstance(request, tuple)
+            requests = (request,) if self._single else request
+            self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
+        self._meter.spent("encode", began, time.monotonic())
+
+    def _finish(self) -> None:
+        self.finished = True
+        result, flat = self.bucket.flat, self._flat
+        if result is flat:
+            return
+        if not isinstance(result, Tensor) or result.shape != flat.shape:
+            found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise HookError(f"left {found} in bucket.flat for shape {tuple(flat.shape)}. Write into bucket.flat.")
+        if result.dtype != flat.dtype or result.device != flat.device:
+            found, wanted = (f"{t.dtype}".removeprefix("torch.") for t in (result, flat))
+            if found == wanted:
+                found, wanted = str(result.device), str(flat.device)
+            raise HookError(f"returned {found} for {wanted}. Cast it back.")
+        flat.copy_(result)
+        self.bucket.flat = flat
+
+    def _note_finite(self, results: tuple[Tensor, ...]) -> None:
+        for job, result in zip(self.jobs, results, strict=True):
+            if job.kind is AllReduce and (result.is_floating_point() or result.is_complex()):
+                wide = torch.promote_types(result.dtype, torch.float32)
+                self.bucket.finite = self.bucket.finite & torch.isfinite(result.sum(dtype=wide))

@@ -1,0 +1,298 @@
+"""p ranks in one process, in lock-step: hooks without processes, networks without hardware.
+
+It drives the very generators that a real run drives, one per virtual rank, and carries the collectives out with
+plain tensor operations in rank order. Sums are in the payload's dtype and agree with real ranks to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .._bucket import Bucket, lay_out
+from .._choice import choose, wire_dtype
+from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Subgroup
+from .._errors import HookError
+from .._protocols import Hook, Setup
+from .._state import State
+from ._failure import own_error
+from ._job import Job, Scratch, sum_shares
+from ._lane import Lane
+from ._stats import Meter
+
+if TYPE_CHECKING:
+    from .._network import Network
+
+Gradients = Sequence[Sequence[Tensor]] | Callable[[int, int], Sequence[Tensor]]
+
+
+@attrs.frozen(eq=False)
+class Simulation:
+    """What came of it.
+
+    Attributes:
+        gradients: per rank, the last step's averaged tensors; ranks whose results are bit-equal share storage.
+        sent_bytes: per rank, what it sent in all steps.
+        logical_bytes: what a plain all-reduce of the same gradients would have sent, per rank, in all steps.
+        seconds: the time all collectives take on ``network``, one after another; 0 without one.
+        hooks, states: per rank, the hook and its memory after the last step.
+    """
+
+    gradients: tuple[tuple[Tensor, ...], ...]
+    sent_bytes: tuple[float, ...]
+    logical_bytes: float
+    seconds: float
+    hooks: tuple[Hook, ...]
+    states: tuple[State, ...]
+
+    @property
+    def compression(self) -> float:
+        """Logical over sent bytes of rank 0; 1 for a single rank."""
+        if self.logical_bytes == self.sent_bytes[0]:
+            return 1.0
+        return self.logical_bytes / self.sent_bytes[0] if self.sent_bytes[0] else float("inf")
+
+
+def simulate(
+    hook: object,
+    gradients: Gradients,
+    *,
+    steps: int = 1,
+    ranks: int | None = None,
+    buckets: int = 1,
+    hosts: Sequence[int] | None = None,
+    network: Network | None = None,
+    **options: Any,
+) -> Simulation:
+    """Run a hook on p virtual ranks.
+
+    Args:
+        hook: a name, hook string, ``HookType`` member or hook object (then each rank gets a copy).
+        gradients: p lists of tensors, one list per rank, used in every step; or a function (rank, step) -> list.
+            They are not changed. A tensor's place in the list, ``"0"``, ``"1"``, ..., is its parameter's name.
+        steps: how many steps to run.
+        ranks: p, needed where ``gradients`` is a function.
+        buckets: in how many buckets the tensors travel (of one dtype each).
+        hosts: per rank, the number of its host; by default all on one.
+        network: a cost model for ``seconds``.
+        options: the hook's options, and ``wire``.
+
+    Raises:
+        HookError: what the hook did wrong, with its bucket, step and rank; also when ranks ask for different things.
+        ValueError: if p cannot be told.
+
+    >>> a, b = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 6.0])]
+    >>> simulate("allreduce", [a, b]).gradients[0][0]
+    tensor([2., 4.])
+    """
+    p = ranks if callable(gradients) else len(gradients)
+    if not p or p < 1:
+        raise ValueError("simulate() needs one list of gradients per rank, or a function together with ranks=p.")
+    chosen = choose(hook, options)
+    wire = wire_dtype(chosen.reserved.get("wire"))
+
+    def at(rank: int, step: int) -> Sequence[Tensor]:
+        return gradients(rank, step) if callable(gradients) else gradients[rank]
+
+    world = _World(p, wire, network, chosen.label)
+    world.set_up([_make(chosen.make, hook) for _ in range(p)], at(0, 0), hosts)
+    for step in range(steps):
+        world.run(step, [at(rank, step) for rank in range(p)], buckets)
+    return world.outcome()
+
+
+def _make(make: Callable[[], Hook], hook: object) -> Hook:
+    return make() if isinstance(hook, str) else copy.deepcopy(make())
+
+
+class _World:
+    def __init__(self, p: int, wire: torch.dtype | None, network: Network | None, label: str) -> None:
+        self.p, self.wire, self.network, self.label = p, wire, network, label
+        self.scratch = Scratch()
+        self.meters = [Meter() for _ in range(p)]
+        self.logical = self.seconds = 0.0
+        self.results: list[list[Tensor]] = [[] for _ in range(p)]
+        self.partitions = [0] * p
+        self.after: list[Callable[[int], None]] = []
+
+    def set_up(self, hooks: list[Hook], tensors: Sequence[Tensor], hosts: Sequence[int] | None) -> None:
+        self.hooks = hooks
+        self.names = tuple(str(i) for i in range(len(tensors)))
+        self.states = [State(self.names) for _ in hooks]
+        spans = lay_out(self.names, tensors)
+        for rank, (hook, state) in enumerate(zip(hooks, self.states, strict=True)):
+            setup = Setup(
+                names=self.names,
+                shapes=tuple(span.shape for span in spans),
+                dtypes=tuple(t.dtype for t in tensors),
+                strides=tuple(span.stride for span in spans),
+                device=tensors[0].device if tensors else torch.device("cpu"),
+                rank=rank,
+                world_size=self.p,
+                hosts=tuple(hosts) if hosts is not None else (0,) * self.p,
+                state=state,
+                connect=self._connecting(rank),
+                after_step=self.after.append,
+            )
+            prepare = getattr(hook, "prepare", None)
+            if prepare is not None:
+                prepare(setup)
+
+    def _connecting(self, rank: int) -> Callable[[Sequence[Sequence[int]]], tuple[Subgroup, ...]]:
+        def connect(groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
+            self.partitions[rank] += 1
+            return tuple(Subgroup(tuple(g), self.partitions[rank]) for g in groups)
+
+        return connect
+
+    def run(self, step: int, gradients: list[Sequence[Tensor]], buckets: int) -> None:
+        outs = [[torch.empty_like(t) for t in mine] for mine in gradients]
+        for state in self.states:
+            state.begin()
+        finite = [torch.ones((), dtype=torch.bool) for _ in range(self.p)]
+        for index, places in enumerate(_buckets(gradients[0], buckets)):
+            lanes = [self._lane(rank, gradients[rank], places, index, step) for rank in range(self.p)]
+            self._drive(lanes)
+            self.logical += 2 * (self.p - 1) / self.p * lanes[0].bucket.flat.nbytes
+            for rank, lane in enumerate(lanes):
+                finite[rank] = finite[rank] & lane.bucket.finite.cpu()
+                for place, view in zip(places, lane.bucket.gradients, strict=True):
+                    outs[rank][place].copy_(view)
+        for state, verdict in zip(self.states, finite, strict=True):
+            state.commit(bool(verdict))
+        for function in self.after:
+            function(step)
+        self.results = outs
+
+    def _lane(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Lane:
+        mine = [tensors[i].detach() for i in places]
+        spans = lay_out([self.names[i] for i in places], mine)
+        flat = torch.empty(sum(s.numel for s in spans), dtype=mine[0].dtype, device=mine[0].device)
+        bucket = Bucket(
+            flat=flat,
+            parameters=tuple(mine),
+            used=(True,) * len(mine),
+            index=index,
+            step=step,
+            divisor=self.p,
+            rank=rank,
+            world_size=self.p,
+            spans=spans,
+        )
+        for view, tensor in zip(bucket.gradients, mine, strict=True):
+            view.copy_(tensor)
+        return Lane(
+            self.hooks[rank],
+            bucket,
+            world=self.p,
+            wire=self.wire,
+            scratch=self.scratch,
+            meter=self.meters[rank],
+            watch=not self.states[rank].is_empty(),
+        )
+
+    def _drive(self, lanes: list[Lane]) -> None:
+        self._each(lanes, Lane.start)
+        while not all(lane.finished for lane in lanes):
+            _check_alike(self.label, lanes)
+            for stage in zip(*(lane.jobs for lane in lanes), strict=True):
+                exchange(stage)
+                for rank, job in enumerate(stage):
+                    self.meters[rank].step.sent_bytes += job.sent_bytes
+                if self.network is not None and stage[0].p > 1:
+                    self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))
+            self._each(lanes, lambda lane: lane.land([job.raw for job in lane.jobs]))
+
+    def _each(self, lanes: list[Lane], action: Callable[[Lane], None]) -> None:
+        for lane in lanes:
+            try:
+                action(lane)
+            except Exception as error:
+                raise own_error(self.label, lane.bucket, error) from error
+
+    def outcome(self) -> Simulation:
+        first = self.results[0]
+        shared = [
+            [a if _same_bits(a, b) else b for a, b in zip(first, mine, strict=True)] for mine in self.results
+        ]
+        return Simulation(
+            gradients=tuple(tuple(mine) for mine in shared),
+            sent_bytes=tuple(meter.step.sent_bytes for meter in self.meters),
+            logical_bytes=self.logical,
+            seconds=self.seconds,
+            hooks=tuple(self.hooks),
+            states=tuple(self.states),
+        )
+
+
+def _buckets(tensors: Sequence[Tensor], count: int) -> list[list[int]]:
+    """Places of the tensors by bucket: last first, as backward produces them, one dtype each, about equal in number."""
+    size = max(1, -(-len(tensors) // count))
+    made: list[list[int]] = []
+    for place in reversed(range(len(tensors))):
+        fits = made and len(made[-1]) < size and tensors[made[-1][0]].dtype == tensors[place].dtype
+        if fits:
+            made[-1].append(place)
+        else:
+            made.append([place])
+    return made
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _check_alike(label: str, lanes: list[Lane]) -> None:
+    def shown(lane: Lane) -> str:
+        jobs = (f"{j.kind.__name__}[{j.payload.numel()} {j.payload.dtype} among {j.p}]" for j in lane.jobs)
+        return "its end" if lane.finished else " and ".join(jobs) or "nothing"
+
+    first = shown(lanes[0])
+    for rank, lane in enumerate(lanes):
+        if shown(lane) != first:
+            told = f"asked for {shown(lane)} where rank 0 asked for {first}. Kinds, shapes and dtypes must not "
+            raise own_error(label, lane.bucket, HookError(f"rank {rank} {told}depend on a rank's own values."))
+
+
+def exchange(stage: Sequence[Job]) -> None:
+    """Carry one collective out for all ranks: ``stage[r]`` is rank r's job, whose ``raw`` gets its result."""
+    done: set[int] = set()
+    for rank, job in enumerate(stage):
+        if rank in done:
+            continue
+        members = range(len(stage)) if job.group is None else job.group.ranks
+        if rank not in members:
+            raise HookError(f"rank {rank} asked for a collective in the subgroup {job.group}, to which it does not belong.")
+        _carry_out([stage[r] for r in members])
+        done.update(members)
+
+
+def _carry_out(jobs: list[Job]) -> None:
+    kind, payloads = jobs[0].kind, [job.payload for job in jobs]
+    if kind is AllReduce:
+        total = payloads[0].clone()
+        for payload in payloads[1:]:
+            total += payload
+        results = [payload.copy_(total) for payload in payloads]
+    elif kind is Broadcast:
+        source = payloads[jobs[0].src].clone()
+        results = [payload.copy_(source) for payload in payloads]
+    elif kind is AllGather:
+        results = [torch.cat(payloads) for _ in jobs]
+    else:
+        shares = [payload.chunk(len(jobs)) if payload.numel() else [payload] * len(jobs) for payload in payloads]
+        if kind is AllToAll:
+            results = [torch.cat([mine[place] for mine in shares]) for place in range(len(jobs))]
+        else:
+            assert kind is ReduceScatter
+            results = [sum_shares([mine[place] for mine in shares]) for place in range(len(jobs))]
+    for job, result in zip(jobs, results, strict=True):
+        job.raw = result
+

@@ -1,0 +1,18 @@
+"""What the registry knows about this plugin. Imports no torch."""
+
+from commhub import HookSpec, hookimpl
+
+
+@hookimpl
+def commhub_hooks() -> list[HookSpec]:
+    """The hooks of this distribution."""
+    return [
+        HookSpec(
+            name="bf16",
+            summary="Average in bfloat16: half the bytes of float32, and its range.",
+            factory="commhub_bf16._hook:Bf16",
+            tolerance=8e-3,
+            sent_bytes="2 (p-1)/p * 2 bytes per element",
+            reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
+        )
+    ]

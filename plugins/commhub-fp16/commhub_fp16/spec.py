@@ -1,0 +1,18 @@
+"""What the registry knows about this plugin. Imports no torch."""
+
+from commhub import HookSpec, hookimpl
+
+
+@hookimpl
+def commhub_hooks() -> list[HookSpec]:
+    """The hooks of this distribution."""
+    return [
+        HookSpec(
+            name="fp16",
+            summary="Average in float16: half the bytes of float32, scaled before the cast.",
+            factory="commhub_fp16._hook:Fp16",
+            tolerance=1e-3,
+            sent_bytes="2 (p-1)/p * 2 bytes per element",
+            reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
+        )
+    ]

@@ -1,0 +1,53 @@
+"""Print and write what was measured: the table, the JSON file, the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from commhub.bench import _table
+from commhub.bench._check import NO_MATPLOTLIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from commhub.bench._results import Outcome
+
+
+def finish(outcome: Outcome, *, stopped: int) -> int:
+    """Show `outcome` and write the files that its settings name; returns the exit code.
+
+    That is `stopped` where the bench was stopped, else 1 where a hook failed or a file could not be written,
+    else 0.
+    """
+    print(f"\n{_table.table(outcome)}\n")
+    for line in filter(None, [*_table.notes(outcome), _table.verdict(outcome)]):
+        print(line)
+    kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(outcome.as_dict(), indent=1) + "\n")
+    kept &= _write("Report", outcome.settings["report"], lambda: _html(outcome))
+    if outcome.settings["report"] is None:
+        print(f"No report: {NO_MATPLOTLIB}")
+    sys.stdout.flush()
+    return stopped or int(outcome.failed or not kept)
+
+
+def _write(what: str, name: str | None, content: Callable[[], str]) -> bool:
+    """Write one file, if it has a name; whether it could be written."""
+    if not name:
+        return True
+    try:
+        Path(name).write_text(content(), encoding="utf-8")
+    except OSError as err:
+        print(f"commhub bench: {name} could not be written: {err.strerror}", file=sys.stderr)
+        return False
+    print(f"{what}: {name}")
+    return True
+
+
+def _html(outcome: Outcome) -> str:
+    # Imported late: matplotlib takes a second to load, and is optional.
+    from commhub.bench._report import html
+
+    return html(outcome)

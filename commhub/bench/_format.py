@@ -1,0 +1,53 @@
+"""Numbers as people read them. Three significant digits; a dash for what was not measured."""
+
+from __future__ import annotations
+
+import math
+
+NOTHING = "-"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds as `87.1 ms` or `1.42 s`."""
+    if value is None:
+        return NOTHING
+    return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1e3)} ms"
+
+
+def size(value: float | None) -> str:
+    """Bytes as `0 B`, `3.36 MB` (decimal units)."""
+    if value is None:
+        return NOTHING
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{_digits(value)} {unit}"
+        value /= 1e3
+    return f"{_digits(value)} GB"
+
+
+def count(value: float) -> str:
+    """A count as `842 k`, `4.83 M`."""
+    for unit in ("", " k", " M"):
+        if value < 999.5:
+            return f"{value:.0f}" if not unit else f"{_digits(value)}{unit}"
+        value /= 1e3
+    return f"{_digits(value)} G"
+
+
+def times(value: float | None) -> str:
+    """A ratio as `1.85x`; `inf` where nothing was sent."""
+    if value is None:
+        return NOTHING
+    return f"{_digits(value)}x" if math.isfinite(value) else "inf"
+
+
+def loss(value: float | None) -> str:
+    """A loss in nats per byte, with three decimals."""
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never in exponent form."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

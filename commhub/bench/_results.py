@@ -1,0 +1,179 @@
+"""What was measured, as values: one record per step, one result per hook, one outcome per bench. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import attrs
+
+BASELINE = "allreduce"
+PARTS = ("compute", "encode", "wait", "decode")
+
+
+@attrs.frozen(kw_only=True)
+class StepRecord:
+    """One training step, averaged over the ranks. Times are seconds.
+
+    `encode`, `wait` and `decode` are the times for which the training thread stood still while the hook
+    worked, so `seconds` minus their sum is the computation. `sent_bytes` is what one rank sent,
+    `reference_bytes` what one rank would have sent in a plain all-reduce of the same gradients.
+    """
+
+    step: int
+    loss: float
+    seconds: float
+    encode: float
+    wait: float
+    decode: float
+    sent_bytes: float
+    reference_bytes: float
+
+    @property
+    def compute(self) -> float:
+        """The seconds of the step that no communication held up."""
+        return max(0.0, self.seconds - self.encode - self.wait - self.decode)
+
+
+@attrs.frozen(kw_only=True)
+class HookResult:
+    """All that was measured under one hook. What was not measured is None.
+
+    `status` is "done", "failed", "interrupted" or "not run"; `error` says why it failed. The first `warmup`
+    records count for the loss and not for the times.
+    """
+
+    hook: str
+    status: str
+    warmup: int
+    records: tuple[StepRecord, ...] = ()
+    validation_loss: float | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The hook string without its options."""
+        return self.hook.partition("(")[0]
+
+    @property
+    def timed(self) -> tuple[StepRecord, ...]:
+        """The records after the warm-up."""
+        return tuple(record for record in self.records if record.step >= self.warmup)
+
+    @property
+    def loss(self) -> float | None:
+        """The training loss at the end: the mean over the last tenth of the steps."""
+        last = self.records[-max(1, len(self.records) // 10) :]
+        return statistics.fmean(record.loss for record in last) if last else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median time of a step."""
+        return statistics.median(record.seconds for record in self.timed) if self.timed else None
+
+    @property
+    def sent_bytes(self) -> float | None:
+        """The mean number of bytes that one rank sent per step."""
+        return statistics.fmean(record.sent_bytes for record in self.timed) if self.timed else None
+
+    @property
+    def compression(self) -> float | None:
+        """How many times fewer bytes were sent than by a plain all-reduce; 1 where nothing is sent at all."""
+        reference = sum(record.reference_bytes for record in self.timed)
+        sent = sum(record.sent_bytes for record in self.timed)
+        if not self.timed:
+            return None
+        return reference / sent if sent else (math.inf if reference else 1.0)
+
+    @property
+    def split(self) -> dict[str, float]:
+        """The median step in parts: median encode, wait and decode, and the rest as compute."""
+        if self.step_seconds is None:
+            return {}
+        blocked = {part: statistics.median(getattr(x, part) for x in self.timed) for part in PARTS[1:]}
+        return {"compute": max(0.0, self.step_seconds - sum(blocked.values())), **blocked}
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Seconds since the start of training (time in steps only), and the loss, step by step."""
+        seconds, elapsed = 0.0, []
+        for record in self.records:
+            seconds += record.seconds
+            elapsed.append(seconds)
+        return elapsed, [record.loss for record in self.records]
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """A bench's results, in the order in which its hooks were named.
+
+    `setup` is what rank 0 found: versions, device, backend, world_size, parameters, text_bytes.
+    """
+
+    settings: dict[str, Any]
+    command: str
+    machine: dict[str, Any]
+    setup: dict[str, Any]
+    link: str
+    results: tuple[HookResult, ...]
+
+    @property
+    def baseline(self) -> HookResult | None:
+        """What speed-ups are measured against: the first allreduce, else the first hook that was timed."""
+        timed = [result for result in self.results if result.step_seconds]
+        return next((result for result in timed if result.name == BASELINE), timed[0] if timed else None)
+
+    def speedup(self, result: HookResult) -> float | None:
+        """How many times faster a step is than the baseline's."""
+        base = self.baseline
+        if base is None or not base.step_seconds or not result.step_seconds:
+            return None
+        return base.step_seconds / result.step_seconds
+
+    @property
+    def failed(self) -> bool:
+        """Whether a hook failed, or was never reached without the user having stopped the bench."""
+        return any(result.status == "failed" for result in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole outcome as JSON knows it: seconds, bytes, nats per byte; None for what is not finite."""
+        base = self.baseline
+        hooks = [
+            {
+                "hook": result.hook,
+                "status": result.status,
+                "error": result.error,
+                "loss": result.loss,
+                "validation_loss": result.validation_loss,
+                "step_seconds": result.step_seconds,
+                "sent_bytes_per_step": result.sent_bytes,
+                "compression": result.compression,
+                "speedup": self.speedup(result),
+                "split_seconds": result.split,
+                "steps": [attrs.asdict(record) for record in result.records],
+            }
+            for result in self.results
+        ]
+        document = {
+            "schema": 1,
+            "command": self.command,
+            "settings": self.settings,
+            "machine": self.machine,
+            "setup": self.setup,
+            "emulated_link": self.link or None,
+            "baseline": base.hook if base else None,
+            "hooks": hooks,
+        }
+        finite: dict[str, Any] = _finite(document)
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    """The same document without NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,82 @@
+"""One bench from settings to exit code: as the process that starts the ranks, or as a rank of torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from commhub.bench._board import Board
+from commhub.bench._check import checked
+from commhub.bench._finish import finish
+from commhub.bench._launch import LaunchError, launch
+from commhub.bench._options import BenchError, Settings
+from commhub.bench._progress import default_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The user, or a supervisor, wants the bench to end now."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.code = 128 + signum
+
+
+def run(settings: Settings) -> int:
+    """Run the bench and print its table; returns 0, 1 when a hook failed, 130 after Ctrl-C.
+
+    Where torchrun has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise it starts
+    `settings.nproc` of them. Files are written as the settings say, also after Ctrl-C.
+
+    Raises BenchError when the settings cannot work, for example for an unknown hook or a missing file.
+    """
+    world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    command = settings.command
+    settings = checked(settings, world_size=int(world_size or settings.nproc))
+    if world_size is not None:
+        from commhub.bench._torchrun import run_as_rank
+
+        return run_as_rank(settings, command)
+    board = Board(settings, command, default_progress())
+    code = 0
+    try:
+        with _stoppable():
+            launch(settings, board)
+    except Stopped as stop:
+        code = stop.code
+    except LaunchError as err:
+        board.close()
+        print(f"commhub bench: {err}", file=sys.stderr)
+        return 1
+    if board.fatal is not None:
+        board.close()
+        raise BenchError(board.fatal)
+    return finish(board.outcome(), stopped=code)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into `Stopped`, and let nothing disturb the clean-up it starts."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    # A job that a shell started in the background ignores SIGINT, and shall.
+    before = {each: handler for each in _SIGNALS if (handler := signal.getsignal(each)) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,28 @@
+"""The model sizes that `--model` knows. No torch: the command line checks the text against them."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class ModelSize:
+    """The shape of one transformer, and the learning rate that suits it.
+
+    `width` is the model dimension, `context` the number of bytes in a training window.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    context: int
+    learning_rate: float
+
+
+SIZES = {
+    # Parameters: 0.8 M, 4.8 M, 25 M, 85 M.
+    "tiny": ModelSize(width=128, layers=4, heads=4, context=128, learning_rate=2e-3),
+    "small": ModelSize(width=256, layers=6, heads=8, context=256, learning_rate=1e-3),
+    "medium": ModelSize(width=512, layers=8, heads=8, context=256, learning_rate=6e-4),
+    "large": ModelSize(width=768, layers=12, heads=12, context=512, learning_rate=4e-4),
+}

@@ -1,0 +1,116 @@
+"""Train one model under one hook, and tell what every step took. All ranks do the same."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from commhub.bench import _hooks
+from commhub.bench._model import Transformer, loss_of
+from commhub.bench._results import StepRecord
+from commhub.bench._sizes import SIZES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from commhub import Registration
+    from commhub.bench._data import Text
+    from commhub.bench._options import Settings
+
+VALIDATION_WINDOWS = 128
+_RISE = 10
+"""Steps over which the learning rate rises to its value; AdamW's first steps are unstable at full rate."""
+
+
+def check_same_text(text: bytes, device: torch.device) -> None:
+    """Make sure that every machine found the same text: losses could not be compared otherwise.
+
+    Raises ValueError on every rank if one of them differs.
+    """
+    digest = torch.tensor([len(text), zlib.crc32(text)], dtype=torch.int64, device=device)
+    least, most = digest.clone(), digest.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise ValueError("the ranks found different texts: give the same --data on every machine")
+
+
+def train(
+    settings: Settings,
+    hook: str,
+    text: Text,
+    device: torch.device,
+    on_step: Callable[[StepRecord], None],
+) -> float:
+    """Train from the seed's initial weights under `hook`; returns the validation loss. Collective."""
+    size = SIZES[settings.model]
+    torch.manual_seed(settings.seed)
+    model = Transformer(size).to(device)
+    ddp = DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        bucket_cap_mb=settings.bucket_cap_mb,
+    )
+    optimizer = torch.optim.AdamW(
+        ddp.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    registration = _hooks.attach(ddp, hook, optimizer=optimizer, link=_hooks.network(settings))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = size.learning_rate * min(1.0, (step + 1) / _RISE)
+        windows = text.batch(
+            step, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed
+        ).to(device)
+        _synchronize(device)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = loss_of(ddp, windows)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+        on_step(_average(step, loss.detach(), seconds, registration))
+    validation = _validate(model, text, device, rank, world_size)
+    registration.remove()
+    return validation
+
+
+def _average(step: int, loss: torch.Tensor, seconds: float, registration: Registration) -> StepRecord:
+    """The step's record, averaged over the ranks; it also makes them begin the next step together."""
+    cost = _hooks.last_cost(registration)
+    measured = {"loss": loss.item(), "seconds": seconds, **attrs.asdict(cost)}
+    mean = _mean(list(measured.values()), loss.device)
+    return StepRecord(step=step, **dict(zip(measured, mean, strict=True)))
+
+
+@torch.no_grad()
+def _validate(model: Transformer, text: Text, device: torch.device, rank: int, world_size: int) -> float:
+    """The held-out loss: every rank takes its share of the same windows."""
+    model.eval()
+    total, count = 0.0, 0
+    share = text.validation(rank=rank, world_size=world_size, windows=VALIDATION_WINDOWS)
+    for start in range(0, len(share), 16):
+        windows = share[start : start + 16].to(device)
+        total += loss_of(model, windows).item() * len(windows)
+        count += len(windows)
+    mean_total, mean_count = _mean([total, float(count)], device)
+    return mean_total / mean_count
+
+
+def _mean(values: list[float], device: torch.device) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    mean: list[float] = (total / dist.get_world_size()).tolist()
+    return mean
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,57 @@
+"""`commhub bench`: the flags, and nothing else; `commhub.bench` does the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from commhub.bench._options import DEFAULT_HOOKS, DEFAULT_REPORT
+from commhub.bench._sizes import SIZES
+
+
+@click.command()
+@click.option(
+    "--hooks",
+    default=",".join(DEFAULT_HOOKS),
+    show_default=True,
+    metavar="LIST",
+    help='Hook strings, separated by commas: a,b,"powersgd(rank=4)".',
+)
+@click.option("--nproc", type=int, default=2, show_default=True, help="Ranks on this machine.")
+@click.option("--steps", type=int, default=100, show_default=True, help="Training steps under each hook.")
+@click.option("--warmup", type=int, default=5, show_default=True, help="First steps that are not timed.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Windows of text per rank and step.")
+@click.option("--model", default="tiny", show_default=True, metavar="|".join(SIZES), help="The model's size.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of initial weights and batches.")
+@click.option("--data", metavar="PATH", help="File or folder of text.  [default: Python's standard library]")
+@click.option("--bandwidth", metavar="RATE", help="Emulate a link of this speed, such as 100mbit.")
+@click.option("--latency", metavar="TIME", help="Emulate a link with this latency, such as 1ms.")
+@click.option("--bucket-cap-mb", type=float, help="DDP's bucket size in MiB.  [default: DDP's own]")
+@click.option("--threads", type=int, help="Threads per rank.  [default: the cores divided among the ranks]")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
+)
+@click.option("--json", metavar="FILE", help="Write every measurement to this file.")
+@click.option("--report", metavar="FILE", help=f"Write the HTML report here.  [default: {DEFAULT_REPORT}]")
+@click.option("--no-report", is_flag=True, help="Write no HTML report.")
+@click.pass_context
+def bench(context: click.Context, /, hooks: str, no_report: bool, **values: Any) -> None:
+    """Train a transformer on real text under several hooks, and compare them.
+
+    Every hook starts from the same weights and sees the same batches, in real processes. Under torchrun this
+    is one rank of the job that torchrun started, on one machine or on many.
+    """
+    # Here, not above: `commhub --help` must stay quick.
+    from commhub._errors import HookOptionError
+    from commhub._hookstring import split
+    from commhub.bench import BenchError, Settings, run
+
+    try:
+        if no_report:
+            values["report"] = ""
+        code = run(Settings(hooks=split(hooks), **values))
+    except (BenchError, HookOptionError) as err:
+        click.echo(f"commhub bench: {err}", err=True)
+        code = 2
+    context.exit(code)

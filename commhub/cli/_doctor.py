@@ -1,0 +1,125 @@
+"""`commhub doctor`: load every plugin in a process of its own, and say what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, TypedDict
+
+import attrs
+import click
+
+from commhub import _index, _lookup
+from commhub.cli._output import print_json, print_table
+
+if TYPE_CHECKING:
+    from commhub._index import Claim
+    from commhub._lookup import Standing
+
+_COLUMNS = ("name", "package", "version", "status", "import", "imports torch")
+_LIMIT = 120  # seconds; a cold torch import on a slow disk takes a few tens
+_CHILD = (
+    "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['path']; "
+    "from commhub.cli._probe import probe; probe(job)"
+)
+
+
+class Finding(TypedDict):
+    """What a child process found out about one spec module."""
+
+    error: str | None
+    summaries: dict[str, str]
+    import_ms: float | None
+    imports_torch: bool | None
+    traceback: str | None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
+def doctor(as_json: bool) -> None:
+    """Load every plugin apart: status, import time, whether it imports torch, traceback.
+
+    A plugin's specs should load in milliseconds and without torch. Exits with 1 if a plugin is broken.
+    """
+    found: dict[tuple[str, str], Finding] = {}
+    rows = []
+    for standing in _lookup.standings():
+        claim, finding = standing.claim, None
+        if standing.status not in {"disabled", "incompatible"}:
+            plugin = (claim.distribution, claim.module)
+            if plugin not in found:
+                found[plugin] = _examine([c for c in _index.claims() if (c.distribution, c.module) == plugin])
+            finding = found[plugin]
+        rows.append(_row(standing, finding))
+    if as_json:
+        print_json(rows)
+    else:
+        _print(rows, found)
+    if any(row["status"] == "broken" for row in rows):
+        raise SystemExit(1)
+
+
+def _row(standing: Standing, finding: Finding | None) -> dict[str, object]:
+    claim = standing.claim
+    broken = finding is not None and finding["error"] is not None
+    return {
+        "name": claim.name,
+        "kind": claim.kind,
+        "distribution": claim.distribution,
+        "version": claim.version,
+        "status": "broken" if broken else standing.status,
+        "summary": finding["summaries"].get(claim.name, "") if finding else "",
+        "error": finding["error"] if finding and broken else standing.reason,
+        "module": claim.module,
+        "location": claim.location,
+        "import_ms": finding["import_ms"] if finding else None,
+        "imports_torch": finding["imports_torch"] if finding else None,
+        "traceback": finding["traceback"] if finding else None,
+    }
+
+
+def _examine(claims: list[Claim]) -> Finding:
+    job = json.dumps({"path": sys.path, "claims": [attrs.asdict(claim) for claim in claims]})
+    try:
+        child = subprocess.run(  # noqa: S603 - this interpreter, and text of our own
+            [sys.executable, "-c", _CHILD],
+            input=job,
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT,
+            check=False,
+        )
+        finding: Finding = json.loads(child.stdout)
+    except subprocess.TimeoutExpired:
+        return _lost(f"loading it took longer than {_LIMIT} s", None)
+    except ValueError:
+        return _lost(f"its process ended with exit code {child.returncode}", child.stderr)
+    return finding
+
+
+def _lost(error: str, traceback: str | None) -> Finding:
+    return Finding(error=error, summaries={}, import_ms=None, imports_torch=None, traceback=traceback)
+
+
+def _print(rows: list[dict[str, object]], found: dict[tuple[str, str], Finding]) -> None:
+    table = [
+        (
+            str(row["name"]),
+            str(row["distribution"]),
+            str(row["version"]),
+            str(row["status"]),
+            "-" if row["import_ms"] is None else f"{row['import_ms']} ms",
+            "yes" if row["imports_torch"] else "-" if row["imports_torch"] is None else "no",
+        )
+        for row in rows
+    ]
+    if table:
+        print_table(table, _COLUMNS)
+    for (distribution, module), finding in found.items():
+        if finding["error"] is not None:
+            click.echo(
+                f"\n{distribution}, {module}: {finding['error']}\n{finding['traceback'] or ''}".rstrip()
+            )
+    broken = sorted({str(row["distribution"]) for row in rows if row["status"] == "broken"})
+    click.echo(f"\n{len(rows)} names, {len(found)} plugins loaded, broken: {', '.join(broken) or 'none'}")

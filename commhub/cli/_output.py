@@ -1,0 +1,35 @@
+"""What the commands share: plain aligned columns, JSON, and completion of names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["complete_names", "print_json", "print_table"]
+
+
+def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """Print rows as left-aligned columns two blanks apart."""
+    table = [list(header), *map(list, rows)] if header else [*map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+    click.echo("\n".join(lines))
+
+
+def print_json(rows: Sequence[object]) -> None:
+    """Print a JSON list."""
+    import json  # only --json pays for it
+
+    click.echo(json.dumps(rows, indent=2, default=str))
+
+
+def complete_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the installed names that begin like `incomplete`; case and dashes do not matter."""
+    from commhub import _lookup
+    from commhub._hookstring import canonical_name
+
+    return [name for name in _lookup.names() if name.startswith(canonical_name(incomplete))]

@@ -18,12 +18,12 @@ Batch = Callable[[int, int], tuple[Tensor, ...]]
 def mlp(widths: Sequence[int] = (8, 16, 4), seed: int = 0) -> nn.Sequential:
     """Linear layers of these widths with tanh between them; the same on every rank for one seed.
 
-    `mlp([16] * 13)` has 12 layers of 1 KiB, and `DistributedDataParallel(..., bucket_cap_mb=1 / 1024)` makes 12
-    buckets of it, from the second step on.
+    `mlp([16] * 13)` has 12 layers of 1 KiB, and `DistributedDataParallel(..., bucket_cap_mb=1 / 1024)` makes
+    12 buckets of it, from the second step on.
     """
     layers: list[nn.Module] = []
     for inner, outer in itertools.pairwise(widths):
-        layers += [nn.Linear(inner, outer), nn.Tanh()]
+        layers += [_linear(inner, outer), nn.Tanh()]
     return _seeded(nn.Sequential(*layers[:-1]), seed)
 
 
@@ -32,8 +32,8 @@ class Branches(nn.Module):
 
     def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()
-        self.used = nn.Linear(width, width)
-        self.unused = nn.Linear(width, width)
+        self.used = _linear(width, width)
+        self.unused = _linear(width, width)
         _seeded(self, seed)
 
     def forward(self, x: Tensor, both: bool = False) -> Tensor:
@@ -62,7 +62,7 @@ class EveryKind(nn.Module):
         channels_last = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
         self.channels_last = nn.Parameter(channels_last)
         self.transposed = nn.Parameter(torch.zeros(4, 7).t())
-        self.embedding = nn.Embedding(6, 3, sparse=True)
+        self.embedding = nn.Embedding(6, 3, sparse=True, _weight=torch.zeros(6, 3))
         _seeded(self, seed)
 
     def forward(self, scale: Tensor, tokens: Tensor) -> Tensor:
@@ -80,8 +80,13 @@ class EveryKind(nn.Module):
         return scale, torch.tensor([rank % 6, (rank + step) % 6, 5])
 
 
+def _linear(inner: int, outer: int) -> nn.Linear:
+    # By way of the meta device, whose initialisation draws nothing from the global generator.
+    return nn.Linear(inner, outer, device="meta").to_empty(device="cpu")
+
+
 def _seeded(module: M, seed: int) -> M:
-    """Fill parameters from a generator of their own, so that the global one is left alone."""
+    """Fill the parameters from a generator of their own; the global one is left alone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -122,8 +127,8 @@ def train(
 ) -> Run:
     """Train on this rank's batches and keep losses, gradients and the final parameters (all copies).
 
-    `batch` defaults to normal inputs as wide as the model's first linear layer; the loss is the output if it is
-    a scalar, else its mean square. `optimizer` defaults to SGD.
+    `batch` defaults to normal inputs as wide as the model's first linear layer; the loss is the output if it
+    is a scalar, else its mean square. `optimizer` defaults to SGD.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     bare = getattr(model, "module", model)

@@ -110,8 +110,10 @@ class RankPool:
         server.read_notices()
         for process in [p for p in self._idle if p.status is not None]:
             self._idle.remove(process)
+            last_words = process.written()
+            process.close()
             warnings.warn(
-                f"a rank's process ended between calls, with status {process.status}:\n{process.written()}",
+                f"a rank's process ended between calls, with status {process.status}:\n{last_words}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -175,7 +177,8 @@ class RankPool:
                 process.close()
             else:
                 process.forget_output()
-                self._idle.append(process)
+        if not (found.errors or fresh):
+            self._idle[:0] = ranks
         return outputs
 
     def close(self) -> None:
@@ -183,7 +186,7 @@ class RankPool:
         with self._lock:
             if self._finalizer is not None:
                 self._finalizer()
-            for process in self._idle:
+            for process in [*self._idle, *([self._store[0]] if self._store else [])]:
                 process.close()
             self._idle, self._server, self._store, self._finalizer = [], None, None, None
 

@@ -1,0 +1,79 @@
+"""However a session ends, no process of the pool outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from commhub.testing import RankPool
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SCRIPT = """
+import os, sys, time
+from commhub.testing import RankPool
+
+def helper_and_self():
+    import subprocess
+    return os.getpid(), subprocess.Popen(["sleep", "100"]).pid
+
+def busy():
+    time.sleep(100)
+
+if __name__ == "__main__":
+    pool = RankPool()
+    pids = [pid for pair in pool.run(helper_and_self, 2) for pid in pair]
+    print(*pids, pool._server.pid, pool._store[0].number, flush=True)
+    pool.run(busy, 2) if sys.argv[1] == "busy" else time.sleep(100)
+"""
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_gone(pids, seconds=10):
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [pid for pid in pids if alive(pid)]
+
+
+def test_closing_the_pool_ends_its_processes_and_a_later_call_starts_new_ones():
+    with RankPool() as pool:
+        pids = pool.run(os.getpid, 2)
+        server = pool._server.pid
+        assert all(map(alive, [*pids, server]))
+        pool.close()
+        assert not any(map(alive, [*pids, server]))
+        assert pool.run(os.getpid, 1) != pids[:1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("state", "signum"),
+    [("busy", signal.SIGINT), ("busy", signal.SIGTERM), ("busy", signal.SIGKILL), ("idle", signal.SIGINT)],
+)
+def test_a_session_that_is_ended_from_outside_leaves_no_process(tmp_path, state, signum):
+    script = tmp_path / "session.py"
+    script.write_text(SCRIPT)
+    session = subprocess.Popen(
+        [sys.executable, script, state],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with session:
+        pids = [int(word) for word in session.stdout.readline().split()][:-1]
+        time.sleep(0.2)
+        assert all(map(alive, pids))
+        session.send_signal(signum)
+    assert wait_until_gone(pids) == []

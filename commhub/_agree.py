@@ -22,9 +22,6 @@ from torch.distributed import PrefixStore, ProcessGroup, Store
 from ._errors import HookMismatchError, RegistrationError
 from .drivers._board import own_connection
 
-_meetings: dict[str, int] = {}
-
-
 @attrs.frozen
 class Meeting:
     """A place in the group's store that only this occasion uses, the same on every rank."""
@@ -41,14 +38,14 @@ class Meeting:
         Raises:
             RegistrationError: if the group has no store.
         """
-        name = str(group.group_name)
-        _meetings[name] = _meetings.get(name, 0) + 1
+        rank = dist.get_rank(group)
         try:
-            base = dist.distributed_c10d._get_process_group_store(group)
-        except (KeyError, ValueError, AttributeError) as error:
-            raise RegistrationError(f"process group {name!r} has no store to agree on a hook through.") from error
-        store = PrefixStore(f"commhub/{_meetings[name]}", own_connection(base, timeout))
-        return cls(store, dist.get_rank(group), dist.get_world_size(group), timeout)
+            base = own_connection(dist.distributed_c10d._get_process_group_store(group), timeout)
+            number = base.add(f"commhub/meetings of rank {rank}", 1)
+        except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+            text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
+            raise RegistrationError(text) from error
+        return cls(PrefixStore(f"commhub/{number}", base), rank, dist.get_world_size(group), timeout)
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this meeting."""

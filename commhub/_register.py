@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ._choice import Chosen, choose
+from ._choosing import Chosen, choose
 from ._ddp import check_devices, find, group_of, refuse, trainable
 from ._errors import HookOptionError, RegistrationError
 from ._protocols import InnerHook

@@ -13,7 +13,7 @@ import torch
 
 from . import _saving
 from ._agree import Meeting, agree
-from ._choice import Chosen, choose
+from ._choosing import Chosen, choose
 from ._engine import PlainMean
 from ._errors import RegistrationError
 from ._session import Ground, Session, start

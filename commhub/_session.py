@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ._agree import Meeting, agree, number_hosts
 from ._bucket import lay_out
-from ._choice import Chosen, short_dtype, wire_dtype
+from ._choosing import Chosen, short_dtype, wire_dtype
 from ._engine import Engine
 from ._errors import RegistrationError
 from ._protocols import Hook, Setup

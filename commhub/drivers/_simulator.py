@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._bucket import Bucket, lay_out
-from .._choice import choose, wire_dtype
+from .._choosing import choose, wire_dtype
 from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Subgroup
 from .._errors import HookError
 from .._protocols import Hook, Setup

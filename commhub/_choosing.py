@@ -1,0 +1,125 @@
+"""From what a user writes (a name, a hook string, a HookType member, a hook object) to a hook that can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from ._errors import HookOptionError
+from ._hookstring import HookString, parse
+from ._protocols import Hook
+from ._registry import resolve
+from ._spec import RESERVED
+
+_WIRES = {
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@attrs.frozen(kw_only=True)
+class Chosen:
+    """A hook that was chosen and can be made.
+
+    Attributes:
+        name: the registered name, or the class's name for a hook object.
+        make: makes one; each call a new one, except for a hook object.
+        given, options: the hook's options as given, and all of them.
+        reserved: options of ``register`` that the hook string carried.
+        prefix: the distribution, where the bare name would not be enough.
+        distribution, version: whose hook it is; empty for a hook object.
+    """
+
+    name: str
+    make: Callable[[], Hook]
+    given: Mapping[str, object] = attrs.field(factory=dict)
+    options: Mapping[str, object] = attrs.field(factory=dict)
+    reserved: Mapping[str, object] = attrs.field(factory=dict)
+    prefix: str | None = None
+    distribution: str = ""
+    version: str = ""
+
+    @property
+    def label(self) -> str:
+        """How errors name it: ``powersgd (commhub-powersgd 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})" if self.distribution else self.name
+
+    def text(self, wire: torch.dtype | None = None) -> str:
+        """The canonical hook string, with ``register``'s ``wire`` where there is one."""
+        given = dict(self.given)
+        if wire is not None:
+            given["wire"] = short_dtype(wire)
+        bare = f"{self.prefix}:{self.name}" if self.prefix else self.name
+        return str(HookString(name=self.name, options=given, distribution=self.prefix)) if given else bare
+
+
+def choose(hook: object, options: Mapping[str, Any]) -> Chosen:
+    """Resolve what the user wrote; nothing is made yet.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError: see ``commhub.info``.
+        HookOptionError: for an option that is unknown, given twice, or of the wrong type.
+        TypeError: if ``hook`` is neither text nor has a ``reduce`` method.
+    """
+    if not isinstance(hook, str):
+        return _of_object(hook, options)
+    text = str(getattr(hook, "value", hook))
+    parsed = parse(text)
+    twice = sorted(parsed.options.keys() & options.keys())
+    if twice:
+        raise HookOptionError(f"{text}: {twice[0]!r} is given in the hook string and as an argument. Give it once.")
+    every = {**parsed.options, **options}
+    reserved = {key: every.pop(key) for key in sorted(RESERVED) if key in every}
+    name = f"{parsed.distribution}:{parsed.name}" if parsed.distribution else parsed.name
+    choice = resolve(name, every, kind="hook")
+    return Chosen(
+        name=choice.name,
+        make=choice.create,
+        given=choice.given,
+        options=choice.options,
+        reserved=reserved,
+        prefix=parse(choice.canonical).distribution,
+        distribution=choice.distribution,
+        version=choice.version,
+    )
+
+
+def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:
+    if isinstance(hook, type) or not callable(getattr(hook, "reduce", None)):
+        shown = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
+        raise TypeError(
+            f"{shown} is no hook. Give a name, a hook string, a HookType member, or an object with reduce(bucket)."
+        )
+    reserved = {key: value for key, value in options.items() if key in RESERVED}
+    extra = sorted(options.keys() - reserved.keys())
+    name = type(hook).__name__
+    if extra:
+        raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
+    made: Any = hook
+    return Chosen(name=name, make=lambda: made, reserved=reserved)
+
+
+def wire_dtype(wire: object) -> torch.dtype | None:
+    """The dtype that ``wire=`` means: a floating ``torch.dtype`` or a name such as ``"bf16"``.
+
+    Raises:
+        HookOptionError: if it means none.
+    """
+    if wire is None or (isinstance(wire, torch.dtype) and wire.is_floating_point):
+        return wire
+    if isinstance(wire, str) and wire.lower().removeprefix("torch.") in _WIRES:
+        return _WIRES[wire.lower().removeprefix("torch.")]
+    raise HookOptionError(f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(_WIRES))}.")
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """The shortest name that ``wire_dtype`` reads back."""
+    return next((name for name, known in _WIRES.items() if known is dtype), str(dtype).removeprefix("torch."))

@@ -67,20 +67,18 @@ def _set_path(path: list[str]) -> None:
     gone = tuple(os.path.join(entry, "") for entry in set(sys.path) - set(path) if entry)
     if sys.path != path:
         sys.path[:] = path
-        importlib.invalidate_caches()
-    if gone:
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(gone):
-                del sys.modules[name]
-    refresh_index()
+        forget_modules(gone)
 
 
-def refresh_index() -> None:
-    """Have commhub look again for what is installed, if it looked already."""
-    index = sys.modules.get("commhub._index")
-    refresh = getattr(index, "refresh", None)
-    if refresh is not None:
-        refresh()
+def forget_modules(folders: tuple[str, ...]) -> None:
+    """Forget the modules that came from these folders, and what import and commhub know of the path."""
+    for name, module in list(sys.modules.items()):
+        if folders and (getattr(module, "__file__", None) or "").startswith(folders):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+    for home in ("commhub._index", "commhub._registry"):
+        if home in sys.modules:
+            sys.modules[home].refresh()
 
 
 def collect() -> None:

@@ -10,8 +10,8 @@ PYTHONPATH too, so subprocesses find it; the pool's ranks take over `sys.path` w
 import base64
 import contextlib
 import hashlib
-import importlib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from typing import Self
 
 import attrs
 
-from commhub.testing._isolation import refresh_index
+from commhub.testing._isolation import forget_modules
 
 Fields = str | Mapping[str, object]
 """A hook's class in `source`, or its spec's fields: `{"factory": "Foo", "options": [{"name": ...}], ...}`."""
@@ -47,8 +47,7 @@ class TemporaryPlugin:
         sys.path.insert(0, str(self.folder))
         rest = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{self.folder}{os.pathsep}{rest}" if rest else str(self.folder)
-        importlib.invalidate_caches()
-        refresh_index()
+        forget_modules(())
 
     def uninstall(self) -> None:
         """Take it off again and forget its modules."""
@@ -60,12 +59,7 @@ class TemporaryPlugin:
         os.environ["PYTHONPATH"] = os.pathsep.join(entries)
         if not os.environ["PYTHONPATH"]:
             del os.environ["PYTHONPATH"]
-        inside = os.path.join(self.folder, "")
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(inside):
-                del sys.modules[name]
-        importlib.invalidate_caches()
-        refresh_index()
+        forget_modules((os.path.join(self.folder, ""),))
 
 
 def temporary_plugin(
@@ -87,7 +81,7 @@ def temporary_plugin(
     (group -> name -> value) the entry points that `hooks` and `averagers` would get: for broken plugins.
     """
     hooks, averagers = hooks or {}, averagers or {}
-    package = name.replace("-", "_")
+    package = re.sub("[-.]+", "_", name).lower()
     if spec is None:
         spec = _spec_module(package, hooks, averagers)
     if entry_points is None:

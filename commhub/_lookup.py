@@ -99,7 +99,7 @@ def _stand(claim: Claim, disabled: Iterable[Claim], candidates: Iterable[Claim])
         explicit = f"{claim.distribution}:{claim.name}"
         return Standing(claim, "shadowed", f"the name belongs to {owner}; write {explicit!r}")
     rivals = sorted({rival.distribution for rival in candidates if rival.name == claim.name})
-    if len(rivals) > 1:
+    if owner is None and len(rivals) > 1:
         explicit = " or ".join(repr(f"{rival}:{claim.name}") for rival in rivals)
         return Standing(claim, "conflict", f"offered by {' and '.join(rivals)}; write {explicit}")
     return Standing(claim, "ok")

@@ -39,7 +39,7 @@ class Site:
         fields="",
         where="",
     ):
-        """Install a distribution; `source` replaces its spec module, `announce` the names of its entry points."""
+        """Install a distribution; `source` replaces its spec module, `announce` its entry points' names."""
         root = self.path / where
         module = f"{distribution.replace('-', '_')}_specs".lower()
         if source is None:

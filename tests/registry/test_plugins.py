@@ -18,7 +18,10 @@ BROKEN = {
     ),
     "not a list": ("from commhub import hookimpl\n@hookimpl\ndef commhub_hooks(): return 3", TypeError),
     "a generator": ("from commhub import hookimpl\n@hookimpl\ndef commhub_hooks(): yield 3", TypeError),
-    "list of names": ("from commhub import hookimpl\n@hookimpl\ndef commhub_hooks(): return ['some']", TypeError),
+    "list of names": (
+        "from commhub import hookimpl\n@hookimpl\ndef commhub_hooks(): return ['some']",
+        TypeError,
+    ),
     "averager among hooks": (
         "from commhub import AveragerSpec, hookimpl\n@hookimpl\n"
         "def commhub_hooks(): return [AveragerSpec(name='some', summary='x', factory='a:b')]",

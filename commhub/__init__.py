@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from commhub._manual import manual
     from commhub._names import HookType
+    from commhub._feedback import ErrorFeedback
     from commhub._network import Network
     from commhub._plugins import hookimpl
     from commhub._protocols import Averager, Exchange, Hook, Setup
@@ -53,6 +54,7 @@ __all__ = [
     "Bucket",
     "Collective",
     "CommhubError",
+    "ErrorFeedback",
     "Exchange",
     "Hook",
     "HookConflictError",
@@ -94,6 +96,7 @@ _HOMES = {
     "Bucket": "commhub._bucket",
     "Collective": "commhub._collectives",
     "CommhubError": "commhub._errors",
+    "ErrorFeedback": "commhub._feedback",
     "Exchange": "commhub._protocols",
     "Hook": "commhub._protocols",
     "HookConflictError": "commhub._errors",

@@ -11,9 +11,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch.distributed as dist
@@ -21,6 +20,10 @@ from torch.distributed import PrefixStore, ProcessGroup, Store
 
 from ._errors import HookMismatchError, RegistrationError
 from .drivers._board import own_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 @attrs.frozen
 class Meeting:
@@ -71,7 +74,7 @@ def agree(
 
     Raises:
         HookMismatchError: on every rank, naming ranks and values, when facts differ.
-        RegistrationError: on the ranks where nothing failed, naming one where something did, or ranks that did not come.
+        RegistrationError: where nothing failed, naming a rank where something did, or ranks that did not come.
         BaseException: ``failure`` itself, on its rank.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

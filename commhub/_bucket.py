@@ -5,13 +5,16 @@ The core lays the bucket out; a hook reads ``gradients`` (or ``segments``) and l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 from torch import Tensor
 
-from ._collectives import Subgroup
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ._collectives import Subgroup
 
 
 @attrs.frozen
@@ -79,7 +82,9 @@ class Bucket:
     _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat.device), takes_self=True))
 
     def __repr__(self) -> str:
-        return f"Bucket(index={self.index}, step={self.step}, {len(self.names)} parameters, {self.flat.numel()} elements)"
+        return (
+            f"Bucket(index={self.index}, step={self.step}, {len(self.names)} parameters, {self.flat.numel()} elements)"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from ._errors import HookOptionError
 from ._hookstring import HookString, parse
-from ._protocols import Hook
 from ._registry import resolve
 from ._spec import RESERVED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ._protocols import Hook
 
 _WIRES = {
     "fp16": torch.float16,
@@ -117,7 +120,9 @@ def wire_dtype(wire: object) -> torch.dtype | None:
         return wire
     if isinstance(wire, str) and wire.lower().removeprefix("torch.") in _WIRES:
         return _WIRES[wire.lower().removeprefix("torch.")]
-    raise HookOptionError(f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(_WIRES))}.")
+    raise HookOptionError(
+        f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(_WIRES))}."
+    )
 
 
 def short_dtype(dtype: torch.dtype) -> str:

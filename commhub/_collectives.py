@@ -31,7 +31,7 @@ class Subgroup:
         return len(self.ranks)
 
 
-def _op(instance: object, attribute: attrs.Attribute[str], value: object) -> None:
+def _op(instance: object, _attribute: attrs.Attribute[str], value: object) -> None:
     if value not in ("mean", "sum"):
         raise ValueError(f"{type(instance).__name__}: op is {value!r}; it is 'mean' or 'sum'.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._errors import RegistrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SLOT = "_commhub_slot"
 """The attribute of a DDP model under which commhub's one entry into it is kept."""
@@ -23,7 +26,9 @@ def find(model: object) -> DistributedDataParallel:
     """
     if isinstance(model, DistributedDataParallel):
         return model
-    inside = [m for m in model.modules() if isinstance(m, DistributedDataParallel)] if isinstance(model, nn.Module) else []
+    inside = (
+        [m for m in model.modules() if isinstance(m, DistributedDataParallel)] if isinstance(model, nn.Module) else []
+    )
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -44,7 +49,9 @@ def refuse(model: DistributedDataParallel) -> None:
             "which runs no hooks. Build it in the default mode."
         )
     if any(hasattr(p, "_in_backward_optimizers") for p in model._module_parameters):
-        raise RegistrationError("an optimizer in backward owns the model's one hook slot. Use optimizer_overlap instead.")
+        raise RegistrationError(
+            "an optimizer in backward owns the model's one hook slot. Use optimizer_overlap instead."
+        )
     if SLOT in model.__dict__:
         return
     logged = model._get_ddp_logging_data().get("comm_hook", "") if not model._comm_hooks else ""

@@ -5,7 +5,6 @@ Knows nothing of DistributedDataParallel; the slot on a DDP model and ``manual``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from ._bucket import Bucket, Span
 from ._collectives import AllReduce
-from ._errors import HookError
 from ._sparse import SparseMean
 from .drivers._job import Scratch
 from .drivers._lane import Lane
 from .drivers._stats import Meter, Stats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ._errors import HookError
     from ._network import Network
     from ._protocols import Exchange, Hook
     from ._state import State
@@ -57,8 +58,8 @@ class PlainMean:
         bucket.flat.copy_((yield AllReduce(bucket.flat)))
 
 
-class _Count:
-    """Adds up one number per rank."""
+class _Sum:
+    """Adds up over the ranks."""
 
     def reduce(self, bucket: Bucket) -> Exchange:
         bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum")))
@@ -172,9 +173,11 @@ class Engine:
         self.state.rollback()
         self._open = False
 
-    def count(self, mine: int, device: torch.device) -> int:
-        """The sum of one number per rank, in a round of its own."""
-        flat = torch.tensor([float(mine)], device=device)
+    def sum(self, flat: Tensor) -> Tensor:
+        """The sum of one short 1-D tensor per rank, in place, in a round of its own.
+
+        A group that has failed leaves it as it is; the step that follows says so.
+        """
         bucket = Bucket(
             flat=flat,
             parameters=(),
@@ -186,6 +189,6 @@ class Engine:
             world_size=self.world_size,
             spans=(),
         )
-        self.driver.submit(self._lane(_Count(), bucket, None, lambda: None))
+        self.driver.submit(self._lane(_Sum(), bucket, None, lambda: None))
         self.driver.wait()
-        return int(flat.item())
+        return flat

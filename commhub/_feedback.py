@@ -6,13 +6,14 @@ What a step leaves unsent is kept on this rank and added to the next gradient (S
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ._bucket import Bucket
     from ._protocols import Setup
 

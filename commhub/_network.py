@@ -55,9 +55,7 @@ class Network:
 def _bandwidth(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)bit(?:/s|ps)?\s*", text.lower())
     if not match or float(match[1]) == 0:
-        raise ValueError(
-            f"bandwidth {text!r} is not understood; write it like 100mbit or 1.5gbit (bits per second)."
-        )
+        raise ValueError(f"bandwidth {text!r} is not understood; write it like 100mbit or 1.5gbit (bits per second).")
     return float(match[1]) * _BITS[match[2]]
 
 

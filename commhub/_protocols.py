@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
-import torch
-from torch import Tensor
 
-from ._bucket import Bucket
 from ._collectives import Collective, Subgroup
-from ._state import State
+
+if TYPE_CHECKING:
+    import torch
+
+    from ._bucket import Bucket
+    from ._state import State
 
 Request = Collective | tuple[Collective, ...]
 Exchange = Generator[Request, Any, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,8 @@ from ._session import Ground, checked_timeout, start
 from ._slot import Slot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.nn.parallel import DistributedDataParallel
 
 
@@ -66,7 +67,7 @@ def register(
         refuse(ddp)
         check_devices(ddp, dist.get_backend(group))
         checked_timeout(timeout, group, ddp.device)
-        _optimizers(optimizer)
+        optimizers_of(optimizer)
         chosen = choose(hook, every)
         strange = sorted(chosen.reserved.keys() - {"wire", "process_group", "optimizer", "scaler"})
         if strange:
@@ -80,7 +81,7 @@ def register(
         device=ddp.device,
         parameters=tuple(trainable(ddp)),
         traits=_traits(ddp),
-        optimizers=_optimizers(optimizer, strict=False),
+        optimizers=optimizers_of(optimizer, strict=False),
         scaler=scaler,
         timeout=checked_timeout(timeout if valid_timeout else None, group, ddp.device),
         verify=verify is not False,
@@ -106,7 +107,8 @@ def _traits(model: DistributedDataParallel) -> dict[str, Any]:
     }
 
 
-def _optimizers(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
+def optimizers_of(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer, several or none, as a tuple; what is none of these raises RegistrationError if ``strict``."""
     if given is None:
         return ()
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
@@ -128,7 +130,9 @@ def create(hook: object, **options: Any) -> InnerHook:
     """
     chosen = choose(hook, options)
     if chosen.reserved:
-        raise HookOptionError(f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one.")
+        raise HookOptionError(
+            f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one."
+        )
     return InnerHook(chosen.make(), chosen.name)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from ._errors import RegistrationError
 from ._session import Ground, Session, start
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from ._network import Network
     from ._protocols import Hook
     from ._slot import Slot

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._hookstring import parse
 from ._state import State, check_same
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = 1
 
@@ -124,6 +126,8 @@ def read(directory: Path) -> list[dict[str, Any]]:
     for rank in range(1, int(states[0]["world_size"])):
         path = directory / f"{_key(rank)}.pt"
         if not path.exists():
-            raise ValueError(f"{directory} holds the state of {states[0]['world_size']} ranks, but {path.name} is missing.")
+            raise ValueError(
+                f"{directory} holds the state of {states[0]['world_size']} ranks, but {path.name} is missing."
+            )
         states.append(torch.load(path, map_location="cpu", weights_only=True))
     return states

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -17,6 +16,9 @@ from ._errors import RegistrationError
 from ._protocols import Hook, Setup
 from ._state import State
 from .drivers._stats import Meter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -73,7 +75,7 @@ def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
     driver = None
     try:
         driver = _driver(ground, meeting, chosen.label)
-        engine = _prepared(ground, meeting, chosen, hook, wire, number_hosts(hosts), driver)
+        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver)
     except Exception as error:  # noqa: BLE001 - the same
         failure = error
     try:
@@ -88,7 +90,6 @@ def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
 def _prepared(
     ground: Ground,
     meeting: Meeting,
-    chosen: Chosen,
     hook: Hook,
     wire: torch.dtype | None,
     hosts: tuple[int, ...],
@@ -97,9 +98,7 @@ def _prepared(
     names = tuple(name for name, _ in ground.parameters)
     tensors = [parameter for _, parameter in ground.parameters]
     state = State(names)
-    engine = Engine(
-        hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire
-    )
+    engine = Engine(hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire)
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
         setup = Setup(

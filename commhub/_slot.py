@@ -8,20 +8,22 @@ completed with what is in the buckets, and the error is raised from a callback t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
-from torch.nn.parallel import DistributedDataParallel
 
 from ._bucket import Span, lay_out
 from ._ddp import SLOT, trainable
 from ._errors import HookError, RegistrationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.nn.parallel import DistributedDataParallel
+
     from ._engine import Engine
 
 Future = torch.futures.Future
@@ -123,7 +125,8 @@ class Slot:
         self._seen, self._task = 0, None
         divisor = None
         if joining and not model._divide_by_initial_world_size:
-            divisor = engine.count(0 if shadow else 1, self._device)
+            active = torch.tensor([0.0 if shadow else 1.0], device=self._device)
+            divisor = max(1, int(engine.sum(active).item()))
         scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
         engine.begin(divisor=divisor, loss_scale=scale)
 

@@ -66,7 +66,7 @@ class Entries(MutableMapping[str, Tensor]):
 
 
 class State:
-    """A hook's memory: ``state.local(name)`` differs per rank (residuals), ``state.shared(name)`` is equal everywhere."""
+    """A hook's memory: ``local(name)`` differs per rank (residuals), ``shared(name)`` is equal everywhere."""
 
     def __init__(self, names: tuple[str, ...], *, _store: _Store | None = None, _prefix: str = "") -> None:
         self._store = _Store(tuple(names)) if _store is None else _store

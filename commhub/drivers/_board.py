@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed import Store
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 class Board:

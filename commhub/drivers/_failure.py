@@ -29,6 +29,8 @@ def own_error(label: str, bucket: Bucket, error: BaseException) -> HookError:
 
 def peer_error(label: str, bucket: Bucket, peer: int, text: str, cause: BaseException | None = None) -> HookError:
     """The error of another rank, as this rank reports it."""
-    made = HookError(f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}: rank {peer} failed: {text}")
+    made = HookError(
+        f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}: rank {peer} failed: {text}"
+    )
     made.__cause__ = cause
     return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, Work
 
-from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Subgroup
+from .._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
 from ._job import Job, sum_shares
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PIECE = 1 << 20
 """Bytes of payload in one piece of a large all-gather or all-to-all."""

@@ -5,7 +5,6 @@ Everything that is the same for every way of communicating is here, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -16,6 +15,8 @@ from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
 from .._errors import HookError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .._bucket import Bucket
 
 _KINDS = (AllReduce, AllGather, ReduceScatter, AllToAll, Broadcast)
@@ -114,12 +115,16 @@ def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | No
     p = world if collective.group is None else len(collective.group)
     kind = type(collective)
     if kind in (ReduceScatter, AllToAll) and tensor.numel() % p:
-        raise HookError(f"yielded {kind.__name__} of {tensor.numel()} elements among {p} ranks. Pad to a multiple of {p}.")
+        raise HookError(
+            f"yielded {kind.__name__} of {tensor.numel()} elements among {p} ranks. Pad to a multiple of {p}."
+        )
     if isinstance(collective, Broadcast) and not 0 <= collective.src < p:
         raise HookError(f"yielded Broadcast(src={collective.src}) among {p} ranks. Give a rank of the group.")
     if isinstance(collective, AllReduce | ReduceScatter) and collective.op == "mean":
         if not payload.is_floating_point():
-            raise HookError(f"yielded {kind.__name__}(op='mean') of {payload.dtype}. Use op='sum', or a floating dtype.")
+            raise HookError(
+                f"yielded {kind.__name__}(op='mean') of {payload.dtype}. Use op='sum', or a floating dtype."
+            )
         divisor = bucket.divisor if collective.group is bucket.group or collective.group is None else p
         if divisor != 1:
             payload.mul_(1.0 / divisor)
@@ -133,7 +138,9 @@ def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | No
 
 def _checked(request: object, bucket: Bucket) -> Collective:
     if not isinstance(request, _KINDS):
-        raise HookError(f"yielded {type(request).__name__}. Yield a collective such as AllReduce(bucket.flat), or a tuple.")
+        raise HookError(
+            f"yielded {type(request).__name__}. Yield a collective such as AllReduce(bucket.flat), or a tuple."
+        )
     tensor = request.tensor
     name = type(request).__name__
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:

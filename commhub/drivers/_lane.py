@@ -12,11 +12,11 @@ from torch import Tensor
 from .._collectives import AllReduce
 from .._errors import HookError
 from ._job import Job, Scratch, make_job
-from ._stats import Meter
 
 if TYPE_CHECKING:
     from .._bucket import Bucket
     from .._protocols import Hook
+    from ._stats import Meter
 
 
 class Lane:

@@ -217,9 +217,7 @@ class _World:
 
     def outcome(self) -> Simulation:
         first = self.results[0]
-        shared = [
-            [a if _same_bits(a, b) else b for a, b in zip(first, mine, strict=True)] for mine in self.results
-        ]
+        shared = [[a if _same_bits(a, b) else b for a, b in zip(first, mine, strict=True)] for mine in self.results]
         return Simulation(
             gradients=tuple(tuple(mine) for mine in shared),
             sent_bytes=tuple(meter.step.sent_bytes for meter in self.meters),
@@ -269,7 +267,9 @@ def exchange(stage: Sequence[Job]) -> None:
             continue
         members = range(len(stage)) if job.group is None else job.group.ranks
         if rank not in members:
-            raise HookError(f"rank {rank} asked for a collective in the subgroup {job.group}, to which it does not belong.")
+            raise HookError(
+                f"rank {rank} asked for a collective in the subgroup {job.group}, to which it does not belong."
+            )
         _carry_out([stage[r] for r in members])
         done.update(members)
 
@@ -295,4 +295,3 @@ def _carry_out(jobs: list[Job]) -> None:
             results = [sum_shares([mine[place] for mine in shares]) for place in range(len(jobs))]
     for job, result in zip(jobs, results, strict=True):
         job.raw = result
-

@@ -15,21 +15,22 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from .._errors import HookError, HookTimeoutError
-from ._board import Board
 from ._failure import Stopped, own_error, peer_error
 from ._gloo import Channel, Flight, sweep
-from ._lane import Lane
-from ._stats import Meter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from .._collectives import Subgroup
     from .._network import Network
+    from ._board import Board
+    from ._lane import Lane
+    from ._stats import Meter
 
 _POLL = 0.0005
 """Seconds between looks at Gloo while more buckets may come."""
@@ -277,7 +278,7 @@ class ThreadDriver:
         """Run a piece of a lane; whatever it raises becomes the failure that every rank will hear of."""
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - a hook may raise anything
+        except Exception as error:
             lost = isinstance(error, RuntimeError) and not isinstance(error, HookError) and _is_connection(error)
             peer = self._board.read_soon(2.0) if lost else self._board.read()
             if lost and peer is not None:

@@ -1,0 +1,143 @@
+"""Hooks for training that uses no DistributedDataParallel: the gradients are averaged when the user says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ._bucket import Span, lay_out
+from ._choosing import choose
+from ._ddp import check_devices, trainable
+from ._errors import RegistrationError
+from ._register import optimizers_of
+from ._registration import Registration
+from ._session import Ground, checked_timeout, start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ._choosing import Chosen
+
+BUCKET_BYTES = 25 * 2**20
+"""The size at which a bucket is full, DDP's own default."""
+
+
+class ManualRegistration(Registration):
+    """A hook on a bare module: call ``average()`` after backward, on every rank."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._buckets = _fill(self._ground.parameters)
+
+    def average(self) -> None:
+        """Average the gradients of all parameters over the ranks, in place.
+
+        A parameter without a gradient here counts as zero; one that has none on any rank is left alone.
+
+        Raises:
+            HookError: what went wrong, on every rank.
+        """
+        self._check_usable()
+        engine = self._session.engine
+        scaler = self._ground.scaler
+        somewhere = self._used_somewhere()
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        with torch.no_grad():
+            engine.begin(loss_scale=scale)
+            filled = []
+            for parameters, spans in self._buckets:
+                flat = torch.zeros(sum(s.numel for s in spans), dtype=parameters[0].dtype, device=self._ground.device)
+                views = [flat.as_strided(s.shape, s.stride, s.offset) for s in spans]
+                for view, parameter in zip(views, parameters, strict=True):
+                    if parameter.grad is not None:
+                        view.copy_(parameter.grad)
+                used = tuple(p.grad is not None for p in parameters)
+                engine.add(flat, parameters, spans, used, lambda: None)
+                filled.append((parameters, views))
+            failure = engine.end()
+            if failure is not None:
+                raise failure
+            for parameters, views in filled:
+                for parameter, view in zip(parameters, views, strict=True):
+                    if parameter.grad is not None:
+                        parameter.grad.copy_(view)
+                    elif id(parameter) in somewhere:
+                        parameter.grad = view.clone()
+        if self._schedule:
+            self._follow_schedule()
+
+    def _used_somewhere(self) -> set[int]:
+        parameters = [p for _, p in self._ground.parameters]
+        flags = torch.tensor([float(p.grad is not None) for p in parameters], device=self._ground.device)
+        counts = self._session.engine.sum(flags).tolist()
+        return {id(p) for p, n in zip(parameters, counts, strict=True) if n}
+
+
+def _fill(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[list[Tensor], tuple[Span, ...]]]:
+    """Buckets of one dtype each, last parameters first, as backward makes their gradients."""
+    buckets: list[list[tuple[str, Tensor]]] = []
+    size = 0
+    for name, parameter in reversed(list(parameters)):
+        fits = buckets and size + parameter.nbytes <= BUCKET_BYTES and buckets[-1][0][1].dtype == parameter.dtype
+        if not fits:
+            buckets.append([])
+            size = 0
+        buckets[-1].append((name, parameter))
+        size += parameter.nbytes
+    return [([p for _, p in bucket], lay_out([n for n, _ in bucket], [p for _, p in bucket])) for bucket in buckets]
+
+
+def manual(
+    module: nn.Module,
+    hook: object,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    scaler: Any = None,
+    wire: torch.dtype | str | None = None,
+    verify: bool = True,
+    timeout: float | None = None,
+    **options: Any,
+) -> ManualRegistration:
+    """Average the gradients of a bare module with a hook; collective.
+
+    The arguments are those of ``commhub.register``; ``process_group`` is all ranks by default. Call ``average()`` on
+    what is returned after each backward.
+
+    Raises:
+        RegistrationError: also if ``module`` is a DDP model, which averages by itself.
+
+    >>> registration = commhub.manual(module, "fp16")  # doctest: +SKIP
+    >>> loss.backward(); registration.average(); optimizer.step()  # doctest: +SKIP
+    """
+    if isinstance(module, DistributedDataParallel):
+        raise RegistrationError("a DistributedDataParallel model averages by itself. Use commhub.register.")
+    parameters = tuple(trainable(module))
+    if not parameters:
+        raise RegistrationError("the module has no trainable parameters.")
+    group = dist.group.WORLD if process_group is None else process_group
+    assert group is not None
+    device = parameters[0][1].device
+    every = dict(options)
+    if wire is not None:
+        every["wire"] = wire
+
+    def chosen_here() -> Chosen:
+        check_devices(module, dist.get_backend(group))
+        return choose(hook, every)
+
+    ground = Ground(
+        group=group,
+        device=device,
+        parameters=parameters,
+        traits={},
+        optimizers=optimizers_of(optimizer),
+        scaler=scaler,
+        timeout=checked_timeout(timeout, group, device),
+        verify=verify,
+    )
+    return ManualRegistration(ground, start(ground, chosen_here), None)

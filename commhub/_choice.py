@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -70,7 +70,7 @@ class Choice:
             raise PluginError(f"{self}: its factory {self.spec.factory} is {factory!r}, not a callable.")
         return cast("Callable[..., object]", factory)
 
-    def create(self) -> object:
+    def create(self) -> Any:
         """Return a new instance.
 
         Raises HookOptionError when the factory refuses its options with TypeError or ValueError, and

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from commhub._brackets import closing, malformed, pieces
 from commhub._errors import HookOptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["HookString", "canonical_distribution", "canonical_name", "parse", "split"]
 
@@ -25,7 +26,6 @@ _NESTED: Final = re.compile(rf"{_DISTRIBUTION}\s*:|{_NAME}\s*\(", re.ASCII)
 _KEY: Final = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*", re.ASCII)
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
 _WORDS: Final[dict[str, object]] = {"true": True, "false": False, "none": None}
-_CLOSES: Final = {"(": ")", "[": "]", "{": "}"}
 _PLAIN: Final = (bool, int, float, str, list, tuple, dict)
 
 
@@ -53,9 +53,7 @@ class HookString:
 
     name: str = attrs.field(converter=canonical_name)
     options: Mapping[str, object] = attrs.field(factory=dict, converter=_copy, hash=False)
-    distribution: str | None = attrs.field(
-        default=None, converter=attrs.converters.optional(canonical_distribution)
-    )
+    distribution: str | None = attrs.field(default=None, converter=attrs.converters.optional(canonical_distribution))
 
     def __str__(self) -> str:
         head = f"{self.distribution}:{self.name}" if self.distribution else self.name
@@ -77,7 +75,7 @@ def parse(text: str) -> HookString:
     try:
         return _parse(text)
     except RecursionError:
-        raise _error(text, 0, "it is nested too deeply") from None
+        raise malformed(text, 0, "it is nested too deeply") from None
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -91,41 +89,35 @@ def split(text: str) -> tuple[str, ...]:
     if not text.strip():
         return ()
     items = []
-    for start, stop in _pieces(text, 0, len(text)):
+    for start, stop in pieces(text, 0, len(text)):
         item = text[start:stop].strip()
         if not item:
-            raise _error(text, start, "an item of the list is empty")
+            raise malformed(text, start, "an item of the list is empty")
         items.append(item)
     return tuple(items)
-
-
-def _error(text: str, position: int, what: str) -> HookOptionError:
-    return HookOptionError(
-        f"hook string {text!r}, position {position}: {what}. Write it as name(key=value, key=value)."
-    )
 
 
 def _parse(text: str) -> HookString:
     head = _HEAD.match(text)
     if not head:
-        raise _error(text, 0, "it does not begin with a hook's name")
+        raise malformed(text, 0, "it does not begin with a hook's name")
     options: dict[str, object] = {}
     if head.end() < len(text):
         inside = head.end() + 1
         if text[head.end()] != "(":
-            raise _error(text, head.end(), f"{text[head.end()]!r} cannot follow the name")
-        end = _closing(text, head.end())
+            raise malformed(text, head.end(), f"{text[head.end()]!r} cannot follow the name")
+        end = closing(text, head.end())
         if text[end + 1 :].strip():
-            raise _error(text, end + 1, "something follows the closing bracket")
-        pieces = list(_pieces(text, inside, end))
-        if not text[slice(*pieces[-1])].strip():
-            pieces.pop()  # `name()`, or a comma after the last option
-        for start, stop in pieces:
+            raise malformed(text, end + 1, "something follows the closing bracket")
+        ranges = list(pieces(text, inside, end))
+        if not text[slice(*ranges[-1])].strip():
+            ranges.pop()  # `name()`, or a comma after the last option
+        for start, stop in ranges:
             key = _KEY.match(text, start, stop)
             if not key:
-                raise _error(text, start, f"{text[start:stop].strip()!r} is not of the form key=value")
+                raise malformed(text, start, f"{text[start:stop].strip()!r} is not of the form key=value")
             if key[1] in options:
-                raise _error(text, key.start(1), f"{key[1]} is given twice")
+                raise malformed(text, key.start(1), f"{key[1]} is given twice")
             options[key[1]] = _read(text, key.end(), stop)
     return HookString(name=head[2], distribution=head[1], options=options)
 
@@ -145,9 +137,9 @@ def _read(text: str, start: int, stop: int) -> object:
         if _NESTED.match(value):
             return str(_parse(value))
         what = f"the value {value!r} cannot be read; put text in quotes" if value else "a value is missing"
-        raise _error(text, start, what) from err
+        raise malformed(text, start, what) from err
     if not _is_plain(literal):
-        raise _error(text, start, f"the value {value!r} is none of number, boolean, text, list, tuple, dict")
+        raise malformed(text, start, f"the value {value!r} is none of number, boolean, text, list, tuple, dict")
     return literal
 
 
@@ -187,55 +179,4 @@ def _literal(value: object) -> str:
         # Equal dicts must print alike on every rank, however they were built.
         items = sorted(f"{_literal(key)}: {_literal(entry)}" for key, entry in value.items())
         return f"{{{', '.join(items)}}}"
-    raise HookOptionError(
-        f"{value!r} cannot be written in a hook string: use numbers, text, lists and dicts."
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Return the position of the bracket that closes the one at `start`."""
-    for position, depth in _outside_quotes(text, start, len(text)):
-        if depth == 0:
-            return position
-    raise _error(text, start, "this bracket is never closed")
-
-
-def _pieces(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges between commas outside brackets and quotes; at least one, perhaps empty."""
-    begin = start
-    for position, depth in _outside_quotes(text, start, stop):
-        if depth == 0 and text[position] == ",":
-            yield begin, position
-            begin = position + 1
-    yield begin, stop
-
-
-def _outside_quotes(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield every position outside quotes, with the number of brackets open after it."""
-    opened: list[int] = []
-    quote = -1
-    escaped = False
-    for position in range(start, stop):
-        character = text[position]
-        if quote >= 0:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == text[quote]:
-                quote = -1
-            continue
-        if character in "'\"":
-            quote = position
-            continue
-        if character in _CLOSES:
-            opened.append(position)
-        elif character in ")]}":
-            if not opened or _CLOSES[text[opened[-1]]] != character:
-                raise _error(text, position, f"{character!r} closes nothing")
-            opened.pop()
-        yield position, len(opened)
-    if quote >= 0:
-        raise _error(text, quote, "this quote is never closed")
-    if opened:
-        raise _error(text, opened[-1], "this bracket is never closed")
+    raise HookOptionError(f"{value!r} cannot be written in a hook string: use numbers, text, lists and dicts.")

@@ -49,10 +49,11 @@ class Claim:
 def claims() -> tuple[Claim, ...]:
     """Return every claim, sorted; read again whenever a directory on `sys.path` has changed."""
     key = tuple((path, _changed(path)) for path in _search_path())
-    if key not in _cache:
+    found = _cache.get(key)
+    if found is None:
         refresh()
-        _cache[key] = tuple(sorted(_read()))
-    return _cache[key]
+        found = _cache[key] = tuple(sorted(_read()))
+    return found
 
 
 def refresh() -> None:

@@ -8,7 +8,7 @@ import click
 
 from commhub import _documented, _registry
 from commhub._hookstring import HookString
-from commhub.cli._output import complete_names, print_json, print_table
+from commhub.cli._output import complete_names, plugins_print_to_stderr, print_json, print_table
 
 if TYPE_CHECKING:
     from commhub._spec import AveragerSpec, HookSpec, Option
@@ -22,7 +22,8 @@ def info(name: str, as_json: bool) -> None:
 
     NAME is a hook or averager, an alias, or package:name. Exits with 1 if it cannot be used.
     """
-    row = _registry.info(name)
+    with plugins_print_to_stderr():
+        row = _registry.info(name)
     if as_json:
         print_json([{**row.as_dict(), **(_details(row.spec, _example(row)) if row.spec else {})}])
     else:
@@ -110,6 +111,4 @@ def _example(row: _registry.HookInfo) -> str:
     free = [x for x in row.spec.options if x.name not in row.spec.preset and x.default is not None]
     options = {option.name: option.default for option in free[:1]}
     distribution = None if row.status == "ok" else row.distribution
-    return (
-        f'commhub.register(model, "{HookString(name=row.name, distribution=distribution, options=options)}")'
-    )
+    return f'commhub.register(model, "{HookString(name=row.name, distribution=distribution, options=options)}")'

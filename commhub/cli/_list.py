@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import click
 
 from commhub import _lookup, _registry
-from commhub.cli._output import complete_names, print_json, print_table
+from commhub.cli._output import complete_names, plugins_print_to_stderr, print_json, print_table
 
 _COLUMNS = ("name", "kind", "package", "version", "status", "summary")
 
@@ -21,7 +21,8 @@ def list_(pattern: str | None, as_json: bool) -> None:
     PATTERN selects names and packages: part of one, or a glob such as 'quantize*'; case and dashes do not
     matter.
     """
-    rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]
+    with plugins_print_to_stderr():
+        rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]
     if as_json:
         print_json([row.as_dict() for row in rows])
     elif rows:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["complete_names", "print_json", "print_table"]
+__all__ = ["complete_names", "plugins_print_to_stderr", "print_json", "print_table"]
+
+
+def plugins_print_to_stderr() -> redirect_stdout[TextIO]:
+    """Keep what a plugin prints while its specs are loaded out of tables and JSON."""
+    return redirect_stdout(sys.stderr)
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:

@@ -50,14 +50,10 @@ class Site:
         info.mkdir(parents=True)
         (root / f"{module}.py").write_text(textwrap.dedent(source))
         needed = "".join(f"Requires-Dist: {line}\n" for line in requires)
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needed}"
-        )
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needed}")
         points = "".join(f"{name} = {module}\n" for name in (hooks if announce is None else announce))
         means = "".join(f"{name} = {module}\n" for name in averagers)
-        (info / "entry_points.txt").write_text(
-            f"[commhub.hooks.v1]\n{points}\n[commhub.averagers.v1]\n{means}"
-        )
+        (info / "entry_points.txt").write_text(f"[commhub.hooks.v1]\n{points}\n[commhub.averagers.v1]\n{means}")
         _registry.refresh()
         return module
 

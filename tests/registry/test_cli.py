@@ -9,7 +9,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from commhub.cli import main
+from commhub import _registry
+from commhub.cli import _doctor, main
 
 
 def run(*args):
@@ -53,6 +54,13 @@ def test_list_shows_a_broken_plugin_with_its_reason(site):
     assert "broken" in done.output
     assert "no_such_module_at_all" in done.output
     assert len(done.output.splitlines()) == 3
+
+
+def test_what_a_plugin_prints_stays_out_of_the_output(site):
+    site.add("some-dist", "some", source="print('hello')\n" + _source("some"))
+    assert json.loads(run("list", "--json").stdout)[0]["name"] == "some"
+    _registry.refresh()
+    assert "hello" not in run("info", "some").stdout
 
 
 def test_list_as_json(site):
@@ -152,9 +160,7 @@ def test_info_of_an_unknown_name_says_no(site):
     assert "Did you mean 'some'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "args", [["info"], ["info", "a(b"], ["list", "a", "b"], ["enum"], ["list", "--nothing"]]
-)
+@pytest.mark.parametrize("args", [["info"], ["info", "a(b"], ["list", "a", "b"], ["enum"], ["list", "--nothing"]])
 def test_wrong_usage_exits_with_2(site, args):
     assert run(*args).exit_code == 2
 
@@ -207,6 +213,14 @@ def test_doctor_says_no_and_shows_the_traceback(site):
     done = run("doctor")
     assert done.exit_code == 1
     assert "Traceback" in done.output
+
+
+def test_doctor_gives_up_on_a_plugin_that_never_ends(site, monkeypatch):
+    site.add("slow-dist", "slow", source="import time; time.sleep(60)")
+    monkeypatch.setattr(_doctor, "_LIMIT", 1)
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "longer than 1 s" in done.output
 
 
 def test_doctor_notices_torch(site):

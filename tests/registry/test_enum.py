@@ -70,9 +70,7 @@ def test_members_can_be_pickled(site):
 def test_calling_a_member_registers_it(site, monkeypatch):
     site.add("some-dist", "some")
     calls = []
-    monkeypatch.setattr(
-        commhub, "register", lambda *args, **options: calls.append((args, options)), raising=False
-    )
+    monkeypatch.setattr(commhub, "register", lambda *args, **options: calls.append((args, options)), raising=False)
     commhub.HookType.SOME("model", rank=4)
     assert calls == [(("model", "some"), {"rank": 4})]
 

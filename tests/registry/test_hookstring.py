@@ -1,9 +1,11 @@
 """Hook strings: what is written reads back as itself, and what cannot be read says where."""
 
+import doctest
 import random
 
 import pytest
 
+from commhub import _hookstring
 from commhub._errors import HookOptionError
 from commhub._hookstring import HookString, canonical_distribution, canonical_name, parse, split
 
@@ -156,6 +158,11 @@ def test_split_refuses_an_empty_item(text):
 def test_split_refuses_an_open_bracket():
     with pytest.raises(HookOptionError, match="never closed"):
         split("a(b=1, c")
+
+
+def test_the_examples_run():
+    assert doctest.testmod(_hookstring).failed == 0
+    assert doctest.testmod(_hookstring).attempted > 0
 
 
 def test_canonical_spellings():

@@ -73,9 +73,7 @@ def test_damaged_metadata_hides_no_other_package(site, damage):
 def test_damaged_entry_points_hide_no_other_package(site):
     site.add("some-dist", "some")
     site.add("bad-dist", "bad")
-    (site.path / "bad_dist-1.0.dist-info" / "entry_points.txt").write_text(
-        "[commhub.hooks.v1]\nno equals sign"
-    )
+    (site.path / "bad_dist-1.0.dist-info" / "entry_points.txt").write_text("[commhub.hooks.v1]\nno equals sign")
     _index.refresh()
     assert ("some", "hook", "some-dist", "1.0") in rows()
 

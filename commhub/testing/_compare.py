@@ -31,9 +31,7 @@ def assert_equal_across_ranks(tensors: Tensors, group: dist.ProcessGroup | None 
         different = [rank for rank, theirs in enumerate(everyone) if theirs[name] != (dtype, shape, data)]
         if different:
             values = [theirs[name] for theirs in everyone]
-            raise AssertionError(
-                f"{name} on rank {', '.join(map(str, different))} differs from rank 0{_where(values)}"
-            )
+            raise AssertionError(f"{name} on rank {', '.join(map(str, different))} differs from rank 0{_where(values)}")
 
 
 def _named(tensors: Tensors) -> dict[str, Tensor]:

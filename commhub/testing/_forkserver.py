@@ -110,6 +110,8 @@ class ForkServer:
     def reap(self, processes: list[RankProcess], seconds: float = 10) -> None:
         """Wait until all of them ended, at most `seconds`."""
         deadline = time.monotonic() + seconds
+        if self.control.closed:
+            return  # the server ended, and they with it
         while any(p.status is None for p in processes) and time.monotonic() < deadline:
             if wait([self.control], deadline - time.monotonic()):
                 self.read_notices()

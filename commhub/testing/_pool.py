@@ -17,10 +17,11 @@ from typing import Any
 
 import attrs
 
-from commhub.testing import _context, _transport
+from commhub.testing import _transport
 from commhub.testing._forkserver import ForkServer, RankProcess
 from commhub.testing._gather import Gathered, gather, kill
 from commhub.testing._isolation import Surroundings
+from commhub.testing._keeper import Keeper
 from commhub.testing._outcome import RankError, RankResult
 from commhub.testing._worker import Order
 
@@ -31,7 +32,7 @@ class RankPool:
     def __init__(self) -> None:
         self._server: ForkServer | None = None
         self._idle: list[RankProcess] = []
-        self._store: tuple[RankProcess, int] | None = None
+        self._keeper: Keeper | None = None
         self._calls = 0
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize[Any, Any] | None = None
@@ -101,10 +102,7 @@ class RankPool:
     def _ranks(self, nproc: int, *, fresh: bool) -> tuple[ForkServer, list[RankProcess]]:
         if nproc < 1:
             raise ValueError(f"nproc={nproc}: at least one rank is needed")
-        if self._server is None:
-            self._server = ForkServer()
-            self._finalizer = weakref.finalize(self, self._server.close)
-        server = self._server
+        server = self._up()
         if fresh:
             return server, [server.fork(fresh=True) for _ in range(nproc)]
         server.read_notices()
@@ -122,6 +120,16 @@ class RankPool:
         self._idle = self._idle[nproc:]
         return server, ranks
 
+    def _up(self) -> ForkServer:
+        """The server, and with it the store's keeper, started where they are not running."""
+        if self._server is not None and self._server.control.closed:  # it ended, which that call reported
+            self._close()
+        if self._server is None:
+            self._server = ForkServer()
+            self._finalizer = weakref.finalize(self, self._server.close)
+            self._keeper = Keeper.start(self._server)
+        return self._server
+
     def _carry_out(
         self,
         server: ForkServer,
@@ -135,12 +143,13 @@ class RankPool:
         destroy: bool,
     ) -> Gathered:
         self._calls += 1
+        assert self._keeper is not None
         try:
             order = Order(
                 call=call,
                 surroundings=Surroundings.here(),
                 world_size=len(ranks),
-                port=self._store_port(server),
+                port=self._keeper.port,
                 prefix=f"call-{self._calls}",
                 init=init,
                 destroy=destroy,
@@ -151,44 +160,35 @@ class RankPool:
             return gather(server, ranks, fresh=fresh, timeout=timeout, grace=grace)
         except BaseException:  # Ctrl-C above all
             kill(server, ranks)
+            for process in ranks:
+                process.close()
             raise
-
-    def _store_port(self, server: ForkServer) -> int:
-        # In a process of its own: pytest's gets no threads from torch, and no rank takes the store along.
-        if self._store is None or self._store[0].status is not None:
-            keeper = server.fork(fresh=False)
-            call = _transport.Call.of(_context.host_store, (), {})
-            keeper.channel.send(Order(call=call, surroundings=Surroundings.here()))
-            answer = keeper.channel.recv()
-            if answer.value is None:
-                raise RuntimeError(f"no store for the ranks:\n{answer.failure.traceback}")
-            self._store = keeper, _transport.loads(answer.value)
-        return self._store[1]
 
     def _put_back(
         self, server: ForkServer, ranks: list[RankProcess], found: Gathered, *, fresh: bool
     ) -> dict[int, str]:
         """Keep the processes for the next call, or end them after a failure. Returns what they wrote."""
-        if found.errors or fresh:
+        over = fresh or bool(found.errors)
+        if over:
             kill(server, ranks)
         outputs = {rank: process.written() for rank, process in enumerate(ranks)} | found.outputs
         for process in ranks:
-            if found.errors or fresh:
-                process.close()
-            else:
-                process.forget_output()
-        if not (found.errors or fresh):
+            process.close() if over else process.forget_output()
+        if not over:
             self._idle[:0] = ranks
         return outputs
 
     def close(self) -> None:
         """End all processes; a later call starts new ones."""
         with self._lock:
-            if self._finalizer is not None:
-                self._finalizer()
-            for process in [*self._idle, *([self._store[0]] if self._store else [])]:
-                process.close()
-            self._idle, self._server, self._store, self._finalizer = [], None, None, None
+            self._close()
+
+    def _close(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        for process in [*self._idle, *([self._keeper.process] if self._keeper else [])]:
+            process.close()
+        self._idle, self._server, self._keeper, self._finalizer = [], None, None, None
 
     def __enter__(self) -> "RankPool":
         return self

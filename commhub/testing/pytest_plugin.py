@@ -45,9 +45,7 @@ class Ranks:
         **kwargs: Any,
     ) -> list[_outcome.RankResult]:
         """Call `fn` in brand-new processes and tell how each ended. See `RankPool.run_fresh`."""
-        return self.pool.run_fresh(
-            fn, nproc, args, kwargs, timeout=timeout, grace=grace, init=init, destroy=destroy
-        )
+        return self.pool.run_fresh(fn, nproc, args, kwargs, timeout=timeout, grace=grace, init=init, destroy=destroy)
 
 
 @pytest.fixture(scope="session")

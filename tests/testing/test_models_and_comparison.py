@@ -93,9 +93,7 @@ def different_kinds(what):
     assert_equal_across_ranks(torch.ones(1, dtype=torch.float64 if odd else torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("what", "text"), [("names", "compare different tensors"), ("dtype", r"torch.float64 \[1\]")]
-)
+@pytest.mark.parametrize(("what", "text"), [("names", "compare different tensors"), ("dtype", r"torch.float64 \[1\]")])
 def test_different_names_or_dtypes_are_told(ranks, what, text):
     with pytest.raises(RankError, match="failed on 2 of 2") as caught:
         ranks(different_kinds, 2, what)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -26,7 +27,7 @@ def busy():
 if __name__ == "__main__":
     pool = RankPool()
     pids = [pid for pair in pool.run(helper_and_self, 2) for pid in pair]
-    print(*pids, pool._server.pid, pool._store[0].number, flush=True)
+    print(*pids, pool._server.pid, flush=True)
     pool.run(busy, 2) if sys.argv[1] == "busy" else time.sleep(100)
 """
 
@@ -72,8 +73,32 @@ def test_a_session_that_is_ended_from_outside_leaves_no_process(tmp_path, state,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with session:
-        pids = [int(word) for word in session.stdout.readline().split()][:-1]
+        pids = [int(word) for word in session.stdout.readline().split()]
         time.sleep(0.2)
         assert all(map(alive, pids))
         session.send_signal(signum)
     assert wait_until_gone(pids) == []
+
+
+def sleep():
+    time.sleep(100)
+
+
+def test_the_servers_own_death_ends_the_ranks_and_the_next_call_starts_another():
+    with RankPool() as pool:
+        pids = pool.run(os.getpid, 2)
+        threading.Timer(0.5, os.kill, (pool._server.pid, signal.SIGKILL)).start()
+        with pytest.raises(RuntimeError, match="the fork server ended"):
+            pool.run(sleep, 2)
+        assert wait_until_gone(pids) == []
+        assert len(pool.run(os.getpid, 2)) == 2
+
+
+def test_an_interrupted_call_ends_its_ranks():
+    with RankPool() as pool:
+        pids = pool.run(os.getpid, 2)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(sleep, 2)
+        assert not any(map(alive, pids))
+        assert len(pool.run(os.getpid, 2)) == 2

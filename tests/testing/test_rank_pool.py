@@ -217,6 +217,4 @@ def test_importing_the_harness_loads_neither_torch_nor_pytest():
     import subprocess
 
     code = "import commhub.testing, sys; assert not {'torch', 'pytest'} & set(sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -117,7 +117,5 @@ def test_a_subprocess_finds_it_too(temporary_plugin):
     temporary_plugin("commhub-foo", hooks={"foo": "Foo"})
     code = "import commhub, json; print(json.dumps([i.name for i in commhub.installed()]))"
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environ
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environ)
     assert "foo" in json.loads(done.stdout)

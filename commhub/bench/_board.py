@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from commhub.bench._hooks import in_steady_state
 from commhub.bench._machine import describe_machine
 from commhub.bench._results import HookResult, Outcome, StepRecord
 
@@ -25,7 +26,8 @@ class Board:
         self._progress = progress
         self._records: list[list[StepRecord]] = [[] for _ in settings.hooks]
         self._results = [
-            HookResult(hook=hook, status="not run", warmup=settings.warmup) for hook in settings.hooks
+            HookResult(hook=hook, ran_as=in_steady_state(hook), status="not run", warmup=settings.warmup)
+            for hook in settings.hooks
         ]
 
     def on_event(self, event: dict[str, Any]) -> None:

@@ -85,9 +85,7 @@ def _label_bars(axes: Axes, timed: Sequence[HookResult], ends: Sequence[float]) 
     axes.set_yticks(range(len(timed)), [result.hook for result in timed])
     axes.invert_yaxis()
     for row, (result, end) in enumerate(zip(timed, ends, strict=True)):
-        axes.annotate(
-            _format.seconds(result.step_seconds), (end, row), (5, 0), textcoords="offset points", va="center"
-        )
+        axes.annotate(_format.seconds(result.step_seconds), (end, row), (5, 0), textcoords="offset points", va="center")
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:
@@ -108,9 +106,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an `<svg>` element that can stand in a page with others, without any address in it."""
     out = io.StringIO()
-    figure.savefig(
-        out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
+    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

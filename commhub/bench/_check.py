@@ -55,9 +55,7 @@ def _check_text(settings: Settings, world_size: int) -> None:
         found = len(read_text(settings.data))
     except (OSError, ValueError) as err:
         raise BenchError(f"--data: {err}") from err
-    needed = required_bytes(
-        context=SIZES[settings.model].context, batch=settings.batch, world_size=world_size
-    )
+    needed = required_bytes(context=SIZES[settings.model].context, batch=settings.batch, world_size=world_size)
     if found < needed:
         raise BenchError(
             f"the text has {found:,} bytes; {world_size} ranks with --batch {settings.batch} and --model "

@@ -26,9 +26,7 @@ class Text:
         """Split `text` into training and held-out windows (uint8, shape (windows, context + 1))."""
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         border = int(len(data) * (1 - HELD_OUT))
-        return cls(
-            train=_windows(data[:border], context), held_out=_windows(data[border:], context), context=context
-        )
+        return cls(train=_windows(data[:border], context), held_out=_windows(data[border:], context), context=context)
 
     def batch(self, step: int, *, rank: int, world_size: int, size: int, seed: int) -> Tensor:
         """Return a rank's batch at `step`: int64, shape (size, context + 1). Each epoch is shuffled afresh.

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from commhub._hookstring import parse
+from commhub._hookstring import HookString, parse
 from commhub._network import Network
-from commhub._spec import RESERVED
 
 if TYPE_CHECKING:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from commhub import Registration
+    from commhub._spec import AveragerSpec, HookSpec
     from commhub.bench._options import Settings
 
-DENSE_PHASE = "start_step"
+_DENSE_PHASE = "start_step"
 """The option by which hooks that begin with plain all-reduces say when they start to compress."""
 
 
@@ -41,24 +41,32 @@ def network(settings: Settings) -> Network | None:
 
 
 def in_canonical_form(text: str) -> str:
-    """`text` as register would print it, its name and options checked. Imports no torch.
+    """Return `text` as register would print it; CommhubError if it cannot be resolved. Imports no torch."""
+    return str(_resolve(text)[0])
 
-    A hook that begins with a dense phase (`start_step`, thousands of steps long in real training) would be
-    measured as a plain all-reduce, so an unset `start_step` becomes 0: what is compared is its steady state.
 
-    Raises CommhubError when there is no such hook or an option is wrong.
+def in_steady_state(text: str) -> str:
+    """Return the hook string to train with in place of `text`.
+
+    A hook that begins with a dense phase (`start_step`, a thousand steps in real training) would be measured
+    as a plain all-reduce, so `start_step` becomes 0 where it was not given.
     """
+    chosen, spec = _resolve(text)
+    if spec.option(_DENSE_PHASE) is None or _DENSE_PHASE in {*chosen.options, *spec.preset}:
+        return str(chosen)
+    return str(attrs.evolve(chosen, options={**chosen.options, _DENSE_PHASE: 0}))
+
+
+def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:
     from commhub._registry import resolve
 
     wanted = parse(text)
-    # `wire` and its like belong to register, not to the hook, and a hook string may hold them too.
-    general = {key: value for key, value in wanted.options.items() if key in RESERVED}
-    own = {key: value for key, value in wanted.options.items() if key not in RESERVED}
-    choice = resolve(str(attrs.evolve(wanted, options={})), own)
-    if choice.spec.option(DENSE_PHASE) and DENSE_PHASE not in {*own, *choice.spec.preset}:
-        general[DENSE_PHASE] = 0
+    # A hook string may hold `wire`, which belongs to register and which the registry does not know.
+    general = {key: value for key, value in wanted.options.items() if key == "wire"}
+    own = {key: value for key, value in wanted.options.items() if key != "wire"}
+    choice = resolve(str(attrs.evolve(wanted, options={})), own, kind="hook")
     chosen = parse(choice.canonical)
-    return str(attrs.evolve(chosen, options={**chosen.options, **general}))
+    return attrs.evolve(chosen, options={**chosen.options, **general}), choice.spec
 
 
 def attach(

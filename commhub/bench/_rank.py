@@ -48,6 +48,7 @@ def run_rank(
     from torch.distributed.rendezvous import rendezvous
 
     from commhub.bench._data import Text
+    from commhub.bench._hooks import in_steady_state
     from commhub.bench._sizes import SIZES
     from commhub.bench._text import read_text
     from commhub.bench._train import check_same_text, train
@@ -56,7 +57,7 @@ def run_rank(
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     torch.set_num_threads(threads_per_rank(settings.threads, local_ranks))
     try:
-        device = _device(settings.device, local_ranks)
+        device = _device(settings, local_ranks)
         content = read_text(settings.data)
         text = Text.cut(content, context=SIZES[settings.model].context)
         text.batch(0, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed)
@@ -73,7 +74,7 @@ def run_rank(
             with _process_group(own_store, rank, world_size, device):
                 check_same_text(content, device)
                 on_step = partial(_emit_step, emit, index)
-                loss = train(settings, settings.hooks[index], text, device, on_step)
+                loss = train(settings, in_steady_state(settings.hooks[index]), text, device, on_step)
             emit({"kind": "done", "index": index, "validation_loss": loss})
         except Exception as err:  # noqa: BLE001 - whatever a hook raises becomes its row
             emit({"kind": "failed", "index": index, "error": describe(err), "time": time.time()})
@@ -111,13 +112,18 @@ def describe(err: BaseException) -> str:
     return f"{type(err).__name__}: {lines[0]}".rstrip(": ")
 
 
-def _device(wanted: str, local_ranks: int) -> torch.device:
-    """One GPU per rank, or the CPU; ValueError where GPUs were asked for and there are too few."""
+def _device(settings: Settings, local_ranks: int) -> torch.device:
+    """One GPU per rank, or the CPU; ValueError where GPUs were asked for and cannot be used.
+
+    A link is emulated by waiting on the CPU, so only there.
+    """
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cpu" or (wanted == "auto" and found < local_ranks):
+    if settings.device == "cpu" or (settings.device == "auto" and (found < local_ranks or settings.emulated)):
         return torch.device("cpu")
+    if settings.emulated:
+        raise ValueError("a link can be emulated on the CPU only: leave --device cuda, or --bandwidth and --latency")
     if found < local_ranks:
         raise ValueError(f"--device cuda needs a GPU per rank: {local_ranks} ranks here, {found} GPUs found")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

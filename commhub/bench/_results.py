@@ -40,11 +40,13 @@ class StepRecord:
 class HookResult:
     """All that was measured under one hook. What was not measured is None.
 
+    `ran_as` is the hook string that was registered: `hook` with what the bench sets, such as `start_step=0`.
     `status` is "done", "failed", "interrupted" or "not run"; `error` says why it failed. The first `warmup`
     records count for the loss and not for the times.
     """
 
     hook: str
+    ran_as: str
     status: str
     warmup: int
     records: tuple[StepRecord, ...] = ()
@@ -141,6 +143,7 @@ class Outcome:
         hooks = [
             {
                 "hook": result.hook,
+                "ran_as": result.ran_as,
                 "status": result.status,
                 "error": result.error,
                 "loss": result.loss,

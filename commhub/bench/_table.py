@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING
 
-from commhub.bench import _format, _hooks
+from commhub.bench import _format
 
 if TYPE_CHECKING:
     from commhub.bench._results import HookResult, Outcome
@@ -38,9 +39,7 @@ def table(outcome: Outcome) -> str:
     lines = [HEADER, *rows(outcome)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     text = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
-        )
+        "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     ]
     text.insert(1, "-" * len(text[0]))
@@ -63,18 +62,21 @@ def notes(outcome: Outcome) -> list[str]:
     said = []
     if outcome.link:
         said.append(
-            f"The link is emulated ({outcome.link}): every collective takes at least "
-            "sent bytes / bandwidth + latency."
+            f"The link is emulated ({outcome.link}): every collective takes at least sent bytes / bandwidth + latency."
         )
     if outcome.baseline:
-        missing = (
-            "" if outcome.baseline.name == "allreduce" else ", the first hook, because allreduce was not run"
-        )
+        missing = "" if outcome.baseline.name == "allreduce" else ", the first hook, because allreduce was not run"
         said.append(f"Speed-up is against {outcome.baseline.hook}{missing}.")
-    if any(f"{_hooks.DENSE_PHASE}=0" in result.hook for result in outcome.results):
-        said.append(
-            f"{_hooks.DENSE_PHASE}=0: compressed from the first step on, without the usual dense phase."
-        )
+    said += [
+        f"{result.hook} ran as {result.ran_as}: it compresses from the first step on."
+        for result in outcome.results
+        if result.ran_as != result.hook
+    ]
+    said += [
+        f"{result.hook} sends nothing: its row shows a step without communication, not a way to train."
+        for result in outcome.results
+        if _silent(result)
+    ]
     said.append(
         f"Step time is the median of steps {settings['warmup'] + 1} to {settings['steps']}; "
         "loss is in nats per byte; bytes are what one rank sends."
@@ -85,7 +87,7 @@ def notes(outcome: Outcome) -> list[str]:
 def verdict(outcome: Outcome) -> str:
     """What the numbers say, also where compression does not pay; empty where nothing can be compared."""
     base = outcome.baseline
-    others = [x for x in outcome.results if x is not base and x.status == "done" and x.step_seconds]
+    others = [x for x in outcome.results if x is not base and x.status == "done" and x.step_seconds and not _silent(x)]
     if base is None or base.status != "done" or not others:
         return ""
     link = "emulated link" if outcome.link else "machine" if outcome.setup.get("machines") == 1 else "network"
@@ -105,6 +107,11 @@ def verdict(outcome: Outcome) -> str:
     if not parts:
         parts.append(f"no hook is measurably faster than {base.hook}: compression does not pay here")
     return f"On this {link} {'; '.join(parts)}."
+
+
+def _silent(result: HookResult) -> bool:
+    """Whether it sent nothing where an all-reduce would have: a floor to compare with, no way to train."""
+    return result.compression == math.inf
 
 
 def _why(slower: list[HookResult]) -> str:

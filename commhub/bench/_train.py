@@ -57,17 +57,13 @@ def train(
         device_ids=[device.index] if device.type == "cuda" else None,
         bucket_cap_mb=settings.bucket_cap_mb,
     )
-    optimizer = torch.optim.AdamW(
-        ddp.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     registration = _hooks.attach(ddp, hook, optimizer=optimizer, link=_hooks.network(settings))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = size.learning_rate * min(1.0, (step + 1) / _RISE)
-        windows = text.batch(
-            step, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed
-        ).to(device)
+        windows = text.batch(step, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed).to(device)
         _synchronize(device)
         start = time.perf_counter()
         optimizer.zero_grad()

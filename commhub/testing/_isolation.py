@@ -45,8 +45,8 @@ def reset(surroundings: Surroundings) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.chdir(surroundings.folder)
     _set_path(surroundings.path)
-    warnings.filters[:] = _filters  # type: ignore[index]
-    warnings._filters_mutated()  # type: ignore[attr-defined]
+    warnings.resetwarnings()
+    warnings.filters.extend(_filters)  # type: ignore[attr-defined]
 
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)

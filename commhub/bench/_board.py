@@ -67,7 +67,6 @@ class Board:
 
     def outcome(self) -> Outcome:
         """What was measured so far; a hook under way counts as interrupted."""
-        self.close()
         return Outcome(
             settings=self.settings.as_dict(),
             command=self._command,

@@ -45,6 +45,8 @@ def loss_chart(outcome: Outcome) -> str:
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(height=3.8)
         for index, result in enumerate(outcome.results):
+            if not result.records:
+                continue
             elapsed, losses = result.curve()
             colour = HOOK_COLOURS[index % len(HOOK_COLOURS)]
             style = _LINE_STYLES[index // len(HOOK_COLOURS) % len(_LINE_STYLES)]

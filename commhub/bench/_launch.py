@@ -19,36 +19,34 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commhub.bench._lifeline import lifeline
+from commhub.bench._lifeline import Lifeline
 from commhub.bench._machine import threads_per_rank
+from commhub.bench._options import BenchError, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from commhub.bench._board import Board
-    from commhub.bench._options import Settings
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 
 
-class LaunchError(RuntimeError):
-    """The ranks ended before any hook was started."""
-
-
 def launch(settings: Settings, board: Board) -> None:
     """Run every hook; `board` is told all events, a hook whose ranks died included.
 
-    Raises LaunchError when the ranks could not be started at all.
+    Raises BenchError when the ranks could not be started at all, or found that the settings cannot work.
     """
     attempt = 0
     with tempfile.TemporaryDirectory(prefix="commhub-bench-") as name:
-        while (indexes := board.pending()) and board.fatal is None:
+        while indexes := board.pending():
             folder = Path(name, str(attempt))
             folder.mkdir()
             _attempt(settings, board, indexes, folder)
-            if board.pending() == indexes and board.fatal is None:
-                raise LaunchError(f"the ranks could not be started: {_last_words(folder)}")
+            if board.fatal is not None:
+                raise BenchError(board.fatal)
+            if board.pending() == indexes:
+                raise BenchError(f"the ranks could not be started: {_last_words(folder)}")
             attempt += 1
 
 
@@ -56,7 +54,7 @@ def _attempt(settings: Settings, board: Board, indexes: Sequence[int], folder: P
     """One launch: ends when all its hooks are done or one has failed."""
     (folder / "job.json").write_text(json.dumps({"settings": settings.as_dict(), "indexes": list(indexes)}))
     tail = _Tail(folder / _events(0))
-    with lifeline(folder), _launcher(settings, folder) as process:
+    with Lifeline(folder) as lifeline, _launcher(settings, folder, lifeline) as process:
         while process.poll() is None:
             _forward(tail, board)
             time.sleep(_POLL_SECONDS)
@@ -67,7 +65,7 @@ def _attempt(settings: Settings, board: Board, indexes: Sequence[int], folder: P
 
 
 @contextlib.contextmanager
-def _launcher(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _launcher(settings: Settings, folder: Path, lifeline: Lifeline) -> Iterator[subprocess.Popen[bytes]]:
     """Run torchrun in a session of its own: a terminal's Ctrl-C reaches this process alone, which decides."""
     command = [
         sys.executable,
@@ -90,11 +88,12 @@ def _launcher(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[byt
     try:
         yield process
     finally:
+        lifeline.cut()
         _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher; it ends ranks that are still starting, the lifeline those that run."""
+    """End the launcher, and with it ranks that are not yet watching their lifeline."""
     if process.poll() is None:
         process.terminate()
         try:

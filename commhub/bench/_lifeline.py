@@ -7,41 +7,48 @@ sends no signal, and a rank that waits for its peers in C++ handles none.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-_NAME = "lifeline"
 ENDED = 130
 """The exit code of a rank whose starter is gone."""
 
+_NAME = "lifeline"
+# Windows has no named pipes of this kind; there the launcher's own signals have to do.
+_SUPPORTED = hasattr(os, "mkfifo")
 
-@contextlib.contextmanager
-def lifeline(folder: Path) -> Iterator[None]:
-    """Keep the ranks that watch `folder` alive inside this context and end them with it."""
-    path = folder / _NAME
-    if not hasattr(os, "mkfifo"):  # Windows; there the launcher's own signals have to do
-        yield
-        return
-    os.mkfifo(path)
-    # Read and write: opening a pipe for writing alone would wait for the first reader.
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-        path.unlink()
+
+class Lifeline:
+    """Keeps the ranks that watch `folder` alive until it is cut, or this process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        if _SUPPORTED:
+            os.mkfifo(folder / _NAME)
+            # Read and write: opening a pipe for writing alone would wait for the first reader.
+            self._descriptor = os.open(folder / _NAME, os.O_RDWR)
+
+    def cut(self) -> None:
+        """End the ranks; again is allowed."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.cut()
 
 
 def die_with(folder: Path) -> None:
-    """End this process as soon as the context that `lifeline` opened on `folder` is over."""
-    if hasattr(os, "mkfifo"):
+    """End this process as soon as the lifeline in `folder` is cut."""
+    if _SUPPORTED:
         threading.Thread(target=_watch, args=(folder / _NAME,), name="lifeline", daemon=True).start()
 
 

@@ -71,16 +71,7 @@ def html(outcome: Outcome) -> str:
 <div class="scroll">{_html_table(outcome)}</div>
 <ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in _table.notes(outcome))}</ul>
 </section>
-<section>
-<h2>Loss against time</h2>
-{loss_chart(outcome)}
-</section>
-<section>
-<h2>Where a step's time goes</h2>
-{split_chart(outcome)}
-<ul class="notes"><li>Encode, wait and decode: how long training stood still for each; what overlaps with
-computation costs nothing and is not shown.</li></ul>
-</section>
+{_charts(outcome)}
 <section>
 <h2>How it was run</h2>
 <dl>{_definitions(_how(outcome))}</dl>
@@ -100,6 +91,21 @@ def _what(outcome: Outcome) -> str:
         f"data-parallel on {setup['world_size']} ranks for {settings['steps']} steps under each hook, from "
         "the same initial weights and on the same batches."
     )
+
+
+def _charts(outcome: Outcome) -> str:
+    if not outcome.measured:
+        return ""
+    return f"""<section>
+<h2>Loss against time</h2>
+{loss_chart(outcome)}
+</section>
+<section>
+<h2>Where a step's time goes</h2>
+{split_chart(outcome)}
+<ul class="notes"><li>Encode, wait and decode: how long training stood still for each; what overlaps with
+computation costs no time and is not shown.</li></ul>
+</section>"""
 
 
 def _html_table(outcome: Outcome) -> str:

@@ -133,6 +133,11 @@ class Outcome:
         return base.step_seconds / result.step_seconds
 
     @property
+    def measured(self) -> bool:
+        """Whether at least one step was."""
+        return any(result.records for result in self.results)
+
+    @property
     def failed(self) -> bool:
         """Whether a hook failed, or was never reached without the user having stopped the bench."""
         return any(result.status == "failed" for result in self.results)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 from commhub.bench._board import Board
 from commhub.bench._check import checked
 from commhub.bench._finish import finish
-from commhub.bench._launch import LaunchError, launch
-from commhub.bench._options import BenchError, Settings
+from commhub.bench._launch import launch
 from commhub.bench._progress import default_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
+
+    from commhub.bench._options import Settings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,26 +40,22 @@ def run(settings: Settings) -> int:
     """
     world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     command = settings.command
-    settings = checked(settings, world_size=int(world_size or settings.nproc))
     if world_size is not None:
         from commhub.bench._torchrun import run_as_rank
 
-        return run_as_rank(settings, command)
-    board = Board(settings, command, default_progress())
-    code = 0
+        return run_as_rank(checked(settings, world_size=int(world_size)), command)
+    board, code = None, 0
     try:
         with _stoppable():
+            settings = checked(settings, world_size=settings.nproc)
+            board = Board(settings, command, default_progress())
             launch(settings, board)
     except Stopped as stop:
         code = stop.code
-    except LaunchError as err:
-        board.close()
-        print(f"commhub bench: {err}", file=sys.stderr)
-        return 1
-    if board.fatal is not None:
-        board.close()
-        raise BenchError(board.fatal)
-    return finish(board.outcome(), stopped=code)
+    finally:
+        if board is not None:
+            board.close()
+    return code if board is None else finish(board.outcome(), stopped=code)
 
 
 @contextlib.contextmanager

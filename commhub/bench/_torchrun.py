@@ -25,8 +25,8 @@ def run_as_rank(settings: Settings, command: str) -> int:
     board = Board(settings, command, default_progress())
     _keep_when_stopped(board)
     run_rank(settings, indexes, board.on_event, go_on=True)
+    board.close()
     if board.fatal is not None:
-        board.close()
         print(f"commhub bench: {board.fatal}", file=sys.stderr)
         return 2
     return finish(board.outcome(), stopped=0)
@@ -52,6 +52,7 @@ def _keep_when_stopped(board: Board) -> None:
 
     def keep() -> None:
         signum = os.read(reader, 1)[0]
+        board.close()
         os._exit(finish(board.outcome(), stopped=128 + signum))
 
     threading.Thread(target=keep, name="keep-when-stopped", daemon=True).start()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from commhub.bench import _table
 from commhub.bench._check import NO_MATPLOTLIB
+from commhub.bench._verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,7 @@ def finish(outcome: Outcome, *, stopped: int) -> int:
         print("Nothing was measured.", flush=True)
         return stopped
     print(f"\n{_table.table(outcome)}\n")
-    for line in filter(None, [*_table.notes(outcome), _table.verdict(outcome)]):
+    for line in filter(None, [*_table.notes(outcome), verdict(outcome)]):
         print(line)
     kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(outcome.as_dict(), indent=1) + "\n")
     kept &= _write("Report", outcome.settings["report"], lambda: _html(outcome))

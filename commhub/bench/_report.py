@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from commhub.bench import _format, _table
 from commhub.bench._charts import HOOK_COLOURS, loss_chart, split_chart
+from commhub.bench._verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,7 +51,7 @@ code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; 
 
 def html(outcome: Outcome) -> str:
     """The whole page as text."""
-    verdict = _table.verdict(outcome)
+    said = verdict(outcome)
     emulated = f'<p class="emulated">Emulated link: {escape(outcome.link)}</p>' if outcome.link else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -65,7 +66,7 @@ def html(outcome: Outcome) -> str:
 <h1>commhub bench</h1>
 <p class="what">{escape(_what(outcome))}</p>
 {emulated}
-{f'<p class="verdict">{escape(verdict)}</p>' if verdict else ""}
+{f'<p class="verdict">{escape(said)}</p>' if said else ""}
 <section>
 <h2>Results</h2>
 <div class="scroll">{_html_table(outcome)}</div>

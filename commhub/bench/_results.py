@@ -9,6 +9,8 @@ from typing import Any
 import attrs
 
 BASELINE = "allreduce"
+SAME = 0.05
+"""Step times closer than this are called equal: repeated runs of one hook differ by a few percent."""
 PARTS = ("compute", "encode", "wait", "decode")
 
 
@@ -75,6 +77,15 @@ class HookResult:
         return statistics.median(record.seconds for record in self.timed) if self.timed else None
 
     @property
+    def step_quartiles(self) -> tuple[float, float] | None:
+        """The times that a quarter of the steps stayed below, and a quarter above."""
+        times = sorted(record.seconds for record in self.timed)
+        if len(times) < 2:
+            return (times[0], times[0]) if times else None
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        return low, high
+
+    @property
     def sent_bytes(self) -> float | None:
         """The mean number of bytes that one rank sent per step."""
         return statistics.fmean(record.sent_bytes for record in self.timed) if self.timed else None
@@ -87,6 +98,11 @@ class HookResult:
         if not self.timed:
             return None
         return reference / sent if sent else (math.inf if reference else 1.0)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it sent nothing where an all-reduce would have: a floor to compare with, no way to train."""
+        return self.compression == math.inf
 
     @property
     def split(self) -> dict[str, float]:
@@ -132,6 +148,13 @@ class Outcome:
             return None
         return base.step_seconds / result.step_seconds
 
+    def faster(self, one: HookResult, other: HookResult) -> bool:
+        """Whether `one` took measurably less time: by 5 %, and more than the middle halves of both scatter."""
+        if not one.step_seconds or not other.step_seconds or not one.step_quartiles or not other.step_quartiles:
+            return False
+        apart = one.step_quartiles[1] < other.step_quartiles[0]
+        return apart and one.step_seconds * (1 + SAME) < other.step_seconds
+
     @property
     def measured(self) -> bool:
         """Whether at least one step was."""
@@ -154,6 +177,7 @@ class Outcome:
                 "loss": result.loss,
                 "validation_loss": result.validation_loss,
                 "step_seconds": result.step_seconds,
+                "step_seconds_quartiles": result.step_quartiles,
                 "sent_bytes_per_step": result.sent_bytes,
                 "compression": result.compression,
                 "speedup": self.speedup(result),

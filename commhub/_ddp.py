@@ -54,7 +54,7 @@ def refuse(model: DistributedDataParallel) -> None:
         )
     if SLOT in model.__dict__:
         return
-    logged = model._get_ddp_logging_data().get("comm_hook", "") if not model._comm_hooks else ""
+    logged = "" if model._comm_hooks else model._get_ddp_logging_data().get("comm_hook", "")
     if model._comm_hooks or logged:
         name = logged or getattr(model._comm_hooks[0][0], "__qualname__", "a hook")
         raise RegistrationError(

@@ -21,6 +21,7 @@ from .drivers._stats import Meter, Stats
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ._collectives import Subgroup
     from ._errors import HookError
     from ._network import Network
     from ._protocols import Exchange, Hook
@@ -33,6 +34,9 @@ class Driver(Protocol):
     meter: Meter
     failure: HookError | None
     network: Network | None
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
+        """Communicators among disjoint groups of ranks."""
 
     def submit(self, lane: Lane) -> None:
         """Take the round's next bucket."""

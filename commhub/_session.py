@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ._agree import Meeting, agree, number_hosts
 from ._bucket import lay_out
 from ._choosing import Chosen, short_dtype, wire_dtype
-from ._engine import Engine
+from ._engine import Driver, Engine
 from ._errors import RegistrationError
 from ._protocols import Hook, Setup
 from ._state import State
@@ -72,9 +72,9 @@ def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
     except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
     hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
-    driver = None
+    driver: Driver | None = None
     try:
-        driver = _driver(ground, meeting, chosen.label)
+        driver = make_driver(ground, meeting, chosen.label)
         engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver)
     except Exception as error:  # noqa: BLE001 - the same
         failure = error
@@ -93,7 +93,7 @@ def _prepared(
     hook: Hook,
     wire: torch.dtype | None,
     hosts: tuple[int, ...],
-    driver: Any,
+    driver: Driver,
 ) -> Engine:
     names = tuple(name for name, _ in ground.parameters)
     tensors = [parameter for _, parameter in ground.parameters]
@@ -120,11 +120,12 @@ def _prepared(
     return engine
 
 
-def _driver(ground: Ground, meeting: Meeting, label: str) -> Any:
+def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
+    """The driver for the gradients' device."""
     if ground.device.type == "cuda":
-        from .drivers._stream import StreamDriver
+        from .drivers._stream import CudaStreams, StreamDriver
 
-        return StreamDriver(ground.group, ground.device, Meter(), timeout=ground.timeout, label=label)
+        return StreamDriver(ground.group, CudaStreams(ground.device), Meter(), label=label)
     from .drivers._board import Board
     from .drivers._gloo import Channel
     from .drivers._thread import ThreadDriver

@@ -11,7 +11,6 @@ import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
@@ -61,7 +60,7 @@ class Slot:
             return slot
         slot = cls(model)
 
-        def commhub_slot(state: Slot, bucket: dist.GradBucket) -> Future[Tensor]:
+        def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
             return state.reduce(bucket)
 
         commhub_slot.__annotations__ = {}
@@ -85,7 +84,7 @@ class Slot:
                 handle = parameter.register_post_accumulate_grad_hook(lambda p, mark=mark: mark(id(p)))
                 self._handles.append(handle)
 
-    def reduce(self, grad_bucket: dist.GradBucket) -> Future[Tensor]:
+    def reduce(self, grad_bucket: Any) -> Future[Tensor]:
         """Start averaging one of the reducer's buckets."""
         engine, model = self.engine, self._model()
         assert engine is not None
@@ -153,7 +152,7 @@ class Slot:
                 if slot is not None:
                     slot._after_backward()
 
-            Variable._execution_engine.queue_callback(after_backward)  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(after_backward)
 
     def _after_backward(self) -> None:
         engine, model = self.engine, self._model()
@@ -169,9 +168,9 @@ class Slot:
             def tell() -> NoReturn:
                 raise failure
 
-            Variable._execution_engine.queue_callback(tell)  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(tell)
         elif self.after is not None:
-            Variable._execution_engine.queue_callback(self.after)  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(self.after)
 
     def _end(self, engine: Engine) -> HookError | None:
         failure = engine.end()

@@ -114,13 +114,13 @@ class State:
         """
         store = self._store
         store.step_open = False
-        on_device = isinstance(finite, Tensor) and finite.device.type != "cpu"
-        keep = on_device or bool(finite)
+        on_device = finite if isinstance(finite, Tensor) and finite.device.type != "cpu" else None
+        keep = on_device is not None or bool(finite)
         for (scope, parameter, key), new in store.staged.items():
             table = store.tables[scope].setdefault(parameter, {})
             old = table.get(key)
-            if on_device and old is not None and old.shape == new.shape:
-                torch.where(finite, new, old, out=old)  # type: ignore[call-overload]
+            if on_device is not None and old is not None and old.shape == new.shape:
+                torch.where(on_device, new, old, out=old)
             elif keep:
                 table[key] = new
         store.staged.clear()

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 
 class Board:
@@ -48,7 +48,7 @@ class Board:
 def own_connection(store: Store, seconds: float) -> Store:
     """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look."""
     try:
-        mine = store.clone()
+        mine: Store = store.clone()  # type: ignore[attr-defined]  # missing from the stub
         mine.set_timeout(timedelta(seconds=seconds))
     except (RuntimeError, NotImplementedError):
         return store

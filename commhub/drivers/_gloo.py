@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, Work
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
 from .._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
 from ._job import Job, sum_shares
@@ -97,7 +97,7 @@ class Channel:
         self.rank, self.size = rank, size
         self._store = store
         self._timeout = datetime.timedelta(seconds=timeout)
-        self._groups: dict[Subgroup | None, ProcessGroupGloo] = {}
+        self._groups: dict[Subgroup | None, Any] = {}  # ProcessGroupGloo, whose stub lacks its collectives
         self._flights: list[Flight] = []
         self._partitions = 0
         self._join(None, store, rank, size)
@@ -127,23 +127,21 @@ class Channel:
             self._flights.append(flight)
         return flight
 
-    def _pieces(self, job: Job, group: ProcessGroupGloo) -> list[_Piece]:
+    def _pieces(self, job: Job, group: Any) -> list[_Piece]:
         payload = job.payload
         if job.kind is AllReduce:
-            options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp.SUM
-            return [_Piece(group.allreduce([payload], options), payload, payload)]
+            return [_Piece(group.allreduce([payload], dist.AllreduceOptions()), payload, payload)]
         octets = payload.view(torch.uint8)  # what is only moved may have any dtype
         if job.kind is Broadcast:
             options = dist.BroadcastOptions()
             options.rootRank = job.src
             return [_Piece(group.broadcast([octets], options), payload, payload)]
         if job.kind is AllGather:
-            cuts = octets.split(PIECE)
+            cuts = torch.split(octets, PIECE)
         else:
             table = octets.view(job.p, -1)
             columns = max(1, PIECE // job.p)
-            cuts = tuple(part.reshape(-1) for part in table.split(columns, dim=1))
+            cuts = tuple(part.reshape(-1) for part in torch.split(table, columns, dim=1))
         pieces = []
         for cut in cuts:
             if job.kind is AllGather:

@@ -206,7 +206,7 @@ class _World:
                     self.meters[rank].step.sent_bytes += job.sent_bytes
                 if self.network is not None and stage[0].p > 1:
                     self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))
-            self._each(lanes, lambda lane: lane.land([job.raw for job in lane.jobs]))
+            self._each(lanes, lambda lane: lane.land([job.raw for job in lane.jobs if job.raw is not None]))
 
     def _each(self, lanes: list[Lane], action: Callable[[Lane], None]) -> None:
         for lane in lanes:

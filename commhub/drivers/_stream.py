@@ -1,0 +1,143 @@
+"""The driver for CUDA tensors: the exchange is enqueued on a side stream, and the host waits for nothing.
+
+One host thread calls the hooks in bucket order, so the order of collectives is equal on all ranks by itself, and the
+model's own NCCL group serves. A collective's ``wait`` makes the side stream wait, not the host. Peers of a rank that
+fails are ended by NCCL's watchdog after the group's timeout: a collective in flight on a device cannot be recalled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, Subgroup
+from .._errors import HookError
+from ._failure import own_error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._network import Network
+    from ._job import Job
+    from ._lane import Lane
+    from ._stats import Meter
+
+
+class CudaStreams:
+    """A side stream of a device, and the ways to and from it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._side = torch.cuda.Stream(device)
+
+    def enter(self, tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+        """Work enqueued inside runs on the side stream, after what was enqueued before; it uses ``tensor``."""
+        if torch.cuda.is_current_stream_capturing():
+            raise HookError("a CUDA graph is being captured, and a hook cannot be part of it. Capture forward only.")
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        tensor.record_stream(self._side)
+        return torch.cuda.stream(self._side)
+
+    def leave(self) -> None:
+        """Work enqueued from now on, on the current stream, runs after all that is on the side stream."""
+        torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def future(self) -> torch.futures.Future[Tensor]:
+        """A future whose waiters' streams wait for the stream on which it was completed."""
+        return torch.futures.Future(devices=[self.device])
+
+
+class StreamDriver:
+    """Drives each lane to its end as it is submitted; see ``ThreadDriver`` for the meaning of the methods.
+
+    Args:
+        group: the model's process group.
+        streams: where to enqueue.
+        meter: counts the figures; its seconds are the host's, which enqueues and does not wait.
+        label: the hook's name, distribution and version, for errors.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, streams: CudaStreams, meter: Meter, *, label: str) -> None:
+        self.meter, self.label = meter, label
+        self.network: Network | None = None
+        self.failure: HookError | None = None
+        self._streams = streams
+        self._groups: dict[Subgroup | None, dist.ProcessGroup] = {None: group}
+        self._ranks = dist.get_process_group_ranks(group)
+        self._partitions = 0
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
+        """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
+        self._partitions += 1
+        made = tuple(Subgroup(tuple(ranks), self._partitions) for ranks in groups)
+        for subgroup in made:
+            members = [self._ranks[rank] for rank in subgroup.ranks]
+            if dist.get_rank() in members:
+                self._groups[subgroup] = dist.new_group(members, use_local_synchronization=True)
+        return made
+
+    def future(self) -> torch.futures.Future[Tensor]:
+        """A future for one bucket."""
+        return self._streams.future()
+
+    def submit(self, lane: Lane) -> None:
+        """Enqueue the bucket's whole exchange."""
+        if self.failure is not None:
+            lane.abandon()
+            return
+        try:
+            with self._streams.enter(lane.bucket.flat):
+                lane.start()
+                while not lane.finished:
+                    self.meter.step.sent_bytes += sum(job.sent_bytes for job in lane.jobs)
+                    lane.land([self._carry_out(job) for job in lane.jobs])
+                lane.settle()
+        except Exception as error:  # noqa: BLE001 - a hook may raise anything
+            self.failure = own_error(self.label, lane.bucket, error)
+            lane.abandon()
+
+    def _carry_out(self, job: Job) -> Tensor:
+        payload = job.payload
+        if job.p == 1 or not payload.numel():
+            return payload if job.kind in (AllReduce, Broadcast) else payload.clone()
+        group = self._groups[job.group]
+        if job.kind is AllReduce:
+            work = dist.all_reduce(payload, group=group, async_op=True)
+            result = payload
+        elif job.kind is Broadcast:
+            work = dist.broadcast(payload.view(torch.uint8), group=group, async_op=True, group_src=job.src)
+            result = payload
+        elif job.kind is AllGather:
+            result = payload.new_empty(job.p * payload.numel())
+            work = dist.all_gather_into_tensor(
+                result.view(torch.uint8), payload.view(torch.uint8), group=group, async_op=True
+            )
+        elif job.kind is AllToAll:
+            result = torch.empty_like(payload)
+            work = dist.all_to_all_single(
+                result.view(torch.uint8), payload.view(torch.uint8), group=group, async_op=True
+            )
+        else:
+            result = payload.new_empty(payload.numel() // job.p)
+            work = dist.reduce_scatter_tensor(result, payload, group=group, async_op=True)
+        work.wait()  # the side stream waits; subgroups' communicators are never in flight together
+        return result
+
+    def end_round(self) -> None:
+        """Nothing is left to say: every lane is enqueued."""
+
+    def wait(self) -> None:
+        """Make the current stream wait for the exchanges."""
+        self._streams.leave()
+
+    def close(self) -> None:
+        """Free the subgroups; the model's own group is not ours."""
+        for subgroup, group in list(self._groups.items()):
+            if subgroup is not None:
+                del self._groups[subgroup]
+                with contextlib.suppress(RuntimeError, ValueError):
+                    dist.destroy_process_group(group)

@@ -15,7 +15,7 @@ from ._ddp import check_devices, trainable
 from ._errors import RegistrationError
 from ._register import optimizers_of
 from ._registration import Registration
-from ._session import Ground, checked_timeout, start
+from ._session import Ground, Session, checked_timeout, start
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,9 +29,12 @@ BUCKET_BYTES = 25 * 2**20
 class ManualRegistration(Registration):
     """A hook on a bare module: call ``average()`` after backward, on every rank."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._buckets = _fill(self._ground.parameters)
+    def __init__(self, module: nn.Module, ground: Ground, session: Session) -> None:
+        self._module = module
+        super().__init__(ground, session, None)
+        sparse = _sparse(self._module)
+        self._buckets = _fill(p for p in self._ground.parameters if id(p[1]) not in sparse)
+        self._sparse = [pair for pair in self._ground.parameters if id(pair[1]) in sparse]
 
     def average(self) -> None:
         """Average the gradients of all parameters over the ranks, in place.
@@ -58,6 +61,17 @@ class ManualRegistration(Registration):
                 used = tuple(p.grad is not None for p in parameters)
                 engine.add(flat, parameters, spans, used, lambda: None)
                 filled.append((parameters, views))
+            for name, parameter in self._sparse:
+                if parameter.grad is None and id(parameter) in somewhere:
+                    parameter.grad = torch.sparse_coo_tensor(
+                        torch.empty((1, 0), dtype=torch.int64),
+                        parameter.new_empty((0, *parameter.shape[1:])),
+                        parameter.shape,
+                        device=parameter.device,
+                    )
+                if parameter.grad is not None:
+                    spans = lay_out([name], [parameter])
+                    engine.add(parameter.grad, [parameter], spans, (True,), lambda: None)
             failure = engine.end()
             if failure is not None:
                 raise failure
@@ -75,6 +89,12 @@ class ManualRegistration(Registration):
         flags = torch.tensor([float(p.grad is not None) for p in parameters], device=self._ground.device)
         counts = self._session.engine.sum(flags).tolist()
         return {id(p) for p, n in zip(parameters, counts, strict=True) if n}
+
+
+def _sparse(module: nn.Module) -> set[int]:
+    """The parameters whose gradients are sparse, by identity, told as DDP tells them."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(m.weight) for m in module.modules() if isinstance(m, kinds) and m.sparse}
 
 
 def _fill(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[list[Tensor], tuple[Span, ...]]]:
@@ -140,4 +160,4 @@ def manual(
         timeout=checked_timeout(timeout, group, device),
         verify=verify,
     )
-    return ManualRegistration(ground, start(ground, chosen_here), None)
+    return ManualRegistration(module, ground, start(ground, chosen_here))

@@ -1,0 +1,189 @@
+"""PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv 1905.13727): low-rank gradients by one power iteration a step."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Setup
+
+from ._layout import Matrix, as_matrix
+from ._orthogonal import orthogonalize, renew
+from ._plan import Batch, Plan, lay_out
+from ._products import left_factor, right_factor, store_product, subtract_product
+from ._random import Source
+
+if TYPE_CHECKING:
+    from commhub import State
+
+logger = logging.getLogger("commhub")
+
+
+def _above(limit: float, *, inclusive: bool) -> Any:
+    def check(_hook: object, field: attrs.Attribute[Any], value: float) -> None:
+        if not (value >= limit if inclusive else value > limit):
+            raise ValueError(f"{field.name} is {value!r}; it must be {'at least' if inclusive else 'above'} {limit}.")
+
+    return check
+
+
+@attrs.define(eq=False, kw_only=True)
+class PowerSGD:
+    """Average gradient matrices as products of two thin factors, two messages per bucket.
+
+    For each parameter, seen as a matrix M of n x m, with P of n x r and Q of m x r:
+
+    1. add what former steps left unsent: M = gradient + residual
+    2. P = M Q, averaged over the ranks, together with everything that is not compressed
+    3. P = orthogonalize(P)
+    4. Q = M^T P, averaged over the ranks
+    5. keep what this rank's own P Q^T left unsent: residual = M - P Q^T
+    6. the result is P Q^T with the averaged Q, which also starts the next step
+
+    These are algorithms 1 and 2 of the paper. Steps 2 and 4 are linear in M, so that averaging factors averages
+    matrices, and the result is the best rank-r approximation of the mean if gradients change slowly.
+
+    Args:
+        rank: r, at least 1. A matrix with fewer rows or columns is sent at their number.
+        start_step: this many steps are averaged plainly and exactly first.
+        min_compression_rate: a matrix is compressed if (n + m) r times this is below n m.
+        error_feedback: keep residuals. Without them small gradients are lost for good.
+        warm_start: start from the last step's Q. Otherwise from a random one in each step.
+        seed: of the random starts.
+        batch_same_shapes: multiply matrices of one shape in one go; by default on CUDA only.
+        stats_frequency: after so many steps each, rank 0 logs the compression so far.
+    """
+
+    rank: int = attrs.field(default=1, validator=_above(1, inclusive=True))
+    start_step: int = attrs.field(default=1000, validator=_above(0, inclusive=True))
+    min_compression_rate: float = attrs.field(default=2.0, validator=_above(0, inclusive=False))
+    error_feedback: bool = True
+    warm_start: bool = True
+    seed: int = 0
+    batch_same_shapes: bool | None = None
+    stats_frequency: int = attrs.field(default=10_000, validator=_above(1, inclusive=True))
+    _matrices: dict[str, Matrix] = attrs.field(init=False, factory=dict, repr=False)
+    _plans: dict[tuple[str, ...], Plan] = attrs.field(init=False, factory=dict, repr=False)
+    _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
+    _source: Source = attrs.field(init=False, repr=False)
+    _state: State = attrs.field(init=False, repr=False)
+    _before: int = attrs.field(init=False, default=0, repr=False)
+    _after: int = attrs.field(init=False, default=0, repr=False)
+
+    def prepare(self, setup: Setup) -> None:
+        """Choose what is compressed; allocate residuals, and the same random Q on every rank."""
+        self._state = setup.state
+        self._source = Source(self.seed, setup.device)
+        self._matrices, self._plans = {}, {}
+        for name, shape, strides, dtype in zip(setup.names, setup.shapes, setup.strides, setup.dtypes, strict=True):
+            matrix = as_matrix(
+                name, shape, strides, dtype, rank=self.rank, min_compression_rate=self.min_compression_rate
+            )
+            if matrix is None:
+                continue
+            self._matrices[name] = matrix
+            if self.warm_start:
+                wide = torch.promote_types(dtype, torch.float32)
+                setup.state.shared(name)["q"] = self._source.factor(matrix, wide).T
+        if self.error_feedback:
+            self._feedback = ErrorFeedback(setup, self._matrices)
+        if setup.rank == 0:
+            setup.after_step(self._log)
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P."""
+        plan = self._plan(bucket)
+        if bucket.step < self.start_step or not plan.batches:
+            bucket.flat.copy_((yield AllReduce(bucket.flat)))
+            return
+        self._count(bucket, plan)
+
+        # 1. M = gradient + residual, in the bucket's own memory if that is wide enough.
+        matrices = [self._compensated(bucket, batch) for batch in plan.batches]
+
+        # 2. P = M Q, averaged, together with everything that is not compressed.
+        starts = [self._start(batch, bucket.step) for batch in plan.batches]
+        for batch, m, q in zip(plan.batches, matrices, starts, strict=True):
+            batch.p.copy_(left_factor(m, q))
+        plan.pack_dense(bucket.flat)
+        self._check((yield AllReduce(plan.first)), bucket)
+        plan.unpack_dense(bucket.flat)
+
+        # 3. P = orthogonalize(P). 4. Q = M^T P, averaged; before that it is what this rank contributes.
+        own = []
+        for batch, m in zip(plan.batches, matrices, strict=True):
+            p = orthogonalize(torch.where(bucket.finite, batch.p, 0.0), self._directions(batch, bucket.step))
+            q = right_factor(m, p)
+            batch.q.copy_(q)
+            own.append((p, q))
+        self._check((yield AllReduce(plan.second)), bucket)
+
+        # 5. residual = M - P Q^T. 6. The result is P Q^T with the mean Q; no number anywhere if it was none somewhere.
+        spoil = torch.where(bucket.finite, 1.0, torch.nan)
+        for batch, m, start, (p, q) in zip(plan.batches, matrices, starts, own, strict=True):
+            self._keep(bucket, batch, m, p, q)
+            mean = batch.q * spoil
+            store_product(p, mean, m)
+            if m.dtype != bucket.flat.dtype:
+                batch.inside(bucket.flat).copy_(m)
+            self._remember(batch, mean, start)
+
+    def compression_stats(self) -> tuple[float, int, int]:
+        """Elements before over elements after compression, and both, over all compressed steps of this process."""
+        return (self._before / self._after if self._after else 0.0), self._before, self._after
+
+    def _plan(self, bucket: Bucket) -> Plan:
+        names = bucket.names
+        if names not in self._plans:
+            gone = [other for other in self._plans if not set(names).isdisjoint(other)]  # DDP has rebuilt its buckets
+            for other in gone:
+                del self._plans[other]
+            batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
+            self._plans[names] = lay_out(bucket, self._matrices, batched=batched)
+        return self._plans[names]
+
+    def _compensated(self, bucket: Bucket, batch: Batch) -> Tensor:
+        inside = batch.inside(bucket.flat)
+        if self._feedback is None:
+            return inside.to(batch.p.dtype)
+        values = [self._feedback.compensated(bucket, i) for i in batch.places]
+        return inside if inside.dtype == batch.p.dtype else values[0].view(inside.shape)
+
+    def _keep(self, bucket: Bucket, batch: Batch, m: Tensor, p: Tensor, q: Tensor) -> None:
+        if self._feedback is not None:
+            subtract_product(m, p, q)
+            for i, error in zip(batch.places, m, strict=True):
+                self._feedback.keep(bucket, i, error.view(-1))
+
+    def _start(self, batch: Batch, step: int) -> Tensor:
+        if self.warm_start:
+            factors = [self._state.shared(matrix.name)["q"].T for matrix in batch.matrices]
+        else:
+            factors = [self._source.factor(matrix, batch.q.dtype, step) for matrix in batch.matrices]
+        return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)
+
+    def _directions(self, batch: Batch, step: int) -> Tensor:
+        return torch.stack([self._source.directions(matrix, batch.p.dtype, step) for matrix in batch.matrices])
+
+    def _remember(self, batch: Batch, mean: Tensor, former: Tensor) -> None:
+        if self.warm_start:
+            for matrix, q, before in zip(batch.matrices, mean, former, strict=True):
+                self._state.shared(matrix.name)["q"] = renew(q, before).T
+
+    def _check(self, result: Tensor, bucket: Bucket) -> None:
+        """The core watches over hooks that hold state; without any, look for ourselves."""
+        if not self.error_feedback and not self.warm_start:
+            bucket.finite = bucket.finite & torch.isfinite(result.sum())
+
+    def _count(self, bucket: Bucket, plan: Plan) -> None:
+        self._before += bucket.flat.numel()
+        self._after += plan.sent
+
+    def _log(self, step: int) -> None:
+        if self._after and (step + 1) % self.stats_frequency == 0:
+            rate, before, after = self.compression_stats()
+            logger.info("powersgd: %d elements sent as %d by step %d, a rate of %.1f", before, after, step + 1, rate)

@@ -1,0 +1,52 @@
+"""What the registry knows about this plugin. Imports no torch."""
+
+from commhub import HookSpec, Option, hookimpl
+
+_OPTIONS = (
+    Option(name="rank", type=int, default=1, help="Rank of the approximation, at least 1."),
+    Option(name="start_step", type=int, default=1000, help="Steps of plain averaging before the first compressed one."),
+    Option(
+        name="min_compression_rate",
+        type=float,
+        default=2.0,
+        help="Compress a matrix only where its factors have this many times fewer elements.",
+    ),
+    Option(name="error_feedback", type=bool, default=True, help="Add what was not sent to the next gradient."),
+    Option(name="warm_start", type=bool, default=True, help="Start from the last step's factor, not a random one."),
+    Option(name="seed", type=int, default=0, help="Seed of the random starting factors."),
+    Option(
+        name="batch_same_shapes",
+        type=bool,
+        default=None,
+        help="Multiply matrices of one shape in one go; none means on CUDA only.",
+    ),
+    Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
+)
+
+_RANK2: dict[str, object] = {"rank": 2}
+_BYTES = "2 (p-1)/p * (sum of (n+m) * min(n, m, rank) over compressed n x m matrices + all other elements) * itemsize"
+_PAPER = "https://arxiv.org/abs/1905.13727"
+
+
+@hookimpl
+def commhub_hooks() -> list[HookSpec]:
+    """The hooks of this distribution."""
+    return [
+        HookSpec(
+            name="powersgd",
+            summary="Low-rank gradients by one power iteration a step, with error feedback.",
+            factory="commhub_powersgd._hook:PowerSGD",
+            options=_OPTIONS,
+            sent_bytes=_BYTES,
+            reference=_PAPER,
+        ),
+        HookSpec(
+            name="powersgd_rank2",
+            summary="PowerSGD at rank 2.",
+            factory="commhub_powersgd._hook:PowerSGD",
+            options=_OPTIONS,
+            preset=_RANK2,
+            sent_bytes=_BYTES,
+            reference=_PAPER,
+        ),
+    ]

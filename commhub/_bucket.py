@@ -36,7 +36,8 @@ def lay_out(names: Sequence[str], tensors: Iterable[Tensor]) -> tuple[Span, ...]
     """
     spans, offset = [], 0
     for name, tensor in zip(names, tensors, strict=True):
-        stride = torch.empty_like(tensor, device="meta").stride()
+        dense = torch.empty_like(tensor, device="meta").stride()  # its own strides, unless there are gaps
+        stride = dense if dense == tensor.stride() else torch.empty(tensor.shape, device="meta").stride()
         spans.append(Span(name, tuple(tensor.shape), tuple(stride), offset, tensor.numel()))
         offset += tensor.numel()
     return tuple(spans)

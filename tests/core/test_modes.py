@@ -20,8 +20,7 @@ DEEP = [16] * 7
 def same(a, b):
     """Whether two lists of {name: tensor} agree bit by bit."""
     return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(bitwise_equal(x[name], y[name]) for name in x)
-        for x, y in zip(a, b, strict=True)
+        x.keys() == y.keys() and all(bitwise_equal(x[name], y[name]) for name in x) for x, y in zip(a, b, strict=True)
     )
 
 

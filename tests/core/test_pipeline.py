@@ -42,9 +42,9 @@ class ThreeRounds(TwoRounds):
 
     def reduce(self, bucket):
         self.pause(bucket)
-        total = yield AllReduce(torch.tensor([2.0 ** bucket.index]), op="sum")
+        total = yield AllReduce(torch.tensor([2.0**bucket.index]), op="sum")
         scale = total.item() / bucket.world_size
-        assert scale == 2.0 ** bucket.index
+        assert scale == 2.0**bucket.index
         bucket.flat.mul_(scale)
         yield from super().reduce(bucket)
         bucket.flat.div_(scale)

@@ -54,9 +54,14 @@ class ErrorFeedback:
         if not bucket.used[i]:
             return
         residual = self._residual(bucket, i)
-        if bucket.loss_scale != 1.0:
-            error = error.div_(bucket.loss_scale)
-        torch.where(bucket.finite, error, residual, out=residual)
+        if bucket.loss_scale == 1.0:
+            torch.where(bucket.finite, error, residual, out=residual)
+            return
+        # A loss scaler skips the step if any bucket is not finite, so the end of the step decides, not this bucket.
+        entries = self._state.local(bucket.names[i])
+        kept = entries["residual"]
+        unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale), residual)
+        entries["residual"] = unscaled.as_strided(kept.shape, kept.stride())
 
     def _residual(self, bucket: Bucket, i: int) -> Tensor:
         residual = self._state.local(bucket.names[i])["residual"]

@@ -44,12 +44,18 @@ def lay_out(names: Sequence[str], tensors: Iterable[Tensor]) -> tuple[Span, ...]
 
 
 class _Flag:
-    """One truth shared by a bucket and its parts: is everything that was reduced so far finite?"""
+    """What a bucket and its parts share.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: whether everything that was reduced so far is finite.
+        unentered: parts with a subgroup of their own that no hook from ``create`` has taken up yet.
+    """
+
+    __slots__ = ("unentered", "value")
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.ones((), dtype=torch.bool, device=device)
+        self.unentered = 0
 
 
 @attrs.define(eq=False, kw_only=True, repr=False)
@@ -117,6 +123,16 @@ class Bucket:
     def finite(self, value: Tensor) -> None:
         self._finite.value = value
 
+    def enter(self) -> None:
+        """Say that a hook which keeps to the bucket's subgroup has taken it up; ``create``'s hooks do."""
+        if self.group is not None:
+            self._finite.unentered -= 1
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether every part with a subgroup was taken up by a hook that keeps to it."""
+        return self._finite.unentered <= 0
+
     def part(self, parameters: Sequence[Tensor], group: Subgroup | None = None) -> Bucket:
         """A bucket over some adjacent parameters of this one, sharing its memory, for ``yield from inner.reduce(...)``.
 
@@ -137,6 +153,8 @@ class Bucket:
         start = spans[0].offset
         group = self.group if group is None else group
         ranks = None if group is None or group is self.group else group.ranks
+        if ranks is not None:
+            self._finite.unentered += 1
         absolute = self.rank if self.group is None else self.group.ranks[self.rank]
         return Bucket(
             flat=self.flat.narrow(0, start, sum(s.numel for s in spans)),

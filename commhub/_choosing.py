@@ -39,6 +39,7 @@ class Chosen:
         reserved: options of ``register`` that the hook string carried.
         prefix: the distribution, where the bare name would not be enough.
         distribution, version: whose hook it is; empty for a hook object.
+        needs, devices: what its spec asks for.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Chosen:
     prefix: str | None = None
     distribution: str = ""
     version: str = ""
+    needs: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def label(self) -> str:
@@ -92,6 +95,8 @@ def choose(hook: object, options: Mapping[str, Any]) -> Chosen:
         prefix=parse(choice.canonical).distribution,
         distribution=choice.distribution,
         version=choice.version,
+        needs=choice.spec.needs,
+        devices=choice.spec.devices,
     )
 
 

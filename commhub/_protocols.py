@@ -125,6 +125,7 @@ class InnerHook:
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """The hook's exchange, its collectives confined to ``bucket.group``."""
+        bucket.enter()
         exchange = self._hook.reduce(bucket)
         return exchange if bucket.group is None else confine(exchange, bucket.group)
 

@@ -12,7 +12,7 @@ from ._ddp import check_devices, find, group_of, refuse, trainable
 from ._errors import HookOptionError, RegistrationError
 from ._protocols import InnerHook
 from ._registration import Registration
-from ._session import Ground, checked_timeout, start
+from ._session import Ground, checked_timeout, start, stop
 from ._slot import Slot
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def register(
         timeout=checked_timeout(timeout if valid_timeout else None, group, ddp.device),
         verify=verify is not False,
     )
-    session = start(ground, chosen_here)
     former = Slot.on(ddp)
+    session = start(ground, chosen_here, None if former is None else former.engine)
     replaced = former.owner if former is not None else None
     slot = Slot.install(ddp)
     leftover = slot.engine
@@ -95,7 +95,7 @@ def register(
     if replaced is not None:
         replaced._retire()
     elif leftover is not None:
-        leftover.driver.close()
+        stop(leftover)
     return registration
 
 

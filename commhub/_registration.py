@@ -15,7 +15,7 @@ from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
 from ._engine import PlainMean
 from ._errors import RegistrationError
-from ._session import Ground, Session, start
+from ._session import Ground, Session, start, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +134,7 @@ class Registration:
             self._slot.owner = None
             self._slot.after = None
         else:
-            self._session.engine.driver.close()
+            stop(self._session.engine)
 
     def emulate(self, network: Network | None) -> None:
         """Make every collective take at least as long as it would on ``network``, from the next step on.
@@ -155,13 +155,13 @@ class Registration:
 
     def _replace(self, choose_one: Callable[[], Chosen]) -> None:
         former = self._session
-        session = start(self._ground, choose_one)
+        session = start(self._ground, choose_one, former.engine)
         session.engine.step = former.engine.step
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
         self._session = session
         self._take(session)
-        former.engine.driver.close()
+        stop(former.engine)
 
     def _take(self, session: Session) -> None:
         weakref.finalize(self._slot or self, session.engine.driver.close)
@@ -173,7 +173,7 @@ class Registration:
     def _retire(self) -> None:
         """Another registration has taken the model over."""
         self._removed = True
-        self._session.engine.driver.close()
+        stop(self._session.engine)
 
     def _announce(self, verb: str) -> None:
         engine = self._session.engine

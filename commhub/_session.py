@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -19,6 +20,10 @@ from .drivers._stats import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+
+_at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+"""By the hook's identity: an object's memory belongs to one model."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -52,10 +57,11 @@ class Session:
     wire: torch.dtype | None
 
 
-def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
+def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None) -> Session:
     """Make the hook that ``choose`` names work on ``ground``; collective.
 
-    Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises.
+    Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
+    engine that this one replaces, if any.
 
     Raises:
         HookMismatchError: on all ranks where they disagree.
@@ -68,6 +74,7 @@ def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make()
+        _check_fit(ground, chosen, hook, former)
         facts = _facts(ground, chosen, wire)
     except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
@@ -84,7 +91,29 @@ def start(ground: Ground, choose: Callable[[], Chosen]) -> Session:
         if driver is not None:
             driver.close()
         raise
+    _at_work[id(hook)] = engine
     return Session(chosen, engine, wire)
+
+
+def stop(engine: Engine) -> None:
+    """End a hook's work: its thread and groups are freed, and the object may be registered again."""
+    if _at_work.get(id(engine.hook)) is engine:
+        del _at_work[id(engine.hook)]
+    engine.driver.close()
+
+
+def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None) -> None:
+    if ground.device.type not in chosen.devices:
+        raise RegistrationError(
+            f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {ground.device}."
+        )
+    given = {"optimizer": bool(ground.optimizers), "scaler": ground.scaler is not None}
+    for need in chosen.needs:
+        if not given.get(need, True):
+            raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
+    other = _at_work.get(id(hook))
+    if other is not None and other is not former and other.hook is hook:
+        raise RegistrationError(f"this {chosen.name} object is at work already. Give each model a hook of its own.")
 
 
 def _prepared(

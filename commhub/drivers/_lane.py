@@ -106,6 +106,10 @@ class Lane:
 
     def _finish(self) -> None:
         self.finished = True
+        if not self.bucket.is_entered:
+            raise HookError(
+                "gave a part with a subgroup to a hook that does not keep to it. Make that one with commhub.create."
+            )
         result, flat = self.bucket.flat, self._flat
         if result is flat:
             return

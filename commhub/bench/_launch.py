@@ -46,7 +46,9 @@ def launch(settings: Settings, board: Board) -> None:
             if board.fatal is not None:
                 raise BenchError(board.fatal)
             if board.pending() == indexes:
-                raise BenchError(f"the ranks could not be started: {_last_words(folder)}")
+                raise BenchError(
+                    f"the ranks could not be started: {_last_words((folder / 'log').read_text(errors='replace'))}"
+                )
             attempt += 1
 
 
@@ -75,7 +77,7 @@ def _launcher(settings: Settings, folder: Path, lifeline: Lifeline) -> Iterator[
         f"--nproc-per-node={settings.nproc}",
     ]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    command += ["--max-restarts=0", "-m", "commhub.bench._rank", str(folder)]
+    command += ["--max-restarts=0", f"--log-dir={folder}", "-m", "commhub.bench._rank", str(folder)]
     threads = threads_per_rank(settings.threads, settings.nproc)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if sys.platform == "linux":
@@ -134,7 +136,12 @@ def _events(rank: int | str) -> str:
 
 
 def _reason(folder: Path, index: int) -> str:
-    """Why the hook at `index` failed: what the rank that failed first says, or how a rank died."""
+    """Why the hook at `index` failed: how a rank died, else what the rank that failed first says."""
+    log = (folder / "log").read_text(errors="replace")
+    # The launcher's summary. It ends the other ranks with SIGTERM itself.
+    for rank, code in re.findall(r"rank\s*: (\d+) .*?exitcode\s*: (-?\d+) ", log, re.DOTALL):
+        if int(code) < 0 and -int(code) != signal.SIGTERM:
+            return f"rank {rank} was ended by {signal.Signals(-int(code)).name}"
     failures = [
         event
         for path in sorted(folder.glob(_events("*")))
@@ -143,16 +150,11 @@ def _reason(folder: Path, index: int) -> str:
     ]
     if failures:
         return str(min(failures, key=lambda event: float(event["time"]))["error"])
-    return _last_words(folder)
+    return _last_words(log)
 
 
-def _last_words(folder: Path) -> str:
-    """How the launcher says a rank ended, else the last line that was printed there."""
-    log = (folder / "log").read_text(errors="replace")
-    died = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", log, re.DOTALL)
+def _last_words(log: str) -> str:
+    """The last line that looks like an exception, else the last line."""
     lines = [line for line in log.splitlines() if line.strip() and not line.startswith("=")]
-    if died and int(died[2]) < 0:
-        with contextlib.suppress(ValueError):
-            return f"rank {died[1]} was ended by {signal.Signals(-int(died[2])).name}"
     errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     return (errors or lines or ["no reason was given"])[-1]

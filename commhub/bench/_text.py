@@ -77,7 +77,7 @@ def _content(file: Path, limit: int) -> bytes:
         if not file.is_file():  # a pipe would be waited on for ever
             return b""
         with file.open("rb") as opened:
-            content = opened.read(limit)
+            head = opened.read(1024)
+            return b"" if b"\0" in head else (head + opened.read(limit))[:limit]
     except OSError:
         return b""
-    return b"" if b"\0" in content[:1024] else content

@@ -68,7 +68,7 @@ def train(
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = loss_of(ddp, windows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         _synchronize(device)
         seconds = time.perf_counter() - start

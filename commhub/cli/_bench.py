@@ -29,9 +29,7 @@ from commhub.bench._sizes import SIZES
 @click.option("--latency", metavar="TIME", help="Emulate a link with this latency, such as 1ms.")
 @click.option("--bucket-cap-mb", type=float, help="DDP's bucket size in MiB.  [default: DDP's own]")
 @click.option("--threads", type=int, help="Threads per rank.  [default: the cores divided among the ranks]")
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
-)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @click.option("--json", metavar="FILE", help="Write every measurement to this file.")
 @click.option("--report", metavar="FILE", help=f"Write the HTML report here.  [default: {DEFAULT_REPORT}]")
 @click.option("--no-report", is_flag=True, help="Write no HTML report.")

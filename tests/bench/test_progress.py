@@ -1,0 +1,90 @@
+"""Progress is a few plain lines where output is kept, and a live line per hook on a terminal."""
+
+import io
+
+import pytest
+
+from commhub.bench._board import Board
+from commhub.bench._options import Settings
+from commhub.bench._progress import PlainProgress, make_progress
+
+SETUP = {
+    "kind": "setup",
+    "torch": "2.13.0",
+    "device": "CPU",
+    "backend": "gloo",
+    "world_size": 2,
+    "machines": 1,
+    "threads": 1,
+    "parameters": 873_216,
+    "text_bytes": 12_000_000,
+}
+
+
+def step_event(index, step):
+    record = dict.fromkeys(("loss", "seconds", "encode", "wait", "decode", "reference_bytes"), 0.5)
+    return {"kind": "step", "index": index, "record": record | {"step": step, "sent_bytes": 1e6}}
+
+
+def play(progress, *, steps=10):
+    """Two hooks, of which the second fails in its third step."""
+    board = Board(Settings(hooks=["allreduce", "fp16"], steps=steps, bandwidth="1gbit"), "command", progress)
+    board.on_event(SETUP)
+    board.on_event({"kind": "start", "index": 0})
+    for step in range(steps):
+        board.on_event(step_event(0, step))
+    board.on_event({"kind": "done", "index": 0, "validation_loss": 0.4})
+    board.on_event({"kind": "start", "index": 1})
+    board.on_event(step_event(1, 0))
+    board.on_event({"kind": "failed", "index": 1, "error": "HookError: gone"})
+    board.close()
+    return board
+
+
+def test_plain_lines_are_few_and_complete():
+    stream = io.StringIO()
+    play(PlainProgress(stream))
+    lines = stream.getvalue().splitlines()
+    assert "873 k parameters" in lines[0]
+    assert "emulated: 1gbit" in lines[1]
+    assert lines[2] == "allreduce  step 2/10  loss 0.500  500 ms/step  sent 2.00 MB"
+    assert lines[6] == "allreduce  step 10/10  loss 0.500  500 ms/step  sent 10.0 MB"
+    assert lines[7:] == ["fp16  failed: HookError: gone"]
+
+
+def test_few_steps_get_a_line_each():
+    stream = io.StringIO()
+    play(PlainProgress(stream), steps=6)
+    assert sum(line.startswith("allreduce") for line in stream.getvalue().splitlines()) == 5
+
+
+def test_a_terminal_gets_a_live_line_per_hook(monkeypatch):
+    pytest.importorskip("rich", reason="live progress is part of the bench extra")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = make_progress(stream)
+    assert type(progress).__name__ == "LiveProgress"
+    play(progress)
+    last = [line for line in stream.getvalue().splitlines() if "/10" in line][-2:]
+    assert "10/10" in last[0]
+    assert "loss 0.500  500 ms/step  sent 10.0 MB" in last[0]
+    assert "failed: HookError: gone" in last[1]
+
+
+def test_a_terminal_without_rich_gets_plain_lines(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    monkeypatch.delitem(__import__("sys").modules, "commhub.bench._live", raising=False)
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    assert isinstance(make_progress(stream), PlainProgress)
+
+
+def test_the_board_keeps_what_was_measured_at_any_moment():
+    board = play(PlainProgress(io.StringIO()))
+    done, failed = board.outcome().results
+    assert (done.status, len(done.records), done.validation_loss) == ("done", 10, 0.4)
+    assert (failed.status, len(failed.records), failed.error) == ("failed", 1, "HookError: gone")
+    assert board.pending() == []
+    assert board.running() is None

@@ -160,7 +160,17 @@ def test_info_of_an_unknown_name_says_no(site):
     assert "Did you mean 'some'" in done.stderr
 
 
-@pytest.mark.parametrize("args", [["info"], ["info", "a(b"], ["list", "a", "b"], ["enum"], ["list", "--nothing"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["info"],
+        ["info", "a(b"],
+        ["list", "a", "b"],
+        ["enum"],
+        ["enum", "--write", "x", "--check", "x"],
+        ["list", "--nothing"],
+    ],
+)
 def test_wrong_usage_exits_with_2(site, args):
     assert run(*args).exit_code == 2
 

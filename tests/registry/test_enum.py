@@ -64,6 +64,7 @@ def test_the_enum_is_one_object_until_the_installation_changes(site):
 
 def test_members_can_be_pickled(site):
     site.add("some-dist", "some")
+    assert commhub.HookType.__module__ == "commhub"
     assert pickle.loads(pickle.dumps(commhub.HookType.SOME)) is commhub.HookType.SOME
 
 

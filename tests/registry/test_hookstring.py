@@ -155,6 +155,11 @@ def test_split_refuses_an_empty_item(text):
         split(text)
 
 
+def test_split_refuses_a_bracket_that_closes_nothing():
+    with pytest.raises(HookOptionError, match="closes nothing"):
+        split("a, b)")
+
+
 def test_split_refuses_an_open_bracket():
     with pytest.raises(HookOptionError, match="never closed"):
         split("a(b=1, c")

@@ -36,7 +36,8 @@ BROKEN = {
         Exception,
     ),
     "unknown extension point": (
-        "from commhub import hookimpl\n@hookimpl\ndef commhub_compressors(): return []",
+        "from commhub import HookSpec, hookimpl\n@hookimpl\ndef commhub_compressors(): return []\n"
+        "@hookimpl\ndef commhub_hooks(): return [HookSpec(name='some', summary='x', factory='a:b')]",
         Exception,
     ),
 }

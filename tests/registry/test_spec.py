@@ -1,5 +1,7 @@
 """Specs are plain data, and a wrong one is refused where it is written."""
 
+from enum import IntEnum, StrEnum
+
 import pytest
 
 from commhub import AveragerSpec, HookSpec, Option
@@ -30,6 +32,8 @@ def test_a_spec_is_frozen_and_hashable():
 def test_fields_are_given_by_name_only():
     with pytest.raises(TypeError):
         HookSpec("mine", "Mine.", "mine:Mine")
+    with pytest.raises(TypeError):
+        Option("rank", int)
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "my-hook", "1st", "_mine", "my hook", "é", 3, None])
@@ -157,6 +161,14 @@ def test_none_is_allowed_only_where_it_is_the_default():
     assert Option(name="x", type=int).convert(None) is None
     with pytest.raises(ValueError, match="x is None"):
         Option(name="x", type=int, default=1).convert(None)
+
+
+def test_subclasses_become_plain_values():
+    word = StrEnum("Word", {"A": "a"}).A
+    number = IntEnum("Number", {"ONE": 1}).ONE
+    assert type(Option(name="x", type=str).convert(word)) is str
+    assert type(Option(name="x", type=int).convert(number)) is int
+    assert type(Option(name="x", type=float).convert(number)) is float
 
 
 def test_a_mutable_default_is_not_shared_with_the_caller():

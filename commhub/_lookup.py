@@ -105,17 +105,13 @@ def _stand(claim: Claim, disabled: Iterable[Claim], candidates: Iterable[Claim])
     return Standing(claim, "ok")
 
 
-def _unusable(
-    name: str, distribution: str | None, named: Iterable[Standing]
-) -> UnknownHookError | PluginError:
+def _unusable(name: str, distribution: str | None, named: Iterable[Standing]) -> UnknownHookError | PluginError:
     """Return the error for a name that leads nowhere, with the most likely way out."""
     where = f"{distribution}:{name}" if distribution else name
     for standing in named:
         offer = f"{standing.claim.distribution} {standing.claim.version}"
         if standing.status == "incompatible":
-            return PluginError(
-                f"{offer} offers {where!r} but {standing.reason}. Install a release that fits."
-            )
+            return PluginError(f"{offer} offers {where!r} but {standing.reason}. Install a release that fits.")
         if standing.status == "disabled":
             return UnknownHookError(f"{where!r} of {offer} is {standing.reason}. Unset that to use it.")
     owner = _documented.owner(name)
@@ -129,6 +125,4 @@ def _unusable(
     known = sorted({*usable, *_documented.HOOKS, *_documented.AVERAGERS, *_documented.ALIASES})
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UnknownHookError(
-        f"no installed plugin offers {where!r}.{hint} `commhub list` shows what is installed."
-    )
+    return UnknownHookError(f"no installed plugin offers {where!r}.{hint} `commhub list` shows what is installed.")

@@ -95,9 +95,7 @@ def resolve(name: str, options: Mapping[str, object] | None = None, kind: str | 
     text = parse(name)
     claim = _lookup.find(text.name, text.distribution)
     if kind is not None and claim.kind != kind:
-        raise UnknownHookError(
-            f"{claim.name!r} of {claim.distribution} is of kind {claim.kind!r}, not {kind!r}."
-        )
+        raise UnknownHookError(f"{claim.name!r} of {claim.distribution} is of kind {claim.kind!r}, not {kind!r}.")
     spec = _specs(claim)[claim.name]
     where = f"{claim.name} ({claim.distribution} {claim.version})"
     options = options or {}
@@ -138,9 +136,7 @@ def _info(standing: Standing) -> HookInfo:
 def _specs(claim: Claim) -> Mapping[str, HookSpec | AveragerSpec]:
     """Return the specs of the plugin behind a claim, loaded once; a failure is remembered too."""
     siblings = tuple(
-        other
-        for other in _index.claims()
-        if (other.distribution, other.module) == (claim.distribution, claim.module)
+        other for other in _index.claims() if (other.distribution, other.module) == (claim.distribution, claim.module)
     )
     if siblings not in _loaded:
         try:

@@ -118,8 +118,6 @@ def _print(rows: list[dict[str, object]], found: dict[tuple[str, str], Finding])
         print_table(table, _COLUMNS)
     for (distribution, module), finding in found.items():
         if finding["error"] is not None:
-            click.echo(
-                f"\n{distribution}, {module}: {finding['error']}\n{finding['traceback'] or ''}".rstrip()
-            )
+            click.echo(f"\n{distribution}, {module}: {finding['error']}\n{finding['traceback'] or ''}".rstrip())
     broken = sorted({str(row["distribution"]) for row in rows if row["status"] == "broken"})
     click.echo(f"\n{len(rows)} names, {len(found)} plugins loaded, broken: {', '.join(broken) or 'none'}")

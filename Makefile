@@ -1,0 +1,27 @@
+# On a fresh clone with python3 (3.11 or newer): `make demo` compares hooks, `make test` runs every test.
+PYTHON ?= python3
+PY := .venv/bin/python
+PROJECTS := $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	.venv/bin/commhub bench --model tiny --steps 40 --bandwidth 100mbit --report commhub-bench.html
+
+test: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/commhub enum --documented --check commhub/_names.py
+	$(PY) docs/generate_catalogue.py --check
+
+.venv/installed: pyproject.toml $(PROJECTS) constraints.txt
+	@echo "Setting up .venv: downloads torch once, takes a minute or more."
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch 'setuptools>=77'
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' $(PROJECTS:%/pyproject.toml=-e %)
+	touch $@

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ._lane import Lane
     from ._stats import Meter
 
-_POLL = 0.0005
-"""Seconds between looks at Gloo while more buckets may come."""
+_SHORTEST, _LONGEST = 0.0002, 0.002
+"""Seconds between looks at Gloo while more buckets may come: a tenth of the time waited so far, within these."""
 _SLICE = 0.5
 """Seconds of an uninterrupted wait, and between looks at the board."""
 
@@ -245,7 +245,9 @@ class ThreadDriver:
         if began - self._looked > _SLICE:
             self._looked = began
             self._look_around(began)
-        first = next((f for fs in self._flights.values() for f in fs if not self._is_over(f)), None)
+        first, issued = next(
+            ((f, lane.issued_at) for lane, fs in self._flights.items() for f in fs if not self._is_over(f)), (None, 0.0)
+        )
         if first is None:
             with self._changed:
                 if not self._arrived and not self._ended and not self._closing:
@@ -253,7 +255,7 @@ class ThreadDriver:
             return
         if not self._ended:
             with self._changed:
-                self._changed.wait(_POLL)
+                self._changed.wait(min(max(0.1 * (began - issued), _SHORTEST), _LONGEST))
         elif not first.is_done():
             first.wait(_SLICE)
         else:

@@ -132,7 +132,8 @@ def _how(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield "Text", escape(f"{text}, {_format.size(setup['text_bytes'])}; the last 5 % held out")
         where = f"{setup['machines']} machine{several}"
         yield "Ranks", escape(f"{setup['world_size']} on {where}, {setup['backend']}")
-        yield "Each rank", escape(f"{setup['device']}, {setup['threads']} threads, torch {setup['torch']}")
+        threads = f"{setup['threads']} thread{'s' if setup['threads'] > 1 else ''}"
+        yield "Each rank", escape(f"{setup['device']}, {threads}, torch {setup['torch']}")
     yield "Batch", f"{settings['batch']} windows per rank and step, seed {settings['seed']}"
     yield "Link", escape(f"emulated: {outcome.link}" if outcome.link else "as it is, nothing emulated")
     yield "Machine", escape(f"{machine['system']}, {machine['cores']} cores")

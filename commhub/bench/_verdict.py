@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from commhub.bench import _format
+from commhub.bench._results import SAME
 
 if TYPE_CHECKING:
     from commhub.bench._results import HookResult, Outcome
@@ -22,7 +23,9 @@ def verdict(outcome: Outcome) -> str:
     if base is None or base.status != "done" or not others:
         return ""
     faster = [x for x in others if outcome.faster(x, base)]
-    in_vain = [x for x in others if x not in faster and (x.compression or 1.0) >= _COMPRESSES]
+    unclear = [x for x in others if x not in faster and (outcome.speedup(x) or 0.0) > 1 + SAME]
+    rest = [x for x in others if x not in faster and x not in unclear]
+    in_vain = [x for x in rest if (x.compression or 1.0) >= _COMPRESSES]
     parts = []
     if faster:
         best = max(faster, key=lambda x: outcome.speedup(x) or 0.0)
@@ -31,6 +34,8 @@ def verdict(outcome: Outcome) -> str:
     if in_vain:
         speeds = _join([f"{x.hook} is {_format.times(outcome.speedup(x))}" for x in in_vain])
         parts.append(f"{speeds} as fast as {base.hook}: compression does not pay here")
+    if unclear:
+        parts.append(f"the step times of {_join([x.hook for x in unclear])} scatter too much to tell")
     if not parts:
         parts.append(f"no hook is measurably faster than {base.hook}")
     return f"On this {_link(outcome)} {'; '.join(parts)}."

@@ -99,7 +99,7 @@ def test_the_closing_sentence_follows_from_the_numbers(make_result, make_outcome
 def test_a_speed_up_within_the_scatter_is_not_called_one(make_result, make_outcome):
     base = make_result(times=(0.2, 0.2, 0.15, 0.25, 0.15, 0.25, 0.2))
     other = make_result("fp16", (0.2, 0.2, 0.13, 0.23, 0.13, 0.23, 0.18), compression=2.0)
-    assert "1.11x as fast as allreduce: compression does not pay here" in verdict(make_outcome(base, other))
+    assert verdict(make_outcome(base, other)) == "On this machine the step times of fp16 scatter too much to tell."
 
 
 def test_a_faster_hook_with_a_worse_loss_is_called_so(make_result, make_outcome):

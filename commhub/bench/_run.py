@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from commhub.bench._board import Board
@@ -49,6 +50,8 @@ def run(settings: Settings) -> int:
         with _stoppable():
             settings = checked(settings, world_size=settings.nproc)
             board = Board(settings, command, default_progress())
+            # Importing torch in every process takes a few seconds.
+            print(f"starting {settings.nproc} ranks", file=sys.stderr, flush=True)
             launch(settings, board)
     except Stopped as stop:
         code = stop.code

@@ -59,11 +59,6 @@ class Slot:
         if slot is not None:
             return slot
         slot = cls(model)
-
-        def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
-            return state.reduce(bucket)
-
-        commhub_slot.__annotations__ = {}
         model.register_comm_hook(slot, commhub_slot)
         slot._watch_use(model)
         model.__dict__[SLOT] = slot
@@ -191,3 +186,11 @@ class Slot:
                 f"a DDP model with the hook {self.owner} cannot be copied or pickled: the copy would train without it. "
                 "Copy model.module, save model.state_dict(), or call registration.remove() first."
             )
+
+
+def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
+    """What PyTorch keeps; at the top of a module, so that a model whose hook was removed can be pickled."""
+    return state.reduce(bucket)
+
+
+commhub_slot.__annotations__ = {}  # as text they would not be what PyTorch compares them with

@@ -70,7 +70,7 @@ def agree(
         topic: which of the meeting's rounds this is.
         facts: what must be the same everywhere, JSON-able. Ranks exchange a digest; the facts only where it differs.
         failure: why this rank cannot go on, if it cannot.
-        verify: whether facts that differ are an error.
+        verify: whether facts that differ are an error; one rank that says so is enough.
 
     Raises:
         HookMismatchError: on every rank, naming ranks and values, when facts differ.
@@ -79,19 +79,19 @@ def agree(
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     why = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    mine = json.dumps([digest, _host(), why])
+    mine = json.dumps([digest, _host(), why, verify])
     summary = json.loads(_gathered(meeting, topic, mine))
     if isinstance(summary, str):
         raise failure or RegistrationError(summary)
     if failure is not None:
         raise failure
-    for rank, (_, _, text) in enumerate(summary):
+    for rank, (_, _, text, _) in enumerate(summary):
         if text:
             raise RegistrationError(f"rank {rank} could not go on: {text}")
-    if verify and len({digest for digest, _, _ in summary}) > 1:
+    if any(verify for *_, verify in summary) and len({digest for digest, *_ in summary}) > 1:
         everyone = json.loads(_gathered(meeting, f"{topic}/facts", json.dumps(facts)))
         raise HookMismatchError(_difference(everyone))
-    return tuple(host for _, host, _ in summary)
+    return tuple(host for _, host, *_ in summary)
 
 
 def _gathered(meeting: Meeting, topic: str, mine: str) -> str:
@@ -100,7 +100,7 @@ def _gathered(meeting: Meeting, topic: str, mine: str) -> str:
     if meeting.rank > 0:
         store.set(str(meeting.rank), mine)
         try:
-            store.wait(["all"], timedelta(seconds=meeting.timeout + 10.0))
+            store.wait(["all"], timedelta(seconds=meeting.timeout + min(10.0, meeting.timeout)))
         except RuntimeError as error:
             text = f"rank 0 did not come within {meeting.timeout:g} s; register, swap and remove are collective."
             raise RegistrationError(text) from error

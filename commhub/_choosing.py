@@ -64,7 +64,8 @@ class Chosen:
         if wire is not None:
             given["wire"] = short_dtype(wire)
         bare = f"{self.prefix}:{self.name}" if self.prefix else self.name
-        return str(HookString(name=self.name, options=given, distribution=self.prefix)) if given else bare
+        # The name as it is: that of a hook object's class need be no hook's name.
+        return bare + str(HookString(name="x", options=given)).removeprefix("x") if given else bare
 
 
 def choose(hook: object, options: Mapping[str, Any]) -> Chosen:

@@ -100,8 +100,9 @@ def _mean(local: Mapping[str, Any], former: int, rank: int, world_size: int) -> 
 
 
 def _without_wire(hook: str) -> tuple[str, str]:
-    parsed = parse(hook)
-    return parsed.name, repr(sorted((k, v) for k, v in parsed.options.items() if k != "wire"))
+    name, _, options = hook.partition("(")
+    given = parse(f"x({options}").options if options else {}
+    return name.rpartition(":")[2], repr(sorted((k, v) for k, v in given.items() if k != "wire"))
 
 
 def write(directory: Path, rank: int, state: Mapping[str, Any]) -> None:

@@ -86,6 +86,13 @@ class HookResult:
         return low, high
 
     @property
+    def scatter(self) -> float:
+        """How wide the middle half of the step times spreads, as a share of their median."""
+        if not self.step_seconds or not self.step_quartiles:
+            return 0.0
+        return (self.step_quartiles[1] - self.step_quartiles[0]) / self.step_seconds
+
+    @property
     def sent_bytes(self) -> float | None:
         """The mean number of bytes that one rank sent per step."""
         return statistics.fmean(record.sent_bytes for record in self.timed) if self.timed else None

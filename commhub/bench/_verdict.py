@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from commhub.bench import _format
-from commhub.bench._results import SAME
 
 if TYPE_CHECKING:
     from commhub.bench._results import HookResult, Outcome
 
 _WORSE_LOSS = 0.02
 """A held-out loss higher by more than this share of the baseline's is worth a word."""
+_TELLING = 0.2
+"""Where the middle half of the step times spreads wider than this share of the median, equal medians mean little:
+on a machine that does nothing else it is below 0.05."""
 _COMPRESSES = 1.05
 """From this compression on, a hook claims to save bytes."""
 
@@ -23,7 +25,8 @@ def verdict(outcome: Outcome) -> str:
     if base is None or base.status != "done" or not others:
         return ""
     faster = [x for x in others if outcome.faster(x, base)]
-    unclear = [x for x in others if x not in faster and (outcome.speedup(x) or 0.0) > 1 + SAME]
+    alike = [x for x in others if x not in faster and not outcome.faster(base, x)]
+    unclear = [x for x in alike if max(x.scatter, base.scatter) > _TELLING]
     rest = [x for x in others if x not in faster and x not in unclear]
     in_vain = [x for x in rest if (x.compression or 1.0) >= _COMPRESSES]
     parts = []

@@ -102,6 +102,12 @@ def test_a_speed_up_within_the_scatter_is_not_called_one(make_result, make_outco
     assert verdict(make_outcome(base, other)) == "On this machine the step times of fp16 scatter too much to tell."
 
 
+def test_a_slow_down_beyond_the_scatter_is_one_all_the_same(make_result, make_outcome):
+    base = make_result(times=(0.2, 0.2, 0.15, 0.25, 0.15, 0.25, 0.2))
+    other = make_result("fp16", (0.2, 0.2, 0.35, 0.45, 0.35, 0.45, 0.40), compression=2.0)
+    assert "fp16 is 0.50x as fast as allreduce: compression does not pay" in verdict(make_outcome(base, other))
+
+
 def test_a_faster_hook_with_a_worse_loss_is_called_so(make_result, make_outcome):
     outcome = make_outcome(make_result(), make_result("powersgd", (0.1,) * 8, compression=20.0, loss=3.2))
     assert verdict(outcome).endswith("2.00x as fast as allreduce, at a held-out loss 0.200 higher after as many steps.")

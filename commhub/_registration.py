@@ -191,7 +191,7 @@ class Registration:
         return _saving.to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what was saved.
+        """Go on from what was saved. With a schedule every rank must call it: the hook may have to be swapped first.
 
         Args:
             state: this rank's dict; or those of all former ranks, which may have been more or fewer: then the mean
@@ -200,16 +200,29 @@ class Registration:
         Raises:
             ValueError: if it is of another hook, model or rank, or incomplete. Nothing is changed then.
         """
+        if self._schedule:
+            self._catch_up(state)
         merged = _saving.merge(state)
-        step = int(merged["step"])
-        due = [at for at in self._schedule if at <= step]
-        if due:
-            text = self._schedule[max(due)]
-            self._schedule = {at: hook for at, hook in self._schedule.items() if at > step}
-            self.swap(text)
         engine = self._session.engine
         _saving.from_dict(merged, str(self), engine.rank, engine.world_size, engine.state)
-        engine.step = step
+        engine.step = int(merged["step"])
+
+    def _catch_up(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Swap to the hook that was scheduled for the state's step; collective, as a swap is."""
+        failure: Exception | None = None
+        step, text = 0, None
+        try:
+            merged = _saving.merge(state)
+            step = int(merged["step"])
+            text = self._schedule.get(max((at for at in self._schedule if at <= step), default=-1))
+            _saving.check_hook(merged, str(self) if text is None else choose(text, {}).text())
+        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+            failure = error
+        meeting = Meeting.of(self._ground.group, self._ground.timeout)
+        agree(meeting, "catch up", {"step": step}, failure)
+        if text is not None:
+            self._schedule = {at: hook for at, hook in self._schedule.items() if at > step}
+            self.swap(text)
 
     def save(self, directory: str | Path) -> None:
         """Write each rank's state to a file of its own in ``directory``, which all ranks share."""
@@ -228,9 +241,15 @@ class Registration:
             ValueError: if a file is missing or does not belong to the others.
         """
         failure: Exception | None = None
+        states: list[dict[str, Any]] = []
+        try:
+            states = _saving.read(Path(directory))
+        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+            failure = error
+        self._meet("read", failure)
         with torch.no_grad():
             try:
-                self.load_state_dict(_saving.read(Path(directory)))
+                self.load_state_dict(states)
             except Exception as error:  # noqa: BLE001 - the same
                 failure = error
         self._meet("load", failure)

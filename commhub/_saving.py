@@ -49,6 +49,9 @@ def merge(state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, A
     for one in dicts:
         if not isinstance(one, Mapping) or one.get("commhub") != FORMAT:
             raise ValueError("this is no hook state: give what Registration.state_dict() returned.")
+        lacking = [key for key in ("hook", "step", "world_size") if key not in one]
+        if lacking:
+            raise ValueError(f"the state is incomplete: {lacking[0]} is missing.")
     first = dicts[0]
     for one in dicts[1:]:
         for key in ("hook", "step", "world_size"):
@@ -66,8 +69,7 @@ def from_dict(saved: Mapping[str, Any], hook: str, rank: int, world_size: int, s
     Raises:
         ValueError: if it is of another hook or model, or does not hold the ranks that are needed.
     """
-    if _without_wire(saved["hook"]) != _without_wire(hook):
-        raise ValueError(f"the state was saved by {saved['hook']}; this registration runs {hook}. Register that one.")
+    check_hook(saved, hook)
     former, local = int(saved["world_size"]), saved["local"]
     kept = state.export("local")
     if former == world_size and _key(rank) in local:
@@ -80,6 +82,12 @@ def from_dict(saved: Mapping[str, Any], hook: str, rank: int, world_size: int, s
     check_same(state.export("shared"), saved["shared"])
     state.restore("local", mine)
     state.restore("shared", saved["shared"])
+
+
+def check_hook(saved: Mapping[str, Any], hook: str) -> None:
+    """Raise ValueError unless a merged state is of ``hook``, whatever its wire."""
+    if _without_wire(saved["hook"]) != _without_wire(hook):
+        raise ValueError(f"the state was saved by {saved['hook']}; this registration runs {hook}. Register that one.")
 
 
 def _mean(local: Mapping[str, Any], former: int, rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:

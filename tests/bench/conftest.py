@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ class Bench:
 
     def start(self, *flags, launcher=()):
         command = [*launcher, *COMMAND[1:]] if launcher else COMMAND
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *self._data, *flags],
             cwd=self.folder,
             env=self.environment,
@@ -78,10 +79,15 @@ class Bench:
             stderr=subprocess.PIPE,
             text=True,
         )
+        # A bench that hangs ends, and its test with it: reading its output has no time limit of its own.
+        watchdog = threading.Timer(180, process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        return process
 
-    def __call__(self, *flags, launcher=(), timeout=120):
+    def __call__(self, *flags, launcher=()):
         process = self.start(*flags, launcher=launcher)
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def json(self, name="out.json"):

@@ -7,8 +7,6 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.timeout(180)
-
 SHORT = ("--batch", "2", "--steps", "6", "--warmup", "2", "--threads", "1")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")  # fmt: skip

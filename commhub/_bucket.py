@@ -73,6 +73,8 @@ class Bucket:
         rank, world_size: of this process in the group that averages.
         loss_scale: what the loss was multiplied by (``scaler=``); residuals are kept divided by it.
         group: the subgroup of a ``part``; ``None`` is all ranks.
+        divides: whether a mean divides, as DDP does under ``batched_grad_copy``, or multiplies by 1/divisor, as it
+            does elsewhere: for three ranks the last bit differs.
     """
 
     flat: Tensor
@@ -85,6 +87,7 @@ class Bucket:
     world_size: int
     loss_scale: float = 1.0
     group: Subgroup | None = None
+    divides: bool = False
     _spans: tuple[Span, ...]
     _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat.device), takes_self=True))
 
@@ -167,6 +170,7 @@ class Bucket:
             world_size=self.world_size if ranks is None else len(ranks),
             loss_scale=self.loss_scale,
             group=group,
+            divides=self.divides,
             spans=tuple(attrs.evolve(s, offset=s.offset - start) for s in spans),
             finite=self._finite,
         )

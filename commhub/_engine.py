@@ -95,6 +95,7 @@ class Engine:
     _lanes: list[Lane] = attrs.Factory(list)
     _open: bool = False
     _divisor: int = 0
+    _divides: bool = False
     _loss_scale: float = 1.0
     _watch: bool = False
 
@@ -103,11 +104,12 @@ class Engine:
         """Whether a step has begun and not ended."""
         return self._open
 
-    def begin(self, *, divisor: int | None = None, loss_scale: float = 1.0) -> None:
+    def begin(self, *, divisor: int | None = None, divides: bool = False, loss_scale: float = 1.0) -> None:
         """Start a step."""
         self._open = True
         self._lanes.clear()
         self._divisor = self.world_size if divisor is None else divisor
+        self._divides = divides
         self._loss_scale = loss_scale
         self._watch = not self.state.is_empty()
         self.state.begin()
@@ -128,6 +130,7 @@ class Engine:
             index=len(self._lanes),
             step=self.step,
             divisor=self._divisor,
+            divides=self._divides,
             rank=self.rank,
             world_size=self.world_size,
             loss_scale=self._loss_scale,

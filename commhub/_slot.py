@@ -122,7 +122,7 @@ class Slot:
             active = torch.tensor([0.0 if shadow else 1.0], device=self._device)
             divisor = max(1, int(engine.sum(active).item()))
         scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        engine.begin(divisor=divisor, loss_scale=scale)
+        engine.begin(divisor=divisor, divides=model.batched_grad_copy, loss_scale=scale)
 
     def _layout(self, parameters: list[Tensor]) -> tuple[Span, ...]:
         key = tuple(map(id, parameters))

@@ -126,7 +126,9 @@ def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | No
                 f"yielded {kind.__name__}(op='mean') of {payload.dtype}. Use op='sum', or a floating dtype."
             )
         divisor = bucket.divisor if collective.group is bucket.group or collective.group is None else p
-        if divisor != 1:
+        if divisor != 1 and bucket.divides:
+            payload.div_(divisor)
+        elif divisor != 1:
             payload.mul_(1.0 / divisor)
     narrow = collective.wire if collective.wire is not None else wire
     if narrow is not None and payload.is_floating_point() and narrow.itemsize < payload.dtype.itemsize:

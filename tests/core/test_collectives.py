@@ -125,6 +125,48 @@ def test_payloads_of_several_mebibytes_arrive_whole(ranks, nproc):
     ranks(large, nproc)
 
 
+class InHalves:
+    """Asks for a collective of each kind among the even ranks, and among the odd ones."""
+
+    def __init__(self, cases):
+        self.cases, self.results = cases, None
+
+    def prepare(self, setup):
+        p = setup.world_size
+        self.half = setup.partition([range(0, p, 2), range(1, p, 2)])
+
+    def reduce(self, bucket):
+        asked = [kind(values(bucket.rank, 8, dtype), group=self.half, **options) for kind, dtype, options in self.cases]
+        self.results = yield tuple(asked)
+
+
+HALVES = [
+    (AllReduce, torch.float32, {}),
+    (AllReduce, torch.int64, {"op": "sum"}),
+    (ReduceScatter, torch.float32, {}),
+    (AllGather, torch.uint8, {}),
+    (AllToAll, torch.complex64, {}),
+    (Broadcast, torch.bfloat16, {"src": 1}),
+]
+
+
+def in_halves():
+    hook = InHalves(HALVES)
+    one_step(hook)
+    return hook.results
+
+
+def test_every_collective_works_within_a_subgroup(ranks):
+    simulated = commhub.simulate(InHalves(HALVES), [[torch.zeros(1)] for _ in range(4)])
+    for rank, results in enumerate(ranks(in_halves, 4)):
+        half = [rank % 2, rank % 2 + 2]
+        for got, same, (kind, dtype, options) in zip(results, simulated.hooks[rank].results, HALVES, strict=True):
+            every = [values(r, 8, dtype) for r in half]
+            want = expected(kind, every, rank // 2, options.get("op", "mean"), options.get("src", 0))
+            assert bitwise_equal(got, want), kind
+            assert bitwise_equal(same, want), kind
+
+
 def shaped():
     p = dist.get_world_size()
     every = [torch.arange(6.0).view(3, 2) + r for r in range(p)]

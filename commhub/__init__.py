@@ -29,9 +29,9 @@ if TYPE_CHECKING:
         RegistrationError,
         UnknownHookError,
     )
+    from commhub._feedback import ErrorFeedback
     from commhub._manual import manual
     from commhub._names import HookType
-    from commhub._feedback import ErrorFeedback
     from commhub._network import Network
     from commhub._plugins import hookimpl
     from commhub._protocols import Averager, Exchange, Hook, Setup

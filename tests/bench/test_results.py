@@ -99,7 +99,9 @@ def test_the_closing_sentence_follows_from_the_numbers(make_result, make_outcome
 def test_a_speed_up_within_the_scatter_is_not_called_one(make_result, make_outcome):
     base = make_result(times=(0.2, 0.2, 0.15, 0.25, 0.15, 0.25, 0.2))
     other = make_result("fp16", (0.2, 0.2, 0.13, 0.23, 0.13, 0.23, 0.18), compression=2.0)
-    assert verdict(make_outcome(base, other)) == "On this machine the step times of fp16 scatter too much to tell."
+    assert verdict(make_outcome(base, other)).startswith(
+        "On this machine the step times of fp16 scatter too much to tell"
+    )
 
 
 def test_a_slow_down_beyond_the_scatter_is_one_all_the_same(make_result, make_outcome):

@@ -31,7 +31,7 @@ def _above(limit: float, *, inclusive: bool) -> Any:
     return check
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True, slots=False)
 class PowerSGD:
     """Average gradient matrices as products of two thin factors, two messages per bucket.
 
@@ -96,19 +96,19 @@ class PowerSGD:
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P."""
-        plan = self._plan(bucket)
-        if bucket.step < self.start_step or not plan.batches:
+        plan = self._plan(bucket) if bucket.step >= self.start_step else None
+        if plan is None or not plan.batches:
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
             return
-        self._count(bucket, plan)
 
         # 1. M = gradient + residual, in the bucket's own memory if that is wide enough.
-        matrices = [self._compensated(bucket, batch) for batch in plan.batches]
-
         # 2. P = M Q, averaged, together with everything that is not compressed.
         starts = [self._start(batch, bucket.step) for batch in plan.batches]
-        for batch, m, q in zip(plan.batches, matrices, starts, strict=True):
+        matrices = []
+        for batch, q in zip(plan.batches, starts, strict=True):
+            m = self._compensated(bucket, batch)
             batch.p.copy_(left_factor(m, q))
+            matrices.append(m)
         plan.pack_dense(bucket.flat)
         self._check((yield AllReduce(plan.first)), bucket)
         plan.unpack_dense(bucket.flat)
@@ -144,7 +144,10 @@ class PowerSGD:
                 del self._plans[other]
             batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
             self._plans[names] = lay_out(bucket, self._matrices, batched=batched)
-        return self._plans[names]
+        plan = self._plans[names]
+        self._before += bucket.flat.numel()
+        self._after += plan.sent if plan.batches else bucket.flat.numel()
+        return plan
 
     def _compensated(self, bucket: Bucket, batch: Batch) -> Tensor:
         inside = batch.inside(bucket.flat)
@@ -178,10 +181,6 @@ class PowerSGD:
         """The core watches over hooks that hold state; without any, look for ourselves."""
         if not self.error_feedback and not self.warm_start:
             bucket.finite = bucket.finite & torch.isfinite(result.sum())
-
-    def _count(self, bucket: Bucket, plan: Plan) -> None:
-        self._before += bucket.flat.numel()
-        self._after += plan.sent
 
     def _log(self, step: int) -> None:
         if self._after and (step + 1) % self.stats_frequency == 0:

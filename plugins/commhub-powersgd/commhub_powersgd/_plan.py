@@ -83,7 +83,7 @@ class Plan:
 
 
 def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) -> Plan:
-    """Lay a bucket's messages out; they are in float32 where the bucket is in 16 bits.
+    """Lay a bucket's messages out; without batches they are empty. For a bucket in 16 bits they are in float32.
 
     The few elements that are not compressed then travel in 32 bits too: that keeps it to one message, and sums
     them better.
@@ -94,7 +94,7 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) ->
     compressed = [i for i, name in enumerate(names) if name in matrices]
     batched = batched and dtype == bucket.flat.dtype  # otherwise there are only copies, each on its own
     groups = list(_evenly(compressed, names, offsets, matrices)) if batched else [[i] for i in compressed]
-    dense = _runs([(offsets[i], sizes[i]) for i in range(len(names)) if names[i] not in matrices])
+    dense = _runs([(offsets[i], sizes[i]) for i in range(len(names)) if compressed and names[i] not in matrices])
 
     shapes = [matrices[names[group[0]]] for group in groups]
     left = [len(group) * m.rank * m.rows for group, m in zip(groups, shapes, strict=True)]

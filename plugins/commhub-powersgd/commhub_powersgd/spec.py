@@ -23,7 +23,6 @@ _OPTIONS = (
     Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
 )
 
-_RANK2: dict[str, object] = {"rank": 2}
 _BYTES = "2 (p-1)/p * (sum of (n+m) * min(n, m, rank) over compressed n x m matrices + all other elements) * itemsize"
 _PAPER = "https://arxiv.org/abs/1905.13727"
 
@@ -45,7 +44,7 @@ def commhub_hooks() -> list[HookSpec]:
             summary="PowerSGD at rank 2.",
             factory="commhub_powersgd._hook:PowerSGD",
             options=_OPTIONS,
-            preset=_RANK2,
+            preset={"rank": 2},
             sent_bytes=_BYTES,
             reference=_PAPER,
         ),

@@ -1,6 +1,6 @@
-"""A whole training script with a hook, on two ranks of this machine:
+"""A whole training script with a hook, on two ranks of this machine.
 
-    torchrun --nproc-per-node 2 docs/examples/train.py "powersgd_rank2(start_step=0)"
+Run it with: torchrun --nproc-per-node 2 docs/examples/train.py "powersgd_rank2(start_step=0)"
 """
 
 import sys
@@ -14,6 +14,7 @@ import commhub
 
 
 def main(hook: str) -> None:
+    """Train a small network to shift its input by one place."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))

@@ -8,11 +8,17 @@ on the line above it: `<!-- not run: reason -->`.
 import doctest
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from torch.nn.parallel import DistributedDataParallel
 
+import commhub
+from commhub._documented import owner
+from commhub.cli import main
 from commhub.testing import mlp
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +33,7 @@ PAGES = sorted(
 )
 _BLOCK = re.compile(r"(?P<not_run><!-- not run: [^>]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 _RUN = ("python", "pycon")
-_SHOWN = ("", "console", "sh", "text", "toml", "mermaid")
+_SHOWN = ("", "console", "text", "toml")
 
 
 def blocks(page):
@@ -73,3 +79,22 @@ def test_a_block_has_a_language_that_says_whether_it_runs(page):
 def test_links_within_the_repository_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def test_the_list_in_the_readme_is_what_the_command_prints():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"^\$ commhub list\n(.*?)^```$", text, re.S | re.M)[1]
+    documented = [row.name for row in commhub.installed() if owner(row.name) == row.distribution]
+    printed = CliRunner().invoke(main, ["list"]).stdout
+    columns = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+    assert [re.split(r"\s{2,}", line) for line in shown.splitlines()] == [
+        row for row in columns if row[0] in {"name", *documented}
+    ]
+
+
+def test_the_example_trains_on_two_ranks():
+    launch = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
+    command = [sys.executable, *launch.split(), "--local-addr", "127.0.0.1", "docs/examples/train.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 50" in done.stdout

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import attrs
 
-from commhub import Bucket, Exchange, Setup
+if TYPE_CHECKING:
+    from commhub import Bucket, Exchange, Setup
 
 logger = logging.getLogger("commhub")
 

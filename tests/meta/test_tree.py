@@ -1,0 +1,93 @@
+"""The core's shape: floors that import downwards, small files, fresh generated ones, no torch where none is needed."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = sorted(ROOT.glob("commhub/**/*.py"))
+
+
+def run(*command, **options):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_core_imports_no_plugin():
+    for path in CORE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("commhub_")], path
+
+
+def test_floors_import_downwards_only():
+    pytest.importorskip("importlinter")
+    done = run(sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()")
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in CORE}
+    assert {path: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}
+    assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+def test_the_generated_names_are_fresh():
+    command = [sys.executable, "-m", "commhub", "enum", "--documented", "--check", "commhub/_names.py"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_catalogue_of_hooks_is_fresh_and_can_be_stale(tmp_path):
+    script = ROOT / "docs/generate_catalogue.py"
+    done = run(sys.executable, str(script), "--check")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / script.name).write_bytes(script.read_bytes())
+    (tmp_path / "hooks.md").write_text("old")
+    assert run(sys.executable, str(tmp_path / script.name), "--check").returncode == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import commhub"],
+        ["-c", "import commhub; commhub.hooks(), commhub.HookType.ALLREDUCE, commhub.info('fp16')"],
+        ["-c", "import commhub; commhub.HookSpec, commhub.AllReduce, commhub.HookError, commhub.Network"],
+        ["-m", "commhub", "--help"],
+        ["-m", "commhub", "--version"],
+        ["-m", "commhub", "list"],
+        ["-m", "commhub", "list", "--json"],
+        ["-m", "commhub", "info", "powersgd"],
+        ["-m", "commhub", "enum", "--check", os.devnull],
+        ["-m", "commhub", "bench", "--help"],
+    ],
+    ids=lambda arguments: " ".join(arguments[1:]),
+)
+def test_no_torch_is_loaded_by(arguments):
+    done = run(sys.executable, "-X", "importtime", *arguments)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "commhub" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in {"torch", "numpy", "rich", "matplotlib"}]
+
+
+def test_the_public_face_exports_what_it_says():
+    import commhub
+
+    assert sorted(commhub.__all__) == commhub.__all__
+    assert set(commhub.__all__) == set(commhub._HOMES)
+    for name in commhub.__all__:
+        assert getattr(commhub, name) is not None
+
+
+def test_the_changelog_has_a_section_for_this_version():
+    import commhub
+
+    assert f"## {commhub.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_makefile_stays_short():
+    assert (ROOT / "Makefile").read_text(encoding="utf-8").count("\n") < 30

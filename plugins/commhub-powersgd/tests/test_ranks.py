@@ -116,7 +116,7 @@ def test_every_kind_of_parameter_trains_alike_on_all_ranks(ranks):
 
 def one_bad_step():
     model = DistributedDataParallel(deep(3), bucket_cap_mb=2 * KB)
-    commhub.register(model, "powersgd_rank2", start_step=0, min_compression_rate=1)
+    registration = commhub.register(model, "powersgd_rank2", start_step=0, min_compression_rate=1)
     rank, finite = torch.distributed.get_rank(), []
     for step in range(5):
         model.zero_grad()
@@ -127,6 +127,7 @@ def one_bad_step():
         grads = {n: p.grad for n, p in model.named_parameters()}
         assert_equal_across_ranks({n: g.nan_to_num(7.0) for n, g in grads.items()})
         finite.append(all(g.isfinite().all() for g in grads.values()))
+    assert sum(map(len, registration.hook._plans)) == 6  # none is left of the buckets before DDP rebuilt them
     return finite
 
 

@@ -38,9 +38,8 @@ def verdict(outcome: Outcome) -> str:
         speeds = _join([f"{x.hook} is {_format.times(outcome.speedup(x))}" for x in in_vain])
         parts.append(f"{speeds} as fast as {base.hook}: compression does not pay here")
     if unclear:
-        parts.append(
-            f"the step times of {_join([x.hook for x in unclear])} scatter too much to tell: use an idle machine or more --steps"
-        )
+        names = _join([x.hook for x in unclear])
+        parts.append(f"the step times of {names} scatter too much to tell: use an idle machine or more --steps")
     if not parts:
         parts.append(f"no hook is measurably faster than {base.hook}")
     return f"On this {_link(outcome)} {'; '.join(parts)}."

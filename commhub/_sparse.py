@@ -34,4 +34,5 @@ class SparseMean:
             torch.cat([all_indices[r, :n] for r, n in enumerate(per_rank)]).t(),
             torch.cat([all_values[r, :n] for r, n in enumerate(per_rank)]),
             mine.shape,
+            check_invariants=False,  # torch warns where nobody says
         ).coalesce()

@@ -434,9 +434,16 @@ def delayed():
             commhub.register(model, hook)
         return model
 
-    assert same(whole_run(make(None)), whole_run(make("allreduce")))
-    hook = Watching()
-    train(make(hook), 2)
+    # PyTorch does not wait for the delayed gradients' own all-reduce, so only the others can be compared, and no
+    # optimizer may use them (bare models differed from one another in 3 of 60 runs).
+    bare, hooked = make(None), make(hook := Watching())
+    for step in range(3):
+        seen = []
+        for model in (bare, hooked):
+            model.zero_grad()
+            model(*batches(16)(dist.get_rank(), step)).square().mean().backward()
+            seen.append({name: g for name, g in grads(model).items() if not name.startswith("10.")})
+        assert same(seen[:1], seen[1:])
     assert {name for _, names in hook.seen[1] for name in names} == {
         name for name, _ in deep().named_parameters() if not name.startswith("10.")
     }

@@ -616,7 +616,8 @@ def threads():
 
 
 def test_one_thread_serves_a_model_and_ends_with_it(ranks):
-    assert ranks(threads, 2) == [(True, 0)] * 2
+    # New processes: a compiled model of another test may still be in dynamo's cache.
+    assert ranks(threads, 2, fresh=True) == [(True, 0)] * 2
 
 
 def test_the_errors_have_the_bases_that_callers_expect():

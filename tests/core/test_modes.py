@@ -1,6 +1,7 @@
 """`allreduce` is DDP's own average, bit for bit, in every mode that a DDP model is trained in."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -356,7 +357,10 @@ def compiled(backend):
     assert registration.step == 3
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 def test_a_compiled_model_is_bit_equal(ranks, backend):
     ranks(compiled, 2, backend)
 
@@ -548,3 +552,46 @@ def broken_backward(ddp):
 @pytest.mark.parametrize("mode", ["plain", "static_graph", "find_unused_parameters"])
 def test_training_goes_on_after_a_backward_that_raised_in_user_code(ranks, mode):
     ranks(broken_backward, 2, MODES[mode])
+
+
+class Fused(nn.Module):
+    """Raises in the middle of backward, when some buckets are on their way, if told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.armed = deep(), False
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = Bomb.apply(layer(x)) if self.armed and i == 5 else layer(x)
+        return x
+
+
+def broken_midway(ddp):
+    def story(hook):
+        model = DistributedDataParallel(Fused(), bucket_cap_mb=MANY, **ddp)
+        if hook:
+            commhub.register(model, hook)
+        told = []
+        for step in range(5):
+            model.zero_grad()
+            model.module.armed = step == 2
+            try:
+                model(*batches(16)(dist.get_rank(), step)).square().mean().backward()
+            except Exception as error:
+                told.append((type(error).__name__, str(error).partition("\n")[0]))
+        return model.module, told
+
+    (_, expected), (module, found) = story(None), story("allreduce")
+    assert [name for name, _ in expected] == ["ZeroDivisionError", "RuntimeError", "RuntimeError"]
+    assert found == expected
+    module.armed = False
+    again = DistributedDataParallel(module, bucket_cap_mb=MANY, **ddp)  # PyTorch's own way out
+    commhub.register(again, "allreduce")
+    whole_run(again, 2, batch=batches(16))
+    assert_equal_across_ranks([p.detach() for p in again.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["plain", "static_graph", "find_unused_parameters"])
+def test_a_backward_that_raised_midway_ends_as_without_a_hook(ranks, mode):
+    ranks(broken_midway, 2, MODES[mode])

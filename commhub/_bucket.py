@@ -90,6 +90,8 @@ class Bucket:
     divides: bool = False
     _spans: tuple[Span, ...]
     _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat.device), takes_self=True))
+    _names: tuple[str, ...] | None = attrs.field(default=None, init=False)
+    _segments: tuple[Tensor, tuple[Tensor, ...]] | None = attrs.field(default=None, init=False)
 
     def __repr__(self) -> str:
         return (
@@ -99,7 +101,9 @@ class Bucket:
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters' names, in the bucket's order."""
-        return tuple(span.name for span in self._spans)
+        if self._names is None:
+            self._names = tuple(span.name for span in self._spans)
+        return self._names
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
@@ -111,7 +115,9 @@ class Bucket:
     @property
     def segments(self) -> tuple[Tensor, ...]:
         """Views of ``flat``, one per parameter, 1-D: the elements in memory order."""
-        return tuple(self.flat.narrow(0, s.offset, s.numel) for s in self._spans)
+        if self._segments is None or self._segments[0] is not self.flat:
+            self._segments = (self.flat, self.flat.split([s.numel for s in self._spans]))
+        return self._segments[1]
 
     @property
     def finite(self) -> Tensor:

@@ -96,11 +96,14 @@ class Slot:
         parameters = grad_bucket.parameters()
         self._seen += len(parameters)
         last = self._seen >= len(self._names)
-        flat = grad_bucket.buffer()
+        buffer = grad_bucket.buffer()
+        flat = buffer
+        if parameters[0].is_complex() and not buffer.is_complex():  # PyTorch lays complex gradients out as pairs
+            flat = torch.view_as_complex(buffer.view(-1, 2))
         future = engine.driver.future()
         used = self._used_flags(parameters, shadow)
         spans = self._layout(parameters)
-        engine.add(flat, parameters, spans, used, lambda: future.set_result(flat))
+        engine.add(flat, parameters, spans, used, lambda: future.set_result(buffer))
         if last:
             engine.driver.end_round()
         if not in_backward or joining:

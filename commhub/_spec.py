@@ -137,6 +137,10 @@ class Option:
         return value
 
 
+def _preset(value: Mapping[str, object]) -> dict[str, object]:
+    return dict(value)
+
+
 @attrs.frozen(kw_only=True)
 class _Spec:
     """What hooks and averagers declare alike."""
@@ -147,7 +151,7 @@ class _Spec:
     summary: str = attrs.field(validator=_is_sentence)
     factory: str = attrs.field(validator=_is_factory)
     options: tuple[Option, ...] = attrs.field(default=(), converter=_options)
-    preset: Mapping[str, object] = attrs.field(factory=dict, converter=dict, hash=False)
+    preset: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
     needs: tuple[str, ...] = attrs.field(default=(), converter=_words)
     devices: tuple[str, ...] = attrs.field(default=("cpu", "cuda"), converter=_words)
     sent_bytes: str = attrs.field(default="", validator=attrs.validators.instance_of(str))

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ONE_BUCKET = 10_000
 
@@ -41,7 +45,7 @@ def with_commhub(model: DistributedDataParallel, hook: str) -> None:
     commhub.register(model, hook)
 
 
-def compare(ways: dict[str, tuple[float, partial[None] | None]], width: int, layers: int, steps: int) -> None:
+def compare(ways: Mapping[str, tuple[float, partial[None] | None]], width: int, layers: int, steps: int) -> None:
     """Print the median step time of each way, in ms, and its ratio to the first."""
     models = {}
     for name, (cap, prepare) in ways.items():
@@ -79,7 +83,7 @@ def main() -> None:
     say(f"{dist.get_world_size()} ranks, {mib:.0f} MiB of gradients, {given.steps} steps each, interleaved")
     for cap, label in ((25, "25 MiB buckets"), (2, "2 MiB buckets")):
         say(f"overhead of register, {label}")
-        ways = {"DDP without a hook": (cap, None), "allreduce": (cap, partial(with_commhub, hook="allreduce"))}
+        ways: dict[str, tuple[float, partial[None] | None]] = {"DDP without a hook": (cap, None), "allreduce": (cap, partial(with_commhub, hook="allreduce"))}
         compare(ways, given.width, given.layers, given.steps)
     say("PowerSGD, one bucket")
     ways = {}

@@ -83,7 +83,10 @@ def main() -> None:
     say(f"{dist.get_world_size()} ranks, {mib:.0f} MiB of gradients, {given.steps} steps each, interleaved")
     for cap, label in ((25, "25 MiB buckets"), (2, "2 MiB buckets")):
         say(f"overhead of register, {label}")
-        ways: dict[str, tuple[float, partial[None] | None]] = {"DDP without a hook": (cap, None), "allreduce": (cap, partial(with_commhub, hook="allreduce"))}
+        ways: dict[str, tuple[float, partial[None] | None]] = {
+            "DDP without a hook": (cap, None),
+            "allreduce": (cap, partial(with_commhub, hook="allreduce")),
+        }
         compare(ways, given.width, given.layers, given.steps)
     say("PowerSGD, one bucket")
     ways = {}

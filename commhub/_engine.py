@@ -69,6 +69,13 @@ class _Sum:
         bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum")))
 
 
+def _to_raise(failure: HookError) -> HookError:
+    """A copy: the traceback of the one that the driver keeps would keep the caller's frames alive, and the model."""
+    copy = type(failure)(*failure.args)
+    copy.__cause__ = failure.__cause__
+    return copy
+
+
 @attrs.define(eq=False, kw_only=True)
 class Engine:
     """One hook at work on one group: counts buckets and steps, keeps state and figures.
@@ -163,7 +170,7 @@ class Engine:
         figures = self.driver.meter.take()
         if self.driver.failure is not None:
             self.state.rollback()
-            return self.driver.failure
+            return _to_raise(self.driver.failure)
         finite = torch.stack([lane.bucket.finite for lane in lanes]).all() if lanes and self._watch else True
         self.state.commit(finite)
         self.stats.end_step(figures)

@@ -562,6 +562,35 @@ def test_a_hook_inside_another_works_within_the_subgroup_of_its_part(ranks):
     assert ranks(two_levels, 4, "fp16") == [size * 1.5] * 4
 
 
+class Raises(Mean):
+    def reduce(self, bucket):
+        yield AllReduce(bucket.flat)
+        raise ZeroDivisionError("planned")
+
+
+def freed_after_a_failure(swap):
+    import gc
+    import threading
+    import weakref
+
+    ddp = model()
+    registration = commhub.register(ddp, Raises(), timeout=20)
+    for _ in range(2):  # the error is raised through this frame, which holds the model
+        assert error_of(train, ddp, 1)[0] == "HookError"
+    if swap:
+        registration.swap("allreduce")
+    gone = weakref.ref(ddp.module)
+    del ddp, registration
+    for _ in range(2):  # the model's cycle first, then the one of what only its reducer held
+        gc.collect()
+    return gone() is None, sum(thread.name == "commhub" for thread in threading.enumerate())
+
+
+def test_a_model_whose_hook_failed_can_still_be_freed(ranks):
+    for swap in (False, True):
+        assert ranks(freed_after_a_failure, 2, swap, fresh=True) == [(True, 0)] * 2
+
+
 class Log(logging.Handler):
     def __init__(self):
         super().__init__(logging.DEBUG)

@@ -34,3 +34,13 @@ def peer_error(label: str, bucket: Bucket, peer: int, text: str, cause: BaseExce
     )
     made.__cause__ = cause
     return made
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether Gloo reports that a peer is gone or silent, which is seldom the first cause."""
+    text = str(error).lower()
+    return (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, HookError)
+        and ("gloo" in text or "connection" in text)
+    )

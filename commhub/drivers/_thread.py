@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .._errors import HookError, HookTimeoutError
-from ._failure import Stopped, own_error, peer_error
+from ._failure import Stopped, is_lost_connection, own_error, peer_error
 from ._gloo import Channel, Flight, sweep
 
 if TYPE_CHECKING:
@@ -281,17 +281,13 @@ class ThreadDriver:
         try:
             step()
         except Exception as error:
-            lost = isinstance(error, RuntimeError) and not isinstance(error, HookError) and _is_connection(error)
+            lost = is_lost_connection(error)
             peer = self._board.read_soon(2.0) if lost else self._board.read()
             if lost and peer is not None:
                 raise peer_error(self.label, lane.bucket, *peer, cause=error) from error
             failure = own_error(self.label, lane.bucket, error)
             self._board.post(str(failure).partition(": ")[2])
             raise failure from error
-
-
-def _is_connection(error: RuntimeError) -> bool:
-    return "gloo" in str(error).lower() or "connection" in str(error).lower()
 
 
 @atexit.register

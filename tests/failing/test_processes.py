@@ -121,12 +121,16 @@ def drop_the_model():
     import gc
     import threading
 
+    def threads():
+        gc.collect()
+        return sum(t.name == "commhub" for t in threading.enumerate())
+
+    before = threads()
     model, _ = make("allreduce")
     backward(model)
-    running = sum(t.name == "commhub" for t in threading.enumerate())
+    during = threads()
     del model, _
-    gc.collect()
-    return running, sum(t.name == "commhub" for t in threading.enumerate())
+    return during - before, threads() - before
 
 
 def test_dropping_the_model_ends_its_thread(ranks):

@@ -159,7 +159,8 @@ def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
     from .drivers._gloo import Channel
     from .drivers._thread import ThreadDriver
 
-    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, ground.timeout)
+    patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
+    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
     board = Board(meeting.branch("board"), meeting.rank)
     return ThreadDriver(channel, board, Meter(), timeout=ground.timeout, label=label)
 

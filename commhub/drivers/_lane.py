@@ -49,6 +49,7 @@ class Lane:
         self.finished = False
         self.started = False
         self.issued_at = 0.0
+        self.entered = 0
         self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
         self._meter, self._watch, self._done = meter, watch, done
         self._flat = bucket.flat

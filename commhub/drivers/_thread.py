@@ -1,6 +1,6 @@
 """The driver for tensors in host memory: one communication thread and a Gloo group of its own per registration.
 
-Buckets are numbered by arrival within a round, and stage j of bucket k is issued in the order of (k + j, k) on every
+Buckets are numbered by arrival within a round, and stage j of bucket k is issued in the order of (k + 2j, k) on every
 rank, whenever its turn comes and whatever else is ready: that order is all that keeps the ranks' collectives
 matched. Everything else (a hook's encoding, landing a result) happens as soon as it can. Nothing runs in Gloo's
 threads: the communication thread waits for Gloo in short slices, in which it also reads the peers' board.
@@ -10,6 +10,7 @@ See README.md in this folder.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import threading
 import time
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 _SHORTEST, _LONGEST = 0.0002, 0.002
 """Seconds between looks at Gloo while more buckets may come: a tenth of the time waited so far, within these."""
+_STRIDE = 2
+"""Buckets that enter between two stages of one bucket, and so how many messages are in flight at the least.
+
+With 1, a hook of one stage would have a single message in flight: that it has no second stage is known only when the
+first has landed. (12 buckets of 2 MiB, two ranks on one host: 1.3 x the time of bare DDP with 1, 1.2 x with 2 and 3.)
+"""
 _SLICE = 0.5
 """Seconds of an uninterrupted wait, and between looks at the board."""
 
@@ -162,8 +169,8 @@ class ThreadDriver:
         self._changed.notify_all()
 
     def _round(self) -> None:
-        while True:
-            for lane in list(self._active):
+        for turn in itertools.count():
+            for lane in [lane for lane in self._active if (turn - lane.entered) % _STRIDE == 0]:
                 self._until_landed(lane)
                 if lane.finished:
                     self._active.remove(lane)
@@ -174,6 +181,7 @@ class ThreadDriver:
             if entering is None and not self._active:
                 return
             if entering is not None and not entering.finished:
+                entering.entered = turn
                 self._issue(entering)
                 self._active.append(entering)
             elif entering is not None:
@@ -231,11 +239,7 @@ class ThreadDriver:
 
     def _land(self, lane: Lane) -> None:
         flights = self._flights.pop(lane)
-
-        def land() -> None:
-            lane.land([flight.result() for flight in flights])
-
-        self._guarded(lane, land)
+        self._guarded(lane, lambda: lane.land([flight.result() for flight in flights]))
 
     def _is_over(self, flight: Flight) -> bool:
         return flight.is_done() and time.monotonic() >= flight.not_before
@@ -266,24 +270,22 @@ class ThreadDriver:
         lane = next(iter(self._flights), None)
         if lane is None:
             return
-        peer = self._board.read()
-        if peer is not None:
+        if (peer := self._board.read()) is not None:
             raise peer_error(self.label, lane.bucket, *peer)
         if now - lane.issued_at > self._timeout:
-            kinds = ", ".join(job.kind.__name__ for job in lane.jobs)
-            late = HookTimeoutError(f"{kinds} did not end within {self._timeout:g} s; a peer is gone, late or stuck.")
-            failure = own_error(self.label, lane.bucket, late)
-            self._board.post(str(late))
-            raise failure
+            self._guarded(lane, lambda: self._give_up_waiting(lane))
+
+    def _give_up_waiting(self, lane: Lane) -> None:
+        kinds = ", ".join(job.kind.__name__ for job in lane.jobs)
+        raise HookTimeoutError(f"{kinds} did not end within {self._timeout:g} s; a peer is gone, late or stuck.")
 
     def _guarded(self, lane: Lane, step: Callable[[], None]) -> None:
         """Run a piece of a lane; whatever it raises becomes the failure that every rank will hear of."""
         try:
             step()
         except Exception as error:
-            lost = is_lost_connection(error)
-            peer = self._board.read_soon(2.0) if lost else self._board.read()
-            if lost and peer is not None:
+            peer = self._board.read_soon(2.0) if is_lost_connection(error) else None
+            if peer is not None:
                 raise peer_error(self.label, lane.bucket, *peer, cause=error) from error
             failure = own_error(self.label, lane.bucket, error)
             self._board.post(str(failure).partition(": ")[2])

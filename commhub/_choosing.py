@@ -113,7 +113,14 @@ def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:
     if extra:
         raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
     made: Any = hook
-    return Chosen(name=name, make=lambda: made, reserved=reserved)
+    return Chosen(name=name, make=lambda: made, options=_plain_fields(hook), reserved=reserved)
+
+
+def _plain_fields(hook: object) -> dict[str, object]:
+    """The settings of an attrs class that can be compared between processes."""
+    fields = attrs.fields(type(hook)) if attrs.has(type(hook)) else ()
+    values = {field.alias or field.name: getattr(hook, field.name) for field in fields if field.init}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
 
 
 def wire_dtype(wire: object) -> torch.dtype | None:

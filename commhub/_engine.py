@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._bucket import Bucket, Span
 from ._collectives import AllReduce
+from ._errors import HookError
 from ._sparse import SparseMean
 from .drivers._job import Scratch
 from .drivers._lane import Lane
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ._collectives import Subgroup
-    from ._errors import HookError
     from ._network import Network
     from ._protocols import Exchange, Hook
     from ._state import State
@@ -175,8 +175,16 @@ class Engine:
         self.state.commit(finite)
         self.stats.end_step(figures)
         step, self.step = self.step, self.step + 1
-        for function in self.after_step:
-            function(step)
+        try:
+            for function in self.after_step:
+                function(step)
+        except Exception as error:  # noqa: BLE001 - raised by the caller, where it harms nothing but the step
+            name = type(self.hook).__name__
+            failure = HookError(
+                f"{name}, step {step}, rank {self.rank}: after_step raised {type(error).__name__}: {error}"
+            )
+            failure.__cause__ = error
+            return failure
         return None
 
     def abandon(self) -> None:

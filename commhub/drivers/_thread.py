@@ -116,6 +116,7 @@ class ThreadDriver:
                 self._changed.wait(_SLICE)
                 if self._thread is not None and not self._thread.is_alive():
                     raise HookError(f"{self.label}: the communication thread has ended. Register again.")
+        self.meter.blocked_since = None
 
     def close(self) -> None:
         """Stop the thread and free the group; a step under way is given up. Does nothing in a forked child."""

@@ -1,5 +1,6 @@
 """Ways to use a hook wrongly that would train wrongly in silence: each is one clear error."""
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -86,3 +87,44 @@ def test_a_hook_that_lacks_what_it_needs_is_refused_at_registration(ranks, tempo
     }
     temporary_plugin("commhub-foo", hooks=hooks, source=source)
     ranks(lacks_its_optimizer, 2)
+
+
+class FailsAfterwards(Plain):
+    def prepare(self, setup):
+        setup.after_step(self.note)
+
+    def note(self, step):
+        if step == 1:
+            raise ZeroDivisionError("planned")
+
+
+def fail_after_a_step():
+    model = net()
+    registration = commhub.register(model, FailsAfterwards())
+    model(torch.ones(1, 8)).sum().backward()
+    with pytest.raises(commhub.HookError, match="after_step raised ZeroDivisionError: planned"):
+        model(torch.ones(1, 8)).sum().backward()
+    model.zero_grad()
+    model(torch.full((1, 8), float(dist.get_rank()))).sum().backward()
+    assert torch.equal(model.module.weight.grad, torch.full((8, 8), 0.5))
+    assert registration.step == 3
+
+
+def test_what_a_hook_does_after_a_step_may_fail_without_breaking_the_model(ranks):
+    ranks(fail_after_a_step, 2)
+
+
+@attrs.frozen
+class WithSetting(Plain):
+    rank: int
+
+
+def disagree_on_a_setting():
+    model = net()
+    with pytest.raises(commhub.HookMismatchError, match=r"option rank \(rank 0: .*1.*; rank 1: .*2"):
+        commhub.register(model, WithSetting(dist.get_rank() + 1))
+    assert commhub.register(model, WithSetting(3)).options == {"rank": 3}
+
+
+def test_hook_objects_with_different_settings_are_a_mismatch(ranks):
+    ranks(disagree_on_a_setting, 2)

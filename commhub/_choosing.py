@@ -118,7 +118,8 @@ def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:
 
 def _plain_fields(hook: object) -> dict[str, object]:
     """The settings of an attrs class that can be compared between processes."""
-    fields = attrs.fields(type(hook)) if attrs.has(type(hook)) else ()
+    kind: type = type(hook)
+    fields = attrs.fields(kind) if attrs.has(kind) else ()
     values = {field.alias or field.name: getattr(hook, field.name) for field in fields if field.init}
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
 

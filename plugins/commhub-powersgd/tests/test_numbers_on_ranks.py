@@ -57,9 +57,12 @@ def reproduce(cap, k):
     for true_rank in {1, k}:
         mean, noise = drawn(99, true_rank, true_rank), drawn(98, k)
         model, _ = build(cap, "powersgd", rank=k, start_step=0, min_compression_rate=0.5)
-        got = give(model, [m + weight * n for m, n in zip(mean, noise, strict=True)])
-        for mine, wanted in zip(got, mean, strict=True):
-            assert (mine - wanted).norm() <= 1e-4 * wanted.norm()
+        # A random start that hardly sees one of the k directions knows it to float32's precision times its condition,
+        # a few hundred to a thousand here; from the second step on the start is the matrix's own.
+        for bound in (1e-3, 1e-4):
+            got = give(model, [m + weight * n for m, n in zip(mean, noise, strict=True)])
+            for mine, wanted in zip(got, mean, strict=True):
+                assert (mine - wanted).norm() <= bound * wanted.norm()
         assert_equal_across_ranks(got)
 
 

@@ -71,7 +71,16 @@ def test_no_torch_is_loaded_by(arguments):
     done = run(sys.executable, "-X", "importtime", *arguments)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "commhub" in loaded
-    assert not [name for name in loaded if name.split(".")[0] in {"torch", "numpy", "rich", "matplotlib"}]
+    assert not {name.split(".")[0] for name in loaded} & {"torch", "numpy", "rich", "matplotlib"}
+
+
+def test_a_test_fails_where_the_core_warns(tmp_path):
+    (tmp_path / "commhub_warns.py").write_text("import warnings\ndef f(): warnings.warn('careful')")
+    (tmp_path / "test_it.py").write_text("import commhub_warns\ndef test(): commhub_warns.f()")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml", "--rootdir", "."]
+    done = run(*command, str(tmp_path), env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1, done.stdout
+    assert "UserWarning: careful" in done.stdout
 
 
 def test_the_public_face_exports_what_it_says():

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .._bucket import Bucket, lay_out
 from .._choosing import choose, wire_dtype
-from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Subgroup
+from .._collectives import Subgroup
 from .._errors import HookError
 from .._protocols import Hook, Setup
 from .._state import State
 from ._failure import own_error
-from ._job import Job, Scratch, sum_shares
+from ._job import Scratch
 from ._lane import Lane
+from ._plain import exchange
 from ._stats import Meter
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def simulate(
     Raises:
         HookError: what the hook did wrong, with its bucket, step and rank; also when ranks ask for different things.
         ValueError: if p cannot be told.
+        TypeError: if a hook object cannot be copied.
 
     >>> a, b = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 6.0])]
     >>> simulate("allreduce", [a, b]).gradients[0][0]
@@ -107,7 +109,16 @@ def simulate(
 
 
 def _make(make: Callable[[], Hook], hook: object) -> Hook:
-    return make() if isinstance(hook, str) else copy.deepcopy(make())
+    if isinstance(hook, str):
+        return make()
+    try:
+        return copy.deepcopy(make())
+    except (AttributeError, TypeError) as error:
+        kind = type(hook).__name__
+        raise TypeError(
+            f"each virtual rank gets a copy of the {kind} object, and it cannot be copied ({error}). Give fields that "
+            "prepare sets a default, or pass the hook's name."
+        ) from error
 
 
 class _World:
@@ -257,41 +268,3 @@ def _check_alike(label: str, lanes: list[Lane]) -> None:
         if shown(lane) != first:
             told = f"asked for {shown(lane)} where rank 0 asked for {first}. Kinds, shapes and dtypes must not "
             raise own_error(label, lane.bucket, HookError(f"rank {rank} {told}depend on a rank's own values."))
-
-
-def exchange(stage: Sequence[Job]) -> None:
-    """Carry one collective out for all ranks: ``stage[r]`` is rank r's job, whose ``raw`` gets its result."""
-    done: set[int] = set()
-    for rank, job in enumerate(stage):
-        if rank in done:
-            continue
-        members = range(len(stage)) if job.group is None else job.group.ranks
-        if rank not in members:
-            raise HookError(
-                f"rank {rank} asked for a collective in the subgroup {job.group}, to which it does not belong."
-            )
-        _carry_out([stage[r] for r in members])
-        done.update(members)
-
-
-def _carry_out(jobs: list[Job]) -> None:
-    kind, payloads = jobs[0].kind, [job.payload for job in jobs]
-    if kind is AllReduce:
-        total = payloads[0].clone()
-        for payload in payloads[1:]:
-            total += payload
-        results = [payload.copy_(total) for payload in payloads]
-    elif kind is Broadcast:
-        source = payloads[jobs[0].src].clone()
-        results = [payload.copy_(source) for payload in payloads]
-    elif kind is AllGather:
-        results = [torch.cat(payloads) for _ in jobs]
-    else:
-        shares = [payload.chunk(len(jobs)) if payload.numel() else [payload] * len(jobs) for payload in payloads]
-        if kind is AllToAll:
-            results = [torch.cat([mine[place] for mine in shares]) for place in range(len(jobs))]
-        else:
-            assert kind is ReduceScatter
-            results = [sum_shares([mine[place] for mine in shares]) for place in range(len(jobs))]
-    for job, result in zip(jobs, results, strict=True):
-        job.raw = result

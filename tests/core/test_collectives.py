@@ -1,5 +1,6 @@
 """Each collective gives what a plain torch computation gives, at every size and dtype; simulated ranks agree."""
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -297,3 +298,16 @@ def test_the_simulator_agrees_with_more_real_ranks_to_rounding(ranks, nproc):
         for mine, hook in zip(moved, simulated.hooks, strict=True)
         for a, b in zip(mine, hook.results[3:6], strict=True)
     )
+
+
+@attrs.define
+class WithoutDefault:
+    kept: object = attrs.field(init=False)
+
+    def reduce(self, bucket):
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def test_a_hook_object_that_cannot_be_copied_is_told_so_by_the_simulator():
+    with pytest.raises(TypeError, match="Give fields that prepare sets a default"):
+        commhub.simulate(WithoutDefault(), [[torch.ones(2)], [torch.ones(2)]])

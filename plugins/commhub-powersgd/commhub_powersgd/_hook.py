@@ -69,8 +69,8 @@ class PowerSGD:
     _matrices: dict[str, Matrix] = attrs.field(init=False, factory=dict, repr=False)
     _plans: dict[tuple[str, ...], Plan] = attrs.field(init=False, factory=dict, repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
-    _source: Source = attrs.field(init=False, repr=False)
-    _state: State = attrs.field(init=False, repr=False)
+    _source: Source = attrs.field(init=False, repr=False, default=None)  # set, like the next, by prepare
+    _state: State = attrs.field(init=False, repr=False, default=None)
     _before: int = attrs.field(init=False, default=0, repr=False)
     _after: int = attrs.field(init=False, default=0, repr=False)
 

@@ -365,3 +365,10 @@ def test_factors_may_travel_in_sixteen_bits(wire):
     result = run([[mean, torch.ones(9)]] * 2, steps=2, wire=wire)
     assert error(result, mean) < 0.02
     assert result.sent_bytes == (2 * 2 * (70 + 9),) * 2
+
+
+def test_an_object_is_simulated_like_its_name():
+    gradients = [[torch.randn(16, 24, generator=torch.Generator().manual_seed(rank))] for rank in range(2)]
+    by_name = commhub.simulate("powersgd(rank=2, start_step=0)", gradients)
+    by_object = commhub.simulate(PowerSGD(rank=2, start_step=0), gradients)
+    assert torch.equal(by_name.gradients[0][0], by_object.gradients[0][0])

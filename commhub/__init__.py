@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from commhub._register import create, register, registration
     from commhub._registration import Registration
     from commhub._registry import HookInfo, hooks, info, installed
+    from commhub._rules import Rules
     from commhub._spec import AveragerSpec, HookSpec, Option
     from commhub._state import State
     from commhub.drivers import simulate
@@ -71,6 +72,7 @@ __all__ = [
     "ReduceScatter",
     "Registration",
     "RegistrationError",
+    "Rules",
     "Setup",
     "State",
     "Subgroup",
@@ -113,6 +115,7 @@ _HOMES = {
     "ReduceScatter": "commhub._collectives",
     "Registration": "commhub._registration",
     "RegistrationError": "commhub._errors",
+    "Rules": "commhub._rules",
     "Setup": "commhub._protocols",
     "State": "commhub._state",
     "Subgroup": "commhub._collectives",

@@ -1,0 +1,59 @@
+"""Rules: settings for single parameters by glob on their names."""
+
+import pytest
+
+from commhub import HookOptionError, Rules
+
+DEFAULTS = {"rank": 2, "rate": 2.0, "fast": True, "kind": "plain", "any": None}
+NAMES = ("body.0.weight", "body.0.bias", "lm_head.weight", "lm_head.bias")
+
+
+def test_without_rules_every_parameter_has_the_defaults():
+    assert Rules({}, DEFAULTS).settings(NAMES) == dict.fromkeys(NAMES, DEFAULTS)
+
+
+def test_a_rule_changes_what_it_names_and_dense_means_none():
+    found = Rules({"*.bias": "dense", "lm_head.*": {"rank": 8}}, DEFAULTS).settings(NAMES)
+    assert found["body.0.bias"] is found["lm_head.bias"] is None
+    assert found["lm_head.weight"] == {**DEFAULTS, "rank": 8}
+    assert found["body.0.weight"] == DEFAULTS
+
+
+def test_the_first_pattern_that_matches_decides():
+    assert Rules({"lm_head.*": {"rank": 8}, "*.bias": "dense"}, DEFAULTS).settings(NAMES)["lm_head.bias"]["rank"] == 8
+
+
+def test_an_int_is_a_float_where_a_float_is_asked_for():
+    assert Rules({"*": {"rate": 3}}, DEFAULTS).settings(NAMES)["lm_head.bias"]["rate"] == 3
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*.bias": "sparse"}, "'dense' or a dict"),
+        ({"*.bias": None}, "'dense' or a dict"),
+        ({3: "dense"}, "no pattern"),
+        ({"*": {"rnk": 2}}, "may set any, fast, kind, rank, rate"),
+        ({"*": {"rank": 2.5}}, "no int"),
+        ({"*": {"rank": True}}, "no int"),
+        ({"*": {"fast": 1}}, "no bool"),
+        ({"*": {"kind": 1}}, "no str"),
+    ],
+)
+def test_a_malformed_rule_is_refused_where_it_is_made(rules, message):
+    with pytest.raises(HookOptionError, match=message):
+        Rules(rules, DEFAULTS)
+
+
+def test_the_hooks_own_check_sees_each_rules_whole_settings():
+    def check(settings):
+        if settings["rank"] < 1:
+            raise ValueError(f"rank is {settings['rank']}; it must be at least 1.")
+
+    with pytest.raises(HookOptionError, match=r"'lm_head.\*': rank is 0"):
+        Rules({"*.bias": "dense", "lm_head.*": {"rank": 0}}, DEFAULTS, check)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(HookOptionError, match=r"'\*.biass' matches no parameter; the names are like body.0.weight"):
+        Rules({"*.biass": "dense"}, DEFAULTS).settings(NAMES)

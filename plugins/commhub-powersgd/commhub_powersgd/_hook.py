@@ -9,9 +9,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Setup
+from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
 from ._layout import Matrix, as_matrix
+from ._limits import RANK, RATE, Limit, check_rule
 from ._orthogonal import orthogonalize, renew
 from ._plan import Batch, Plan, lay_out
 from ._products import left_factor, right_factor, store_product, subtract_product
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from commhub import State
 
 logger = logging.getLogger("commhub")
-
-
-def _above(limit: float, *, inclusive: bool) -> Any:
-    def check(_hook: object, field: attrs.Attribute[Any], value: float) -> None:
-        if not (value >= limit if inclusive else value > limit):
-            raise ValueError(f"{field.name} is {value!r}; it must be {'at least' if inclusive else 'above'} {limit}.")
-
-    return check
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -56,16 +49,23 @@ class PowerSGD:
         seed: of the random starts.
         batch_same_shapes: multiply matrices of one shape in one go; by default on CUDA only.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
+        rules: by glob on parameter names, ``"dense"`` for what is averaged uncompressed, or a dict with another
+            ``rank`` or ``min_compression_rate``. The first pattern that matches a name decides.
+
+    Raises:
+        ValueError: if an option, or a setting in a rule, is out of range; HookOptionError if a rule is malformed.
     """
 
-    rank: int = attrs.field(default=1, validator=_above(1, inclusive=True))
-    start_step: int = attrs.field(default=1000, validator=_above(0, inclusive=True))
-    min_compression_rate: float = attrs.field(default=2.0, validator=_above(0, inclusive=False))
+    rank: int = attrs.field(default=1, validator=RANK)
+    start_step: int = attrs.field(default=1000, validator=Limit(0))
+    min_compression_rate: float = attrs.field(default=2.0, validator=RATE)
     error_feedback: bool = True
     warm_start: bool = True
     seed: int = 0
     batch_same_shapes: bool | None = None
-    stats_frequency: int = attrs.field(default=10_000, validator=_above(1, inclusive=True))
+    stats_frequency: int = attrs.field(default=10_000, validator=Limit(1))
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
+    _rules: Rules = attrs.field(init=False, repr=False)
     _matrices: dict[str, Matrix] = attrs.field(init=False, factory=dict, repr=False)
     _plans: dict[tuple[str, ...], Plan] = attrs.field(init=False, factory=dict, repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
@@ -74,15 +74,19 @@ class PowerSGD:
     _before: int = attrs.field(init=False, default=0, repr=False)
     _after: int = attrs.field(init=False, default=0, repr=False)
 
+    def __attrs_post_init__(self) -> None:
+        defaults = {"rank": self.rank, "min_compression_rate": self.min_compression_rate}
+        self._rules = Rules(self.rules, defaults, check_rule)
+
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate residuals, and the same random Q on every rank."""
+        settings = self._rules.settings(setup.names)
         self._state = setup.state
         self._source = Source(self.seed, setup.device)
         self._matrices, self._plans = {}, {}
         for name, shape, strides, dtype in zip(setup.names, setup.shapes, setup.strides, setup.dtypes, strict=True):
-            matrix = as_matrix(
-                name, shape, strides, dtype, rank=self.rank, min_compression_rate=self.min_compression_rate
-            )
+            chosen: Any = settings[name]
+            matrix = None if chosen is None else as_matrix(name, shape, strides, dtype, **chosen)
             if matrix is None:
                 continue
             self._matrices[name] = matrix

@@ -118,10 +118,10 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) ->
 def _evenly(
     places: Sequence[int], names: Sequence[str], offsets: Sequence[int], matrices: Mapping[str, Matrix]
 ) -> Iterator[list[int]]:
-    """Places of one matrix shape, in groups whose offsets are evenly spaced: a strided view, no copy."""
+    """Places of one matrix shape and rank, in groups whose offsets are evenly spaced: a strided view, no copy."""
 
-    def shape(i: int) -> tuple[int, int]:
-        return matrices[names[i]].rows, matrices[names[i]].cols
+    def shape(i: int) -> tuple[int, int, int]:
+        return matrices[names[i]].rows, matrices[names[i]].cols, matrices[names[i]].rank
 
     for _, same in groupby(sorted(places, key=shape), key=shape):
         group: list[int] = []

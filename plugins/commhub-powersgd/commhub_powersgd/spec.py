@@ -21,6 +21,12 @@ _OPTIONS = (
         help="Multiply matrices of one shape in one go; none means on CUDA only.",
     ),
     Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
+    Option(
+        name="rules",
+        type=dict,
+        default={},
+        help="By glob on parameter names: 'dense', or another rank or min_compression_rate.",
+    ),
 )
 
 _BYTES = "2 (p-1)/p * (sum of (n+m) * min(n, m, rank) over compressed n x m matrices + all other elements) * itemsize"

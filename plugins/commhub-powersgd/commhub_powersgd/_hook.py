@@ -11,11 +11,10 @@ from torch import Tensor
 
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
+from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
-from ._orthogonal import orthogonalize, renew
 from ._plan import Batch, Plan, lay_out
-from ._products import left_factor, right_factor, store_product, subtract_product
 from ._random import Source
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ class PowerSGD:
         min_compression_rate: a matrix is compressed if (n + m) r times this is below n m.
         error_feedback: keep residuals. Without them small gradients are lost for good.
         warm_start: start from the last step's Q. Otherwise from a random one in each step.
+        num_power_iterations: each further one repeats steps 2 to 4 from an orthonormal Q, for two more messages.
         seed: of the random starts.
         batch_same_shapes: multiply matrices of one shape in one go; by default on CUDA only.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
@@ -61,6 +61,7 @@ class PowerSGD:
     min_compression_rate: float = attrs.field(default=2.0, validator=RATE)
     error_feedback: bool = True
     warm_start: bool = True
+    num_power_iterations: int = attrs.field(default=1, validator=Limit(1))
     seed: int = 0
     batch_same_shapes: bool | None = None
     stats_frequency: int = attrs.field(default=10_000, validator=Limit(1))
@@ -99,42 +100,50 @@ class PowerSGD:
             setup.after_step(self._log)
 
     def reduce(self, bucket: Bucket) -> Exchange:
-        """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P."""
+        """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P.
+
+        Each further power iteration takes two more, of every P and of every Q.
+        """
         plan = self._plan(bucket) if bucket.step >= self.start_step else None
         if plan is None or not plan.batches:
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
             return
 
-        # 1. M = gradient + residual, in the bucket's own memory if that is wide enough.
-        # 2. P = M Q, averaged, together with everything that is not compressed.
-        starts = [self._start(batch, bucket.step) for batch in plan.batches]
-        matrices = []
-        for batch, q in zip(plan.batches, starts, strict=True):
-            m = self._compensated(bucket, batch)
-            batch.p.copy_(left_factor(m, q))
-            matrices.append(m)
         plan.pack_dense(bucket.flat)
-        self._check((yield AllReduce(plan.first)), bucket)
+        approximations = yield from power_iteration(
+            bucket,
+            (self._begin(bucket, batch) for batch in plan.batches),
+            plan.first,
+            plan.second,
+            self._source,
+            iterations=self.num_power_iterations,
+            look=not self.error_feedback and not self.warm_start,
+        )
         plan.unpack_dense(bucket.flat)
+        for batch, one in zip(plan.batches, approximations, strict=True):
+            self._end(bucket, batch, one)
 
-        # 3. P = orthogonalize(P). 4. Q = M^T P, averaged; before that it is what this rank contributes.
-        own = []
-        for batch, m in zip(plan.batches, matrices, strict=True):
-            p = orthogonalize(torch.where(bucket.finite, batch.p, 0.0), self._directions(batch, bucket.step))
-            q = right_factor(m, p)
-            batch.q.copy_(q)
-            own.append((p, q))
-        self._check((yield AllReduce(plan.second)), bucket)
+    def _begin(self, bucket: Bucket, batch: Batch) -> Approximation:
+        """M = gradient + residual, in the bucket's own memory if that is wide enough."""
+        m = batch.inside(bucket.flat)
+        if self._feedback is not None:
+            values = [self._feedback.compensated(bucket, i) for i in batch.places]
+            m = m if m.dtype == batch.p.dtype else values[0].view(m.shape)
+        start = self._start(batch, bucket.step)
+        return Approximation(matrices=batch.matrices, m=m.to(start.dtype), start=start, p=batch.p, q=batch.q)
 
-        # 5. residual = M - P Q^T. 6. The result is P Q^T with the mean Q; no number anywhere if it was none somewhere.
-        spoil = torch.where(bucket.finite, 1.0, torch.nan)
-        for batch, m, start, (p, q) in zip(plan.batches, matrices, starts, own, strict=True):
-            self._keep(bucket, batch, m, p, q)
-            mean = batch.q * spoil
-            store_product(p, mean, m)
-            if m.dtype != bucket.flat.dtype:
-                batch.inside(bucket.flat).copy_(m)
-            self._remember(batch, mean, start)
+    def _end(self, bucket: Bucket, batch: Batch, one: Approximation) -> None:
+        """Keep what this rank's own contribution left unsent; leave the result in the bucket."""
+        if self._feedback is not None:
+            one.subtract_own()
+            for i, error in zip(batch.places, one.m, strict=True):
+                self._feedback.keep(bucket, i, error.view(-1))
+        one.store_result()
+        if one.m.dtype != bucket.flat.dtype:
+            batch.inside(bucket.flat).copy_(one.m)
+        if self.warm_start:
+            for matrix, q in zip(batch.matrices, one.next_start(), strict=True):
+                self._state.shared(matrix.name)["q"] = q.T
 
     def compression_stats(self) -> tuple[float, int, int]:
         """Elements before over elements after compression, and both, over all compressed steps of this process."""
@@ -150,21 +159,8 @@ class PowerSGD:
             self._plans[names] = lay_out(bucket, self._matrices, batched=batched)
         plan = self._plans[names]
         self._before += bucket.flat.numel()
-        self._after += plan.sent if plan.batches else bucket.flat.numel()
+        self._after += plan.sent(self.num_power_iterations) if plan.batches else bucket.flat.numel()
         return plan
-
-    def _compensated(self, bucket: Bucket, batch: Batch) -> Tensor:
-        inside = batch.inside(bucket.flat)
-        if self._feedback is None:
-            return inside.to(batch.p.dtype)
-        values = [self._feedback.compensated(bucket, i) for i in batch.places]
-        return inside if inside.dtype == batch.p.dtype else values[0].view(inside.shape)
-
-    def _keep(self, bucket: Bucket, batch: Batch, m: Tensor, p: Tensor, q: Tensor) -> None:
-        if self._feedback is not None:
-            subtract_product(m, p, q)
-            for i, error in zip(batch.places, m, strict=True):
-                self._feedback.keep(bucket, i, error.view(-1))
 
     def _start(self, batch: Batch, step: int) -> Tensor:
         if self.warm_start:
@@ -172,19 +168,6 @@ class PowerSGD:
         else:
             factors = [self._source.factor(matrix, batch.q.dtype, step) for matrix in batch.matrices]
         return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)
-
-    def _directions(self, batch: Batch, step: int) -> Tensor:
-        return torch.stack([self._source.directions(matrix, batch.p.dtype, step) for matrix in batch.matrices])
-
-    def _remember(self, batch: Batch, mean: Tensor, former: Tensor) -> None:
-        if self.warm_start:
-            for matrix, q, before in zip(batch.matrices, mean, former, strict=True):
-                self._state.shared(matrix.name)["q"] = renew(q, before).T
-
-    def _check(self, result: Tensor, bucket: Bucket) -> None:
-        """The core watches over hooks that hold state; without any, look for ourselves."""
-        if not self.error_feedback and not self.warm_start:
-            bucket.finite = bucket.finite & torch.isfinite(result.sum())
 
     def _log(self, step: int) -> None:
         if self._after and (step + 1) % self.stats_frequency == 0:

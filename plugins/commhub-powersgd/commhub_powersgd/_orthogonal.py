@@ -35,12 +35,12 @@ def orthogonalize(p: Tensor, directions: Tensor) -> Tensor:
 
 
 def renew(q: Tensor, former: Tensor) -> Tensor:
-    """The right factor to start the next step from: each row of ``q`` (rank, m) scaled to at most 1.
+    """The right factor to start the next step from: each row of ``q`` (..., rank, m) scaled to at most 1.
 
     Only its directions matter, and unscaled the products would underflow or overflow. A row that is nothing but
     round-off, or zero, has no direction: it keeps its former one, and a gradient that was zero for a while, or of
     a lower rank, finds the factor ready when it is more.
     """
     peak = q.abs().amax(-1, keepdim=True)
-    alive = peak > 100 * torch.finfo(q.dtype).eps * peak.amax()
+    alive = peak > 100 * torch.finfo(q.dtype).eps * peak.amax(-2, keepdim=True)
     return torch.where(alive, q / peak, former)

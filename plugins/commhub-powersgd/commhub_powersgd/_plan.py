@@ -60,10 +60,10 @@ class Plan:
     first: Tensor
     second: Tensor
 
-    @property
-    def sent(self) -> int:
-        """Elements in both messages."""
-        return self.first.numel() + self.second.numel()
+    def sent(self, iterations: int) -> int:
+        """Elements in all messages of so many power iterations."""
+        dense = sum(length for _, length in self.dense)
+        return iterations * (self.first.numel() - dense + self.second.numel()) + dense
 
     def pack_dense(self, flat: Tensor) -> None:
         """Copy what is not compressed into the first message."""

@@ -25,10 +25,11 @@ class Source:
         empty = torch.empty(matrix.rank, matrix.cols, dtype=dtype, device=self._device)
         return empty.normal_(generator=self._seeded("q", matrix.name, step))
 
-    def directions(self, matrix: Matrix, dtype: torch.dtype, step: int) -> Tensor:
-        """Directions of no meaning for the left factor, transposed: (rank, rows), between -1 and 1."""
-        empty = torch.empty(matrix.rank, matrix.rows, dtype=dtype, device=self._device)
-        return empty.uniform_(-1, 1, generator=self._seeded("p", matrix.name, step))
+    def directions(self, matrix: Matrix, side: str, dtype: torch.dtype, step: int) -> Tensor:
+        """Directions of no meaning for the factor ``"p"`` or ``"q"``, transposed: (rank, n), between -1 and 1."""
+        length = matrix.rows if side == "p" else matrix.cols
+        empty = torch.empty(matrix.rank, length, dtype=dtype, device=self._device)
+        return empty.uniform_(-1, 1, generator=self._seeded("directions", side, matrix.name, step))
 
     def _seeded(self, *what: object) -> torch.Generator:
         digest = hashlib.blake2b(repr((self._seed, *what)).encode(), digest_size=8).digest()

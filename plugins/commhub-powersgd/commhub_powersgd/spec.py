@@ -13,6 +13,7 @@ _OPTIONS = (
     ),
     Option(name="error_feedback", type=bool, default=True, help="Add what was not sent to the next gradient."),
     Option(name="warm_start", type=bool, default=True, help="Start from the last step's factor, not a random one."),
+    Option(name="num_power_iterations", type=int, default=1, help="Power iterations a step, two messages each."),
     Option(name="seed", type=int, default=0, help="Seed of the random starting factors."),
     Option(
         name="batch_same_shapes",
@@ -29,7 +30,10 @@ _OPTIONS = (
     ),
 )
 
-_BYTES = "2 (p-1)/p * (sum of (n+m) * min(n, m, rank) over compressed n x m matrices + all other elements) * itemsize"
+_BYTES = (
+    "2 (p-1)/p * (num_power_iterations * sum of (n+m) * min(n, m, rank) over compressed n x m matrices "
+    "+ all other elements) * itemsize"
+)
 _PAPER = "https://arxiv.org/abs/1905.13727"
 
 

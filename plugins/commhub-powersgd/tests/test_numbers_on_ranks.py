@@ -85,6 +85,27 @@ def test_a_mean_gradient_of_rank_at_most_k_is_reproduced_at_rank_k(ranks, nproc,
         ranks(reproduce, nproc, cap, k)
 
 
+def reproduce_at_once(cap, k):
+    """The same means, to 1e-4 in the first step: the second iteration starts from where the first one led."""
+    p, rank = dist.get_world_size(), dist.get_rank()
+    weight = rank - (p - 1) / 2
+    for true_rank in {1, k}:
+        mean, noise = drawn(99, true_rank, true_rank), drawn(98, k)
+        options = {"rank": k, "start_step": 0, "min_compression_rate": 0.5, "num_power_iterations": 2}
+        model, _ = build(cap, "powersgd", **options)
+        got = give(model, [m + weight * n for m, n in zip(mean, noise, strict=True)])
+        for mine, wanted in zip(got, mean, strict=True):
+            assert (mine - wanted).norm() <= 1e-4 * wanted.norm()
+        assert_equal_across_ranks(got)
+
+
+@pytest.mark.parametrize("cap", [ONE, MANY])
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_with_two_iterations_it_is_reproduced_in_the_first_step(ranks, nproc, cap):
+    for k in (1, 2, 3, 4):
+        ranks(reproduce_at_once, nproc, cap, k)
+
+
 def oppose(cap, steps):
     """Two ranks whose gradients cancel for ever."""
     sign = 1.0 if dist.get_rank() % 2 == 0 else -1.0

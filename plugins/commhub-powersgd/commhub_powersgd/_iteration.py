@@ -1,0 +1,126 @@
+"""From matrices to two thin factors each: power iteration across ranks, of which only factors travel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from commhub import AllReduce
+
+from ._orthogonal import orthogonalize, renew
+from ._products import left_factor, right_factor, store_product, subtract_product
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+    from commhub import Bucket, Collective
+
+    from ._layout import Matrix
+    from ._random import Source
+
+    Iteration = Generator[Collective, Any, list["Approximation"]]
+
+
+@attrs.define(eq=False, kw_only=True)
+class Approximation:
+    """Matrices of one shape on the way to P Q^T, their mean over the ranks at a low rank.
+
+    Factors are kept transposed, one vector per row. All tensors are of one dtype, float32 or float64.
+
+    Attributes:
+        matrices: what they are; their names and shapes are the same on every rank.
+        m: this rank's, (batch, rows, cols); the result is left here.
+        start: the right factor to begin with, (batch, rank, cols), the same on every rank.
+        p, q: where the factors lie in the messages, (batch, rank, rows) and (batch, rank, cols).
+        own: the factors of what this rank contributed to the result.
+        mean: the factors of the result.
+    """
+
+    matrices: tuple[Matrix, ...]
+    m: Tensor
+    start: Tensor
+    p: Tensor
+    q: Tensor
+    own: tuple[Tensor, Tensor] = attrs.field(init=False)
+    mean: tuple[Tensor, Tensor] = attrs.field(init=False)
+
+    def subtract_own(self) -> None:
+        """M = M - P Q^T, with this rank's own contribution: what it left unsent."""
+        subtract_product(self.m, *self.own)
+
+    def store_result(self) -> None:
+        """M = P Q^T, the mean."""
+        store_product(*self.mean, self.m)
+
+    def next_start(self) -> Tensor:
+        """The right factor to begin the next step with; see ``renew``."""
+        return renew(self.mean[1], self.start)
+
+
+def power_iteration(
+    bucket: Bucket,
+    approximations: Iterable[Approximation],
+    first: Tensor,
+    second: Tensor,
+    source: Source,
+    *,
+    iterations: int = 1,
+    look: bool = False,
+) -> Iteration:
+    """Approximate the ranks' mean matrices by ``iterations`` steps of subspace iteration, two all-reduces each.
+
+    1. P = M Q, averaged
+    2. P = orthogonalize(P)
+    3. Q = M^T P, averaged
+    4. once more from 1, with Q = orthogonalize(Q); the last Q stays as it is, for P Q^T is the result
+
+    Algorithm 1 of Vogels et al. 2019 is one iteration. Each further one brings the span of P closer to the dominant
+    left singular vectors of the mean, by the square of the ratio of its singular values.
+
+    Args:
+        bucket: whose matrices they are, for ``finite`` and ``step``.
+        approximations: may be made one by one, while this multiplies: a matrix just made is in the cache.
+        first: the first message, 1-D: every ``p``, then anything else; that travels once.
+        second: the second message, 1-D: every ``q``.
+        source: of the directions that zero and collinear vectors are turned to.
+        iterations: at least 1.
+        look: whether to look for results that are not finite; the core does for hooks that hold state.
+
+    Returns:
+        The approximations with ``own`` and ``mean`` set; ``mean`` is not a number where a message was not finite.
+    """
+    taken = []
+    for one in approximations:
+        one.p.copy_(left_factor(one.m, one.start))
+        taken.append(one)
+    factors = first[: sum(one.p.numel() for one in taken)]
+    for iteration in range(iterations):
+        if iteration:
+            for one in taken:
+                one.p.copy_(left_factor(one.m, _orthonormal(one, "q", bucket, source)))
+        _note((yield AllReduce(factors if iteration else first)), bucket, look)
+        for one in taken:
+            left = _orthonormal(one, "p", bucket, source)
+            right = right_factor(one.m, left)
+            one.q.copy_(right)  # from here on the message is the driver's; this rank's own stays
+            one.own = (left, right)
+        _note((yield AllReduce(second)), bucket, look)
+    spoil = torch.where(bucket.finite, 1.0, torch.nan)
+    for one in taken:
+        one.mean = (one.own[0], one.q * spoil)
+    return taken
+
+
+def _orthonormal(one: Approximation, side: str, bucket: Bucket, source: Source) -> Tensor:
+    """The averaged factor with orthonormal rows; finite whatever came, for a QR may turn NaN into numbers."""
+    factor = one.p if side == "p" else one.q
+    directions = [source.directions(matrix, side, factor.dtype, bucket.step) for matrix in one.matrices]
+    return orthogonalize(torch.where(bucket.finite, factor, 0.0), torch.stack(directions))
+
+
+def _note(result: Tensor, bucket: Bucket, look: bool) -> None:
+    if look:
+        bucket.finite = bucket.finite & torch.isfinite(result.sum())

@@ -1,0 +1,100 @@
+"""A run as a whole: many buckets for many steps, and going on from a saved state with other buckets."""
+
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, mlp
+
+from .matrix import (
+    BUCKETS,
+    HOOKS,
+    KEEPS_STATE_BY_BUCKET,
+    ONE,
+    agrees,
+    build,
+    drawn,
+    feeds_back,
+    give,
+    on_ranks,
+    promised_error,
+    state_of,
+)
+
+PER_LAYER = 1 / 4096  # MiB
+
+
+def long_runs(cap, steps):
+    """Every hook on a model of its own, all in one backward, so that their exchanges meet as well."""
+    rank, draw = dist.get_rank(), batches(8)
+    models, registrations = zip(*(build(hook, cap, mlp([8] * 13)) for hook in HOOKS), strict=True)
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        sum(model(*draw(rank, step)).square().mean() for model in models).backward()
+        optimizer.step()
+    told = {}
+    for hook, model, registration in zip(HOOKS, models, registrations, strict=True):
+        assert registration.step == registration.stats.steps == steps, hook
+        seen = {f"{hook}: {name}": p.detach() for name, p in model.module.named_parameters()}
+        assert all(p.isfinite().all() for p in seen.values()), hook
+        if agrees(hook):  # all steps' gradients are in the parameters
+            shared = registration.state_dict()["shared"]
+            seen |= {f"{hook}: {key} of {name}": t for name, table in shared.items() for key, t in table.items()}
+            assert_equal_across_ranks(seen)
+        told[hook] = len(model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+    return told
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_a_hundred_steps_of_twelve_buckets_end_and_ranks_agree(ranks, nproc):
+    assert ranks(long_runs, nproc, PER_LAYER, 100, timeout=120) == [dict.fromkeys(HOOKS, 12)] * nproc
+    assert ranks(long_runs, nproc, ONE, 20) == [dict.fromkeys(HOOKS, 1)] * nproc
+
+
+def resumed(hook):
+    for before in BUCKETS.values():
+        for after in BUCKETS.values():
+            resume(hook, before, after)
+
+
+def resume(hook, before, after):
+    rank = dist.get_rank()
+    model, registration = build(hook, before)
+    for step in range(4):
+        give(model, drawn(rank, step))
+    file = io.BytesIO()
+    torch.save(registration.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other, again = build(hook, after)
+    for step in range(2):  # what it did before counts no more, and its buckets have been made
+        give(other, drawn(rank, 50 + step))
+    again.load_state_dict(saved)
+    where = f"{hook}, bucket_cap_mb {before} and then {after}"
+    assert again.step == 4, where
+    afresh = hook in KEEPS_STATE_BY_BUCKET and before != after
+    expected, found = state_of(registration), state_of(again)
+    assert feeds_back(hook) == any(key.startswith("local") for key in expected), where
+    if not afresh:
+        assert list(found) == list(expected), where
+        for key, tensor in expected.items():
+            assert tensor.any(), f"{where}: {key} is zero, so nothing is seen"
+            assert bitwise_equal(found[key], tensor), f"{where}: {key}"
+    for step in range(4, 7):
+        whole, half = give(model, drawn(rank, step)), give(other, drawn(rank, step))
+        if agrees(hook):
+            assert_equal_across_ranks({f"{where}, step {step}: {name}": g for name, g in half.items()})
+        for name, g in whole.items():
+            if dist.get_world_size() == 2 or before == after:
+                assert afresh or bitwise_equal(half[name], g), f"{where}, step {step}: {name}"
+            elif not afresh:  # other buckets add more than two summands in another order
+                bound = 4 * max(1e-3, promised_error(hook, g.dtype) or 0.0)
+                assert (half[name] - g).norm() <= bound * g.norm(), f"{where}, step {step}: {name}"
+
+
+@on_ranks()
+def test_hook_state_goes_on_bit_for_bit_with_the_same_and_with_other_buckets(ranks, hook, nproc):
+    ranks(resumed, nproc, hook)

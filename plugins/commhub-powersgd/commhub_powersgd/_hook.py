@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
+from ._alternation import alternate
 from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
@@ -46,6 +47,8 @@ class PowerSGD:
         error_feedback: keep residuals. Without them small gradients are lost for good.
         warm_start: start from the last step's Q. Otherwise from a random one in each step.
         num_power_iterations: each further one repeats steps 2 to 4 from an orthonormal Q, for two more messages.
+        alternating: send P and Q in turns, one a step, with the other one from the step before (``alternate``):
+            half the bytes in one message.
         seed: of the random starts.
         batch_same_shapes: multiply matrices of one shape in one go; by default on CUDA only.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
@@ -53,7 +56,8 @@ class PowerSGD:
             ``rank`` or ``min_compression_rate``. The first pattern that matches a name decides.
 
     Raises:
-        ValueError: if an option, or a setting in a rule, is out of range; HookOptionError if a rule is malformed.
+        ValueError: if an option, or a setting in a rule, is out of range; if ``alternating`` is to go with several
+            power iterations or without a warm start; HookOptionError if a rule is malformed.
     """
 
     rank: int = attrs.field(default=1, validator=RANK)
@@ -62,6 +66,7 @@ class PowerSGD:
     error_feedback: bool = True
     warm_start: bool = True
     num_power_iterations: int = attrs.field(default=1, validator=Limit(1))
+    alternating: bool = False
     seed: int = 0
     batch_same_shapes: bool | None = None
     stats_frequency: int = attrs.field(default=10_000, validator=Limit(1))
@@ -76,6 +81,13 @@ class PowerSGD:
     _after: int = attrs.field(init=False, default=0, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        if self.alternating and self.num_power_iterations > 1:
+            raise ValueError(
+                f"alternating and num_power_iterations={self.num_power_iterations} exclude each other: each step makes "
+                "half an iteration. Give one of them."
+            )
+        if self.alternating and not self.warm_start:
+            raise ValueError("alternating needs warm_start: one factor is the last step's. Leave warm_start on.")
         defaults = {"rank": self.rank, "min_compression_rate": self.min_compression_rate}
         self._rules = Rules(self.rules, defaults, check_rule)
 
@@ -94,6 +106,9 @@ class PowerSGD:
             if self.warm_start:
                 wide = torch.promote_types(dtype, torch.float32)
                 setup.state.shared(name)["q"] = self._source.factor(matrix, wide).T
+                if self.alternating:
+                    left = torch.zeros(matrix.rank, matrix.rows, dtype=wide, device=setup.device)
+                    setup.state.shared(name)["p"] = left.T
         if self.error_feedback:
             self._feedback = ErrorFeedback(setup, self._matrices)
         if setup.rank == 0:
@@ -102,37 +117,48 @@ class PowerSGD:
     def reduce(self, bucket: Bucket) -> Exchange:
         """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P.
 
-        Each further power iteration takes two more, of every P and of every Q.
+        Each further power iteration takes two more, of every P and of every Q. An alternation takes one in all.
         """
         plan = self._plan(bucket) if bucket.step >= self.start_step else None
         if plan is None or not plan.batches:
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
+            if plan is not None:
+                self._before += bucket.flat.numel()
+                self._after += bucket.flat.numel()
             return
 
-        plan.pack_dense(bucket.flat)
-        approximations = yield from power_iteration(
-            bucket,
-            (self._begin(bucket, batch) for batch in plan.batches),
-            plan.first,
-            plan.second,
-            self._source,
-            iterations=self.num_power_iterations,
-            look=not self.error_feedback and not self.warm_start,
-        )
-        plan.unpack_dense(bucket.flat)
-        for batch, one in zip(plan.batches, approximations, strict=True):
-            self._end(bucket, batch, one)
+        left = (bucket.step - self.start_step) % 2 == 0  # in an alternation P is sent, then Q, and so on
+        message = plan.first if left or not self.alternating else plan.second
+        plan.pack_dense(bucket.flat, message)
+        given = (self._begin(bucket, batch, left) for batch in plan.batches)
+        if self.alternating:
+            found = yield from alternate(bucket, given, message, self._source, left=left)
+        else:
+            found = yield from power_iteration(
+                bucket,
+                given,
+                plan.first,
+                plan.second,
+                self._source,
+                iterations=self.num_power_iterations,
+                look=not self.error_feedback and not self.warm_start,
+            )
+        plan.unpack_dense(bucket.flat, message)
+        for batch, one in zip(plan.batches, found, strict=True):
+            self._end(bucket, batch, one, left)
+        self._before += bucket.flat.numel()
+        self._after += message.numel() if self.alternating else plan.sent(self.num_power_iterations)
 
-    def _begin(self, bucket: Bucket, batch: Batch) -> Approximation:
+    def _begin(self, bucket: Bucket, batch: Batch, left: bool) -> Approximation:
         """M = gradient + residual, in the bucket's own memory if that is wide enough."""
         m = batch.inside(bucket.flat)
         if self._feedback is not None:
             values = [self._feedback.compensated(bucket, i) for i in batch.places]
             m = m if m.dtype == batch.p.dtype else values[0].view(m.shape)
-        start = self._start(batch, bucket.step)
+        start = self._start(batch, bucket.step, "p" if self.alternating and not left else "q")
         return Approximation(matrices=batch.matrices, m=m.to(start.dtype), start=start, p=batch.p, q=batch.q)
 
-    def _end(self, bucket: Bucket, batch: Batch, one: Approximation) -> None:
+    def _end(self, bucket: Bucket, batch: Batch, one: Approximation, left: bool) -> None:
         """Keep what this rank's own contribution left unsent; leave the result in the bucket."""
         if self._feedback is not None:
             one.subtract_own()
@@ -142,8 +168,10 @@ class PowerSGD:
         if one.m.dtype != bucket.flat.dtype:
             batch.inside(bucket.flat).copy_(one.m)
         if self.warm_start:
-            for matrix, q in zip(batch.matrices, one.next_start(), strict=True):
-                self._state.shared(matrix.name)["q"] = q.T
+            key = "p" if self.alternating and left else "q"
+            factors = one.next_stale(left=left) if self.alternating else one.next_start()
+            for matrix, factor in zip(batch.matrices, factors, strict=True):
+                self._state.shared(matrix.name)[key] = factor.T
 
     def compression_stats(self) -> tuple[float, int, int]:
         """Elements before over elements after compression, and both, over all compressed steps of this process."""
@@ -156,15 +184,12 @@ class PowerSGD:
             for other in gone:
                 del self._plans[other]
             batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
-            self._plans[names] = lay_out(bucket, self._matrices, batched=batched)
-        plan = self._plans[names]
-        self._before += bucket.flat.numel()
-        self._after += plan.sent(self.num_power_iterations) if plan.batches else bucket.flat.numel()
-        return plan
+            self._plans[names] = lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating)
+        return self._plans[names]
 
-    def _start(self, batch: Batch, step: int) -> Tensor:
+    def _start(self, batch: Batch, step: int, key: str) -> Tensor:
         if self.warm_start:
-            factors = [self._state.shared(matrix.name)["q"].T for matrix in batch.matrices]
+            factors = [self._state.shared(matrix.name)[key].T for matrix in batch.matrices]
         else:
             factors = [self._source.factor(matrix, batch.q.dtype, step) for matrix in batch.matrices]
         return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)

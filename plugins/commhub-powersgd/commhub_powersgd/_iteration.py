@@ -14,7 +14,7 @@ from ._orthogonal import orthogonalize, renew
 from ._products import left_factor, right_factor, store_product, subtract_product
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Sequence
 
     from commhub import Bucket, Collective
 
@@ -33,7 +33,7 @@ class Approximation:
     Attributes:
         matrices: what they are; their names and shapes are the same on every rank.
         m: this rank's, (batch, rows, cols); the result is left here.
-        start: the right factor to begin with, (batch, rank, cols), the same on every rank.
+        start: the factor to begin with, the same on every rank: the right one, (batch, rank, cols), where two are sent.
         p, q: where the factors lie in the messages, (batch, rank, rows) and (batch, rank, cols).
         own: the factors of what this rank contributed to the result.
         mean: the factors of the result.
@@ -58,6 +58,11 @@ class Approximation:
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""
         return renew(self.mean[1], self.start)
+
+    def next_stale(self, *, left: bool) -> Tensor:
+        """The factor just sent, for the next step to use; zero where it has no direction, to look elsewhere then."""
+        factor = self.mean[0 if left else 1]
+        return renew(factor, torch.zeros_like(factor))
 
 
 def power_iteration(
@@ -100,10 +105,10 @@ def power_iteration(
     for iteration in range(iterations):
         if iteration:
             for one in taken:
-                one.p.copy_(left_factor(one.m, _orthonormal(one, "q", bucket, source)))
+                one.p.copy_(left_factor(one.m, _finite_orthonormal(one, "q", bucket, source)))
         _note((yield AllReduce(factors if iteration else first)), bucket, look)
         for one in taken:
-            left = _orthonormal(one, "p", bucket, source)
+            left = _finite_orthonormal(one, "p", bucket, source)
             right = right_factor(one.m, left)
             one.q.copy_(right)  # from here on the message is the driver's; this rank's own stays
             one.own = (left, right)
@@ -114,11 +119,16 @@ def power_iteration(
     return taken
 
 
-def _orthonormal(one: Approximation, side: str, bucket: Bucket, source: Source) -> Tensor:
-    """The averaged factor with orthonormal rows; finite whatever came, for a QR may turn NaN into numbers."""
-    factor = one.p if side == "p" else one.q
-    directions = [source.directions(matrix, side, factor.dtype, bucket.step) for matrix in one.matrices]
-    return orthogonalize(torch.where(bucket.finite, factor, 0.0), torch.stack(directions))
+def orthonormal(factor: Tensor, matrices: Sequence[Matrix], side: str, step: int, source: Source) -> Tensor:
+    """The factor ``side`` of some matrices, (batch, rank, n) and finite, with orthonormal rows."""
+    directions = [source.directions(matrix, side, factor.dtype, step) for matrix in matrices]
+    return orthogonalize(factor, torch.stack(directions))
+
+
+def _finite_orthonormal(one: Approximation, side: str, bucket: Bucket, source: Source) -> Tensor:
+    """The averaged factor, orthonormal; zero before that if it is not finite, for a QR may turn NaN into numbers."""
+    factor = torch.where(bucket.finite, one.p if side == "p" else one.q, 0.0)
+    return orthonormal(factor, one.matrices, side, bucket.step, source)
 
 
 def _note(result: Tensor, bucket: Bucket, look: bool) -> None:

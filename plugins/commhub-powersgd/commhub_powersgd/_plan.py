@@ -51,8 +51,8 @@ class Plan:
     Attributes:
         batches: what is compressed.
         dense: the other elements, as runs (offset, length) of the bucket.
-        first: the first message: every P, then everything that is not compressed.
-        second: the second message: every Q.
+        first: every P, then everything that is not compressed.
+        second: every Q; in an alternation, where only one of the messages is sent, the rest follows here too.
     """
 
     batches: tuple[Batch, ...]
@@ -62,27 +62,31 @@ class Plan:
 
     def sent(self, iterations: int) -> int:
         """Elements in all messages of so many power iterations."""
-        dense = sum(length for _, length in self.dense)
+        dense = self._dense_elements
         return iterations * (self.first.numel() - dense + self.second.numel()) + dense
 
-    def pack_dense(self, flat: Tensor) -> None:
-        """Copy what is not compressed into the first message."""
-        for run, place in self._dense_runs(flat):
+    def pack_dense(self, flat: Tensor, message: Tensor) -> None:
+        """Copy what is not compressed into a message."""
+        for run, place in self._dense_runs(flat, message):
             place.copy_(run)
 
-    def unpack_dense(self, flat: Tensor) -> None:
+    def unpack_dense(self, flat: Tensor, message: Tensor) -> None:
         """Copy it back."""
-        for run, place in self._dense_runs(flat):
+        for run, place in self._dense_runs(flat, message):
             run.copy_(place)
 
-    def _dense_runs(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        start = self.first.numel() - sum(length for _, length in self.dense)
+    @property
+    def _dense_elements(self) -> int:
+        return sum(length for _, length in self.dense)
+
+    def _dense_runs(self, flat: Tensor, message: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        start = message.numel() - self._dense_elements
         for offset, length in self.dense:
-            yield flat.narrow(0, offset, length), self.first.narrow(0, start, length)
+            yield flat.narrow(0, offset, length), message.narrow(0, start, length)
             start += length
 
 
-def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) -> Plan:
+def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, alternating: bool) -> Plan:
     """Lay a bucket's messages out; without batches they are empty. For a bucket in 16 bits they are in float32.
 
     The few elements that are not compressed then travel in 32 bits too: that keeps it to one message, and sums
@@ -99,8 +103,9 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) ->
     shapes = [matrices[names[group[0]]] for group in groups]
     left = [len(group) * m.rank * m.rows for group, m in zip(groups, shapes, strict=True)]
     right = [len(group) * m.rank * m.cols for group, m in zip(groups, shapes, strict=True)]
-    first = bucket.flat.new_empty(sum(left) + sum(length for _, length in dense), dtype=dtype)
-    second = bucket.flat.new_empty(sum(right), dtype=dtype)
+    others = sum(length for _, length in dense)
+    first = bucket.flat.new_empty(sum(left) + others, dtype=dtype)
+    second = bucket.flat.new_empty(sum(right) + (others if alternating else 0), dtype=dtype)
     batches = tuple(
         Batch(
             places=tuple(group),
@@ -110,7 +115,9 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool) ->
             p=p.view(len(group), m.rank, m.rows),
             q=q.view(len(group), m.rank, m.cols),
         )
-        for group, m, p, q in zip(groups, shapes, first[: sum(left)].split(left), second.split(right), strict=True)
+        for group, m, p, q in zip(
+            groups, shapes, first[: sum(left)].split(left), second[: sum(right)].split(right), strict=True
+        )
     )
     return Plan(batches, dense, first, second)
 

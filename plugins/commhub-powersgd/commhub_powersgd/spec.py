@@ -14,6 +14,12 @@ _OPTIONS = (
     Option(name="error_feedback", type=bool, default=True, help="Add what was not sent to the next gradient."),
     Option(name="warm_start", type=bool, default=True, help="Start from the last step's factor, not a random one."),
     Option(name="num_power_iterations", type=int, default=1, help="Power iterations a step, two messages each."),
+    Option(
+        name="alternating",
+        type=bool,
+        default=False,
+        help="Send one factor a step, in turns (ACP-SGD): half the bytes, one message.",
+    ),
     Option(name="seed", type=int, default=0, help="Seed of the random starting factors."),
     Option(
         name="batch_same_shapes",
@@ -32,7 +38,7 @@ _OPTIONS = (
 
 _BYTES = (
     "2 (p-1)/p * (num_power_iterations * sum of (n+m) * min(n, m, rank) over compressed n x m matrices "
-    "+ all other elements) * itemsize"
+    "+ all other elements) * itemsize; alternating: n and m in turns instead of n+m"
 )
 _PAPER = "https://arxiv.org/abs/1905.13727"
 

@@ -1,21 +1,40 @@
 """PowerSGD: send two thin factors instead of each gradient matrix, and what they miss with the next step.
 
-Importing this package loads no torch; ``PowerSGD`` is loaded when it is first asked for.
+Besides the hook, what another low-rank hook can be made of: ``power_iteration`` turns ``Approximation`` of matrices
+into factors by all-reduces; ``Matrix`` and ``Source`` name matrices and draw the same random factors for them on
+every rank; ``PerBucket``, ``Tally`` and ``Limit`` keep what goes along with it.
+
+Importing this package loads no torch; each name is loaded when it is first asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._bookkeeping import PerBucket, Tally
     from ._hook import PowerSGD
+    from ._iteration import Approximation, power_iteration
+    from ._layout import Matrix
+    from ._limits import Limit
+    from ._random import Source
 
-__all__ = ["PowerSGD"]
+__all__ = ["Approximation", "Limit", "Matrix", "PerBucket", "PowerSGD", "Source", "Tally", "power_iteration"]
+
+_HOMES = {
+    "Approximation": "_iteration",
+    "Limit": "_limits",
+    "Matrix": "_layout",
+    "PerBucket": "_bookkeeping",
+    "PowerSGD": "_hook",
+    "Source": "_random",
+    "Tally": "_bookkeeping",
+    "power_iteration": "_iteration",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "PowerSGD":
-        from ._hook import PowerSGD
-
-        return PowerSGD
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -12,6 +11,7 @@ from torch import Tensor
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
 from ._alternation import alternate
+from ._bookkeeping import PerBucket, Tally
 from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
@@ -20,8 +20,6 @@ from ._random import Source
 
 if TYPE_CHECKING:
     from commhub import State
-
-logger = logging.getLogger("commhub")
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -73,12 +71,11 @@ class PowerSGD:
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
     _rules: Rules = attrs.field(init=False, repr=False)
     _matrices: dict[str, Matrix] = attrs.field(init=False, factory=dict, repr=False)
-    _plans: dict[tuple[str, ...], Plan] = attrs.field(init=False, factory=dict, repr=False)
+    _plans: PerBucket[Plan] = attrs.field(init=False, repr=False, default=None)  # set, like the next two, by prepare
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
-    _source: Source = attrs.field(init=False, repr=False, default=None)  # set, like the next, by prepare
+    _source: Source = attrs.field(init=False, repr=False, default=None)
     _state: State = attrs.field(init=False, repr=False, default=None)
-    _before: int = attrs.field(init=False, default=0, repr=False)
-    _after: int = attrs.field(init=False, default=0, repr=False)
+    _tally: Tally = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.alternating and self.num_power_iterations > 1:
@@ -89,6 +86,7 @@ class PowerSGD:
         if self.alternating and not self.warm_start:
             raise ValueError("alternating needs warm_start: one factor is the last step's. Leave warm_start on.")
         defaults = {"rank": self.rank, "min_compression_rate": self.min_compression_rate}
+        self._tally = Tally("powersgd", self.stats_frequency)
         self._rules = Rules(self.rules, defaults, check_rule)
 
     def prepare(self, setup: Setup) -> None:
@@ -96,7 +94,7 @@ class PowerSGD:
         settings = self._rules.settings(setup.names)
         self._state = setup.state
         self._source = Source(self.seed, setup.device)
-        self._matrices, self._plans = {}, {}
+        self._matrices, self._plans = {}, PerBucket(self._lay_out)
         for name, shape, strides, dtype in zip(setup.names, setup.shapes, setup.strides, setup.dtypes, strict=True):
             chosen: Any = settings[name]
             matrix = None if chosen is None else as_matrix(name, shape, strides, dtype, **chosen)
@@ -112,19 +110,18 @@ class PowerSGD:
         if self.error_feedback:
             self._feedback = ErrorFeedback(setup, self._matrices)
         if setup.rank == 0:
-            setup.after_step(self._log)
+            setup.after_step(self._tally.log)
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """Two all-reduces: of every P with what is not compressed, then of every Q. One where there is no P.
 
         Each further power iteration takes two more, of every P and of every Q. An alternation takes one in all.
         """
-        plan = self._plan(bucket) if bucket.step >= self.start_step else None
+        plan = self._plans[bucket] if bucket.step >= self.start_step else None
         if plan is None or not plan.batches:
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
             if plan is not None:
-                self._before += bucket.flat.numel()
-                self._after += bucket.flat.numel()
+                self._tally.count(bucket.flat.numel(), bucket.flat.numel())
             return
 
         left = (bucket.step - self.start_step) % 2 == 0  # in an alternation P is sent, then Q, and so on
@@ -146,8 +143,8 @@ class PowerSGD:
         plan.unpack_dense(bucket.flat, message)
         for batch, one in zip(plan.batches, found, strict=True):
             self._end(bucket, batch, one, left)
-        self._before += bucket.flat.numel()
-        self._after += message.numel() if self.alternating else plan.sent(self.num_power_iterations)
+        sent = message.numel() if self.alternating else plan.sent(self.num_power_iterations)
+        self._tally.count(bucket.flat.numel(), sent)
 
     def _begin(self, bucket: Bucket, batch: Batch, left: bool) -> Approximation:
         """M = gradient + residual, in the bucket's own memory if that is wide enough."""
@@ -175,17 +172,11 @@ class PowerSGD:
 
     def compression_stats(self) -> tuple[float, int, int]:
         """Elements before over elements after compression, and both, over all compressed steps of this process."""
-        return (self._before / self._after if self._after else 0.0), self._before, self._after
+        return self._tally.figures()
 
-    def _plan(self, bucket: Bucket) -> Plan:
-        names = bucket.names
-        if names not in self._plans:
-            gone = [other for other in self._plans if not set(names).isdisjoint(other)]  # DDP has rebuilt its buckets
-            for other in gone:
-                del self._plans[other]
-            batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
-            self._plans[names] = lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating)
-        return self._plans[names]
+    def _lay_out(self, bucket: Bucket) -> Plan:
+        batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
+        return lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating)
 
     def _start(self, batch: Batch, step: int, key: str) -> Tensor:
         if self.warm_start:
@@ -193,8 +184,3 @@ class PowerSGD:
         else:
             factors = [self._source.factor(matrix, batch.q.dtype, step) for matrix in batch.matrices]
         return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)
-
-    def _log(self, step: int) -> None:
-        if self._after and (step + 1) % self.stats_frequency == 0:
-            rate, before, after = self.compression_stats()
-            logger.info("powersgd: %d elements sent as %d by step %d, a rate of %.1f", before, after, step + 1, rate)

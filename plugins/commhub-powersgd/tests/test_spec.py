@@ -67,9 +67,13 @@ def test_the_spec_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_unknown_attribute_is_an_attribute_error():
+def test_what_the_package_exports_is_there_and_documented():
     import commhub_powersgd
 
-    assert commhub_powersgd.PowerSGD.__name__ == "PowerSGD"
+    assert sorted(commhub_powersgd.__all__) == sorted(commhub_powersgd._HOMES)
+    for name in commhub_powersgd.__all__:
+        exported = getattr(commhub_powersgd, name)
+        assert exported.__name__ == name
+        assert exported.__doc__
     with pytest.raises(AttributeError, match="nonsense"):
         _ = commhub_powersgd.nonsense

@@ -4,6 +4,9 @@ To test another hook, add its line to HOOKS, with options that make it compress 
 step on. What a rule asks of a hook follows from its spec and options, never from its name.
 """
 
+import itertools
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,6 +62,25 @@ def communicates(hook):
 def feeds_back(hook):
     """Whether what a step leaves unsent is added to the next one's gradient."""
     return bool(choose(hook, {}).options.get("error_feedback"))
+
+
+def collectives(hook):
+    """How many collectives, each built on the one before, a bucket takes at most."""
+    kind, most = type(choose(hook, {}).make()), 0
+
+    def counting(self, bucket, reduce=kind.reduce):
+        nonlocal most
+        exchange, answer = reduce(self, bucket), None
+        for number in itertools.count():
+            most = max(most, number)
+            try:
+                answer = yield exchange.send(answer)
+            except StopIteration:
+                return
+
+    with patch.object(kind, "reduce", counting):
+        commhub.simulate(hook, [list(drawn(rank, 0).values()) for rank in range(2)])
+    return most
 
 
 def on_ranks(holds=lambda hook: True):

@@ -66,6 +66,17 @@ class ErrorFeedback:
         unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale), residual)
         entries["residual"] = unscaled.as_strided(kept.shape, kept.stride())
 
+    def writable(self, bucket: Bucket, i: int) -> Tensor | None:
+        """The residual itself (1-D, memory order), to write the error into instead of calling ``keep``, where safe.
+
+        It is where ``keep`` would do nothing but copy: the bucket is finite so far, which is known on the host, the
+        parameter was used, and no loss scaler decides later. Else ``None``, and ``keep`` is to be called.
+        """
+        on_host = bucket.flat.device.type == "cpu"
+        if on_host and bucket.used[i] and bucket.loss_scale == 1.0 and bool(bucket.finite):
+            return self._residual(bucket, i)
+        return None
+
     def _residual(self, bucket: Bucket, i: int) -> Tensor:
         residual = self._state.local(bucket.names[i])["residual"]
         return residual.as_strided((residual.numel(),), (1,))

@@ -19,6 +19,8 @@ from ._plan import Batch, Plan, lay_out
 from ._random import Source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from commhub import State
 
 
@@ -48,7 +50,7 @@ class PowerSGD:
         alternating: send P and Q in turns, one a step, with the other one from the step before (``alternate``):
             half the bytes in one message.
         seed: of the random starts.
-        batch_same_shapes: multiply matrices of one shape in one go; by default on CUDA only.
+        batch_same_shapes: work on matrices of one shape together; none means where it is faster: everywhere.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
         rules: by glob on parameter names, ``"dense"`` for what is averaged uncompressed, or a dict with another
             ``rank`` or ``min_compression_rate``. The first pattern that matches a name decides.
@@ -157,11 +159,10 @@ class PowerSGD:
 
     def _end(self, bucket: Bucket, batch: Batch, one: Approximation, left: bool) -> None:
         """Keep what this rank's own contribution left unsent; leave the result in the bucket."""
-        if self._feedback is not None:
-            one.subtract_own()
-            for i, error in zip(batch.places, one.m, strict=True):
-                self._feedback.keep(bucket, i, error.view(-1))
-        one.store_result()
+        for part in one.parts():
+            if self._feedback is not None:
+                self._keep(bucket, batch.places[part], one, part, self._feedback)
+            one.store_result(part)
         if one.m.dtype != bucket.flat.dtype:
             batch.inside(bucket.flat).copy_(one.m)
         if self.warm_start:
@@ -170,12 +171,23 @@ class PowerSGD:
             for matrix, factor in zip(batch.matrices, factors, strict=True):
                 self._state.shared(matrix.name)[key] = factor.T
 
+    def _keep(
+        self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice, feedback: ErrorFeedback
+    ) -> None:
+        residual = feedback.writable(bucket, places[0]) if len(places) == 1 else None
+        if residual is not None:  # saves a copy, a tenth of all the time at rank 1
+            one.subtract_own(part, out=residual.view(one.m[part].shape))
+            return
+        one.subtract_own(part)
+        for i, error in zip(places, one.m[part], strict=True):
+            feedback.keep(bucket, i, error.view(-1))
+
     def compression_stats(self) -> tuple[float, int, int]:
         """Elements before over elements after compression, and both, over all compressed steps of this process."""
         return self._tally.figures()
 
     def _lay_out(self, bucket: Bucket) -> Plan:
-        batched = bucket.flat.is_cuda if self.batch_same_shapes is None else self.batch_same_shapes
+        batched = self.batch_same_shapes is not False
         return lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating)
 
     def _start(self, batch: Batch, step: int, key: str) -> Tensor:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Iteration = Generator[Collective, Any, list["Approximation"]]
 
+_EVERY = slice(None)
+
 
 @attrs.define(eq=False, kw_only=True)
 class Approximation:
@@ -47,13 +49,19 @@ class Approximation:
     own: tuple[Tensor, Tensor] = attrs.field(init=False)
     mean: tuple[Tensor, Tensor] = attrs.field(init=False)
 
-    def subtract_own(self) -> None:
-        """M = M - P Q^T, with this rank's own contribution: what it left unsent."""
-        subtract_product(self.m, *self.own)
+    def parts(self) -> Sequence[slice]:
+        """Which matrices to go on with together: all of them, or on the host one by one, each while in the cache."""
+        count = len(self.m)
+        return [slice(i, i + 1) for i in range(count)] if self.m.device.type == "cpu" else [slice(0, count)]
 
-    def store_result(self) -> None:
+    def subtract_own(self, part: slice = _EVERY, *, out: Tensor | None = None) -> None:
+        """M - P Q^T, with this rank's own contribution: what it left unsent; written to M, or to ``out``."""
+        m = self.m[part]
+        subtract_product(m, self.own[0][part], self.own[1][part], m if out is None else out)
+
+    def store_result(self, part: slice = _EVERY) -> None:
         """M = P Q^T, the mean."""
-        store_product(*self.mean, self.m)
+        store_product(self.mean[0][part], self.mean[1][part], self.m[part])
 
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""

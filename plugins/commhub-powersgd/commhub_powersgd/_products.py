@@ -25,31 +25,38 @@ def left_factor(matrix: Tensor, q: Tensor) -> Tensor:
     """P = M Q."""
     if matrix.device.type != "cpu":
         return torch.bmm(q, matrix.mT)
-    p = q.new_empty(len(q), q.shape[1], matrix.shape[1])
-    for b, one in enumerate(matrix):
+
+    def of_one(one: Tensor, factor: Tensor) -> Tensor:
+        p = factor.new_empty(len(factor), len(one))
         for rows, block in _blocks(one):
-            torch.mm(q[b], block.T, out=p[b, :, rows])
-    return p
+            torch.mm(factor, block.T, out=p[:, rows])
+        return p
+
+    return _stacked([of_one(one, _aligned(factor)) for one, factor in zip(matrix, q, strict=True)])
 
 
 def right_factor(matrix: Tensor, p: Tensor) -> Tensor:
     """Q = M^T P."""
     if matrix.device.type != "cpu":
         return torch.bmm(p, matrix)
-    q = p.new_zeros(len(p), p.shape[1], matrix.shape[2])
-    for b, one in enumerate(matrix):
+
+    def of_one(one: Tensor, factor: Tensor) -> Tensor:
+        q = factor.new_zeros(len(factor), one.shape[1])
         for rows, block in _blocks(one):
-            q[b].addmm_(p[b, :, rows], block)
-    return q
+            q.addmm_(factor[:, rows], block)
+        return q
+
+    return _stacked([of_one(one, _aligned(factor)) for one, factor in zip(matrix, p, strict=True)])
 
 
-def subtract_product(matrix: Tensor, p: Tensor, q: Tensor) -> None:
-    """M = M - P Q^T, in place."""
+def subtract_product(matrix: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
+    """``out`` = M - P Q^T; ``out`` may be M itself."""
     if matrix.device.type != "cpu" or p.shape[1] > _OUTER:
-        matrix.baddbmm_(p.mT, q, alpha=-1)
+        torch.baddbmm(matrix, p.mT, q, alpha=-1, out=out)
         return
     for column, row in _outer(p, q):
-        matrix.addcmul_(column, row, value=-1)
+        torch.addcmul(matrix, column, row, value=-1, out=out)
+        matrix = out
 
 
 def store_product(p: Tensor, q: Tensor, matrix: Tensor) -> None:
@@ -69,6 +76,14 @@ def _outer(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield p[:, j, :, None], q[:, j, None, :]
 
 
+def _stacked(products: list[Tensor]) -> Tensor:
+    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+
+
+def _aligned(factor: Tensor) -> Tensor:
+    return factor.clone() if factor.data_ptr() % _ALIGNMENT else factor
+
+
 def _blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Runs of rows of a matrix (n, m), each at an aligned address.
 
@@ -79,6 +94,10 @@ def _blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(_BLOCK // cols, 1)
     if step > 16:
         step -= step % 16  # then all blocks are aligned if the first is
+    room: Tensor | None = None
     for low in range(0, rows, step):
         block = matrix[low : low + step]
-        yield slice(low, low + step), block.clone() if block.data_ptr() % _ALIGNMENT else block
+        if block.data_ptr() % _ALIGNMENT:
+            room = torch.empty_like(block) if room is None else room
+            block = room[: len(block)].copy_(block)
+        yield slice(low, low + step), block

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnknownHookError,
     )
     from commhub._feedback import ErrorFeedback
+    from commhub._kernels import Kernel
     from commhub._manual import manual
     from commhub._names import HookType
     from commhub._network import Network
@@ -66,6 +67,7 @@ __all__ = [
     "HookSpec",
     "HookTimeoutError",
     "HookType",
+    "Kernel",
     "Network",
     "Option",
     "PluginError",
@@ -109,6 +111,7 @@ _HOMES = {
     "HookSpec": "commhub._spec",
     "HookTimeoutError": "commhub._errors",
     "HookType": "commhub._enum",
+    "Kernel": "commhub._kernels",
     "Network": "commhub._network",
     "Option": "commhub._spec",
     "PluginError": "commhub._errors",

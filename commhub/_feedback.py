@@ -24,27 +24,30 @@ class ErrorFeedback:
     Args:
         setup: what ``prepare`` got; the residuals live in ``setup.state.local(name)["residual"]``.
         names: the parameters that are sent compressed. What is sent exactly has no residual.
+        dtype: of the residuals, where that is not to be the wider of float32 and the gradient's.
     """
 
-    def __init__(self, setup: Setup, names: Iterable[str]) -> None:
+    def __init__(self, setup: Setup, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
         self._state = setup.state
         described = dict(zip(setup.names, zip(setup.shapes, setup.strides, setup.dtypes, strict=True), strict=True))
         for name in names:
-            shape, stride, dtype = described[name]
-            wide = torch.promote_types(dtype, torch.float32)
-            residual = torch.empty_strided(shape, stride, dtype=wide, device=setup.device).zero_()
+            shape, stride, own = described[name]
+            kept = torch.promote_types(own, torch.float32) if dtype is None else dtype
+            residual = torch.empty_strided(shape, stride, dtype=kept, device=setup.device).zero_()
             self._state.local(name)["residual"] = residual
 
     def compensated(self, bucket: Bucket, i: int) -> Tensor:
-        """Gradient plus residual of the bucket's i-th parameter: 1-D, in memory order, in the residual's dtype.
+        """Gradient plus residual of the bucket's i-th parameter: 1-D, in memory order, in float32 or wider.
 
         For float32 and wider gradients this is the bucket's own memory, changed in place. The residual of a
         parameter that this rank did not use waits.
         """
         gradient = bucket.segments[i]
-        residual = self._residual(bucket, i)
-        values = gradient.to(residual.dtype)
-        return values.add_(residual, alpha=bucket.loss_scale) if bucket.used[i] else values
+        return self.add(bucket, i, gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+
+    def add(self, bucket: Bucket, i: int, values: Tensor) -> Tensor:
+        """Add the residual of the bucket's i-th parameter to ``values`` (1-D, memory order), in place."""
+        return values.add_(self._residual(bucket, i), alpha=bucket.loss_scale) if bucket.used[i] else values
 
     def keep(self, bucket: Bucket, i: int, error: Tensor) -> None:
         """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the bucket is finite so far.
@@ -56,15 +59,28 @@ class ErrorFeedback:
         residual = self._residual(bucket, i)
         if bucket.loss_scale == 1.0:
             if residual.device.type != "cpu":
-                torch.where(bucket.finite, error, residual, out=residual)
+                torch.where(bucket.finite, error.to(residual.dtype), residual, out=residual)
             elif bool(bucket.finite):  # on the host the answer is there already, and a copy is four times as fast
                 residual.copy_(error)
             return
         # A loss scaler skips the step if any bucket is not finite, so the end of the step decides, not this bucket.
         entries = self._state.local(bucket.names[i])
         kept = entries["residual"]
-        unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale), residual)
+        unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale).to(residual.dtype), residual)
         entries["residual"] = unscaled.as_strided(kept.shape, kept.stride())
+
+    def deposit(self, bucket: Bucket, i: int, start: int, missed: Tensor) -> None:
+        """Add ``missed`` (1-D, consumed) to a residual's elements from ``start`` on, if the bucket is finite so far.
+
+        For a rank that owes more than its own gradient, and may not have used the parameter in this step.
+        """
+        entries = self._state.local(bucket.names[i])
+        if bucket.loss_scale != 1.0:
+            kept = entries["residual"]
+            entries["residual"] = kept.clone(memory_format=torch.preserve_format)
+            missed.div_(bucket.loss_scale)
+        some = self._residual(bucket, i).narrow(0, start, missed.numel())
+        some.add_(torch.where(bucket.finite, missed, 0.0))
 
     def writable(self, bucket: Bucket, i: int) -> Tensor | None:
         """The residual itself (1-D, memory order), to write the error into instead of calling ``keep``, where safe.

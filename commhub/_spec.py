@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option"]
 
@@ -68,6 +68,10 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _choices(value: Iterable[object]) -> tuple[object, ...]:
+    return tuple(value)
+
+
 def _options(value: object) -> tuple[Option, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(x, Option) for x in value):
         raise TypeError(f"options is {value!r}: give a tuple of commhub.Option.")
@@ -91,7 +95,7 @@ class Option:
     type: type | str = attrs.field(validator=_is_option_type)
     default: object = attrs.field(default=None, hash=False)
     help: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
-    choices: tuple[object, ...] = attrs.field(default=(), converter=tuple)
+    choices: tuple[object, ...] = attrs.field(default=(), converter=_choices)
 
     def __attrs_post_init__(self) -> None:
         for choice in self.choices:

@@ -1,0 +1,111 @@
+"""Time encoding and decoding a bucket against copying it: one thread, steps interleaved, medians and their ratio.
+
+    python against_copy.py [--mib 25] [--steps 60] [--device cuda]
+
+Compiled kernels first, then the same ones uncompiled. PyTorch's per-channel quantization is the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from commhub_quantize._coding import Coding, coder
+from torch.distributed.algorithms.ddp_comm_hooks import quantization_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CODINGS = {
+    "int8, groups of 256": Coding(bits=8, row=256),
+    "int8, groups of 256, affine": Coding(bits=8, row=256, symmetric=False),
+    "int4, groups of 256": Coding(bits=4, row=256),
+    "int2, groups of 256": Coding(bits=2, row=256),
+    "int8, one scale": Coding(bits=8, row=256, whole=True),
+}
+
+
+def work(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Callable[[], None]:
+    """Encode and decode ``x``, as a hook does with a bucket."""
+    kernels = coder(coding)
+    values = x.view(-1, coding.row)
+    marks = values.new_empty(len(values), coding.marks)
+    codes = torch.empty(len(values), coding.row_bytes, dtype=torch.int8, device=x.device)
+    out = torch.empty_like(values)
+    kernels.warm(x.dtype, x.device, x.numel(), keeping=keeping)
+
+    def both() -> None:
+        if coding.whole:
+            kernels.extents(values, marks)
+            marks.copy_(marks.amax(0, keepdim=True) / coding.top)
+            kernels.encode(values, marks, codes)
+        elif keeping:
+            kernels.encode_rows_keeping(values, marks, codes)
+        else:
+            kernels.encode_rows(values, marks, codes)
+        kernels.decode(codes, marks, out)
+
+    return both
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compare(name: str, function: Callable[[], None], copy: Callable[[], object], device: str, steps: int) -> None:
+    """Print medians and the median of the ratios of neighbours."""
+    pairs = [(seconds(copy, device), seconds(function, device)) for _ in range(steps + 5)][5:]
+    ratio = statistics.median(b / a for a, b in pairs)
+    first, second = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+    print(f"{name:44} copy {first:8.3f} ms   both ways {second:8.3f} ms   ratio {ratio:6.2f}", flush=True)
+
+
+def torch_per_channel(x: torch.Tensor) -> None:
+    """What PyTorch's hook does to a bucket."""
+    groups = quantization_hooks._quantize_per_channel_backend(
+        x.view(-1, 512), *_scales(x.view(-1, 512))
+    )  # fmt: skip
+    quantization_hooks._dequantize_per_channel_backend(groups, *_scales(x.view(-1, 512)))
+
+
+def _scales(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    scale = (high - low) / 255
+    return scale, (-low / scale).round().to(torch.int32)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mib", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    x = torch.randn(given.mib * 2**18, device=given.device)
+    y = torch.empty_like(x)
+    copy = partial(y.copy_, x)
+    with torch.no_grad():
+        for compiled in ("1", "0"):
+            os.environ["COMMHUB_COMPILE"] = compiled
+            coder.cache_clear()
+            label = "compiled" if compiled == "1" else "eager"
+            for name, coding in CODINGS.items():
+                compare(f"{name}, {label}", work(coding, x), copy, given.device, given.steps)
+            work_of = work(CODINGS["int8, groups of 256"], x.clone(), keeping=True)
+            compare(f"int8, groups of 256, residual, {label}", work_of, copy, given.device, given.steps)
+        compare("PyTorch, per channel", partial(torch_per_channel, x), copy, given.device, 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Which elements of a bucket are coded in which rows, and which rank sums which row. Pure arithmetic, no tensors.
+
+A parameter's memory is cut into rows, of which the last may be short. Each rank owns an equal run of a parameter's
+rows, the first one beginning at a rank that the parameter's name decides: who owns a row depends on nothing else, so
+that it survives other buckets and a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ._coding import Coding
+
+
+@attrs.frozen
+class Stretch:
+    """Elements of the bucket that follow one another: ``length`` of them from ``offset``."""
+
+    offset: int
+    length: int
+
+
+@attrs.frozen
+class Lines:
+    """One parameter's rows.
+
+    Attributes:
+        place: of the parameter in the bucket.
+        rows: their numbers in the section: whole rows in a run, then perhaps a short one.
+        stretch: the elements that they hold.
+        skipped: how many of the parameter's elements lie before these.
+    """
+
+    place: int
+    rows: tuple[int, ...]
+    stretch: Stretch
+    skipped: int = 0
+
+    def part(self, low: int, high: int, width: int) -> Lines:
+        """The rows from ``low`` to ``high`` of them."""
+        length = min(high * width, self.stretch.length) - low * width
+        stretch = Stretch(self.stretch.offset + low * width, length)
+        return Lines(self.place, self.rows[low:high], stretch, self.skipped + low * width)
+
+
+@attrs.frozen
+class Section:
+    """All parameters of a bucket that are coded alike.
+
+    Rows are numbered: those that are full, parameter after parameter, then the short ones. One more, empty, fills
+    the shares up to equal lengths.
+
+    Attributes:
+        coding: how.
+        lines: each parameter's rows.
+        full: stretches of whole rows, in the order of their rows.
+        short: what is left of each parameter that does not fill its last row, in the order of their rows.
+        shares: for each rank the rows that it owns, all of one length.
+        owned: what each rank's share holds, in its order.
+    """
+
+    coding: Coding
+    lines: tuple[Lines, ...]
+    full: tuple[Stretch, ...]
+    short: tuple[Stretch, ...]
+    shares: tuple[tuple[int, ...], ...]
+    owned: tuple[tuple[Lines, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows without the empty one."""
+        return sum(len(line.rows) for line in self.lines)
+
+    @property
+    def share_rows(self) -> int:
+        """Rows of a share."""
+        return len(self.shares[0])
+
+    def parameters(self) -> list[int]:
+        """For each row, and the empty one, its parameter's number in ``lines``; the empty one's is ``len(lines)``."""
+        numbers = [len(self.lines)] * (self.rows + 1)
+        for number, line in enumerate(self.lines):
+            for row in line.rows:
+                numbers[row] = number
+        return numbers
+
+
+def section(coding: Coding, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int) -> Section:
+    """Lay out the parameters at ``places`` among p ranks; ``names`` and ``spans`` are those of the whole bucket."""
+    width = coding.row
+    whole = sum(spans[place].length // width for place in places)
+    lines, full, short = [], [], []
+    first, tail = 0, whole
+    for place in places:
+        offset, length = spans[place].offset, spans[place].length
+        count, rest = divmod(length, width)
+        rows = tuple(range(first, first + count))
+        first += count
+        if count:
+            full.append(Stretch(offset, count * width))
+        if rest:
+            short.append(Stretch(offset + count * width, rest))
+            rows += (tail,)
+            tail += 1
+        lines.append(Lines(place, rows, spans[place]))
+    owned: list[list[Lines]] = [[] for _ in range(p)]
+    for line in lines:
+        turn = owner_of_first(names[line.place], p)
+        for run in range(p):
+            low, high = (-(-k * len(line.rows) // p) for k in (run, run + 1))
+            if low < high:
+                owned[(turn + run) % p].append(line.part(low, high, width))
+    shares = [[row for part in parts for row in part.rows] for parts in owned]
+    longest = max(map(len, shares))
+    return Section(
+        coding=coding,
+        lines=tuple(lines),
+        full=joined(full),
+        short=tuple(short),
+        shares=tuple((*share, *[tail] * (longest - len(share))) for share in shares),
+        owned=tuple(map(tuple, owned)),
+    )
+
+
+def owner_of_first(name: str, p: int) -> int:
+    """The rank that sums a parameter's first row."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % p
+
+
+def joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
+    """The same elements, with neighbours joined."""
+    found: list[Stretch] = []
+    for stretch in stretches:
+        if found and found[-1].offset + found[-1].length == stretch.offset:
+            found[-1] = Stretch(found[-1].offset, found[-1].length + stretch.length)
+        else:
+            found.append(stretch)
+    return tuple(found)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+from commhub.checkpoint import HookState
 from commhub.testing import Branches, EveryKind, assert_equal_across_ranks, bitwise_equal, mlp, train
 
 KB = 1 / 1024
@@ -230,3 +232,43 @@ def test_with_other_buckets_state_is_loaded_as_it_was_and_the_factors_start_afre
         assert len(groupings) == 1  # one bucket now
         assert len({int(t) for name, t in began.items() if name.endswith("grouping")}) == 12
         assert torch.tensor(losses).isfinite().all()
+
+
+def through_a_distributed_checkpoint(path, cap, save):
+    model = DistributedDataParallel(deep(), bucket_cap_mb=cap)
+    registration = commhub.register(model, "batched_powersgd_rank2", start_step=1)
+    if save:
+        train(model, 5)
+        dcp.save({"hook": HookState(registration)}, checkpoint_id=path)
+    else:
+        dcp.load({"hook": HookState(registration)}, checkpoint_id=path)
+    assert registration.step == 5
+    return tensors_of(registration)
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_a_distributed_checkpoint_is_loaded_as_it_was_in_new_processes_with_other_buckets(ranks, tmp_path, nproc):
+    saved = ranks(through_a_distributed_checkpoint, nproc, str(tmp_path), 2 * KB, True)
+    loaded = ranks.fresh(through_a_distributed_checkpoint, nproc, str(tmp_path), 25, False)
+    for mine, theirs in zip(loaded, saved, strict=True):
+        assert mine.value.keys() == theirs.keys()
+        assert all(bitwise_equal(mine.value[name], tensor) for name, tensor in theirs.items())
+        assert any(t.any() for name, t in theirs.items() if name.endswith("residual"))
+
+
+def on_another_number_of_ranks(path, save):
+    model = DistributedDataParallel(deep(3), bucket_cap_mb=2 * KB)
+    registration = commhub.register(model, "batched_powersgd", start_step=0)
+    if save:
+        train(model, 3)
+        registration.save(path)
+    else:
+        registration.load(path)
+        run = train(model, 2, first_step=3)
+        assert_equal_across_ranks(run.parameters)
+    return registration.step
+
+
+def test_it_goes_on_on_another_number_of_ranks(ranks, tmp_path):
+    assert ranks(on_another_number_of_ranks, 4, str(tmp_path), True) == [3] * 4
+    assert ranks(on_another_number_of_ranks, 2, str(tmp_path), False) == [5] * 2

@@ -67,7 +67,7 @@ class _Quantize:
     stochastic_rounding: bool = False
     seed: int = 0
     dense_small: bool = True
-    rules: Mapping[str, object] = attrs.field(factory=dict)
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
     _codings: dict[str, Coding] = attrs.field(init=False, factory=dict, repr=False)
     _plans: dict[tuple[tuple[str, ...], int, int], Plan] = attrs.field(init=False, factory=dict, repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
@@ -80,9 +80,7 @@ class _Quantize:
                 "error_feedback with stochastic_rounding at 2 bits is not bounded: what is left grows from step to "
                 "step. Leave one of them out; rounding by chance is right in expectation without."
             )
-        self._rules = Rules(
-            self.rules, self._settings(), check=lambda settings: attrs.evolve(self, rules={}, **settings)
-        )
+        self._rules = Rules(self.rules, self._settings(), self._check)
 
     def _check(self, settings: Mapping[str, object]) -> None:
         changed: dict[str, Any] = {"rules": {}, **settings}

@@ -1,7 +1,7 @@
 """The table of hooks that every rule is tested for, and what the rules' tests share.
 
-To test another hook, add its line to HOOKS, with options that make it compress these small models from the first
-step on. What a rule asks of a hook follows from its spec and options, never from its name.
+To test another hook, add its line to HOOKS, or to AS_ONE, with options that make it compress these small models from
+the first step on. What a rule asks of a hook follows from its spec and options, never from its name.
 """
 
 import itertools
@@ -17,6 +17,13 @@ import commhub
 from commhub._choosing import choose
 from commhub._hookstring import parse
 
+AS_ONE = (
+    "batched_powersgd(start_step=0, min_compression_rate=0.5)",
+    "batched_powersgd_rank2(start_step=0, min_compression_rate=0.5)",
+)
+"""Hooks that compress a whole bucket at once: its parameters share one approximation, and what they remember starts
+afresh where buckets change."""
+
 HOOKS = (
     "allreduce",
     "noop",
@@ -24,10 +31,10 @@ HOOKS = (
     "bf16",
     "powersgd(start_step=0, min_compression_rate=0.5)",
     "powersgd_rank2(start_step=0, min_compression_rate=0.5)",
+    *AS_ONE,
+    "quantize_per_tensor(dense_small=false)",
+    "quantize_per_channel(dense_small=false, group_size=16)",
 )
-
-KEEPS_STATE_BY_BUCKET = frozenset[str]()
-"""Those of HOOKS whose state belongs to a bucket's grouping, so that it starts afresh where buckets change."""
 
 ONE, MANY = 25.0, 1e-6  # bucket_cap_mb: everything in one bucket; one for each parameter, from the second step on
 BUCKETS = {"one bucket": ONE, "many buckets": MANY}

@@ -13,6 +13,7 @@ from commhub.testing import assert_equal_across_ranks, bitwise_equal
 from .matrix import (
     BUCKETS,
     HOOKS,
+    MANY,
     ONE,
     build,
     collectives,
@@ -62,9 +63,8 @@ def bad_options(hook):
     bad |= spec.preset  # what a name presets cannot be given at all
     for buckets, cap in BUCKETS.items():
         model, _ = build(None, cap)
-        if cap == ONE:  # a registration is refused before there are buckets, so that one option stands for all
-            bad = {"wire": bad["wire"]}
-        for option, value in bad.items():
+        # A registration is refused before there are buckets, so that one option stands for all.
+        for option, value in bad.items() if cap == MANY else [("wire", bad["wire"])]:
             where = f"{hook}, {buckets}, {option}={value!r}"
             error = refused(model, name, {option: value})
             assert isinstance(error, commhub.HookOptionError), f"{where}: {error!r}"
@@ -167,17 +167,19 @@ def one_rank_fails(hook, mode, buckets, step, first):
         torch.testing.assert_close(g, expected[name], msg=f"{where}: {name} after the swap")
 
 
-# Peers look for a failed rank's message each second, so a failure takes about that. Between them, two and four ranks
-# have every mode in one bucket and in many, and both places.
-PLACES = {
-    2: {"plain": ("one bucket", 1), "unused": ("many buckets", 2), "static": ("one bucket", 2)},
-    4: {"plain": ("many buckets", 2), "unused": ("one bucket", 1), "static": ("many buckets", 1)},
-}
+# A failure takes about a second, in which peers look for a failed rank's message: no place is tried twice.
+PLACES = [
+    (2, "plain", "one bucket", 1),
+    (2, "unused", "many buckets", 2),
+    (4, "static", "one bucket", 1),
+    (4, "plain", "many buckets", 2),
+]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@on_ranks()
-def test_a_fault_on_one_rank_is_raised_on_all_and_training_goes_on_after_a_swap(ranks, hook, nproc, mode):
+@pytest.mark.parametrize(("nproc", "mode", "buckets", "place"), PLACES)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_fault_on_one_rank_is_raised_on_all_and_training_goes_on_after_a_swap(
+    ranks, hook, nproc, mode, buckets, place
+):
     step = 0 if mode == "static" else 2  # static_graph's first step is the one that takes another way
-    buckets, place = PLACES[nproc][mode]
     ranks(one_rank_fails, nproc, hook, mode, buckets, step, place > collectives(hook) or place == 1)

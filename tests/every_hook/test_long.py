@@ -9,9 +9,9 @@ import torch.distributed as dist
 from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, mlp
 
 from .matrix import (
+    AS_ONE,
     BUCKETS,
     HOOKS,
-    KEEPS_STATE_BY_BUCKET,
     ONE,
     agrees,
     build,
@@ -75,7 +75,7 @@ def resume(hook, before, after):
     again.load_state_dict(saved)
     where = f"{hook}, bucket_cap_mb {before} and then {after}"
     assert again.step == 4, where
-    afresh = hook in KEEPS_STATE_BY_BUCKET and before != after
+    afresh = hook in AS_ONE and before != after
     expected, found = state_of(registration), state_of(again)
     assert feeds_back(hook) == any(key.startswith("local") for key in expected), where
     if not afresh:

@@ -34,7 +34,7 @@ def work(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Callable[
     """Encode and decode ``x``, as a hook does with a bucket."""
     kernels = coder(coding)
     values = x.view(-1, coding.row)
-    marks = values.new_empty(len(values), coding.marks)
+    marks, inverses = values.new_empty(len(values), coding.marks), values.new_empty(len(values), 1)
     codes = torch.empty(len(values), coding.row_bytes, dtype=torch.int8, device=x.device)
     out = torch.empty_like(values)
     kernels.warm(x.dtype, x.device, x.numel(), keeping=keeping)
@@ -43,11 +43,10 @@ def work(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Callable[
         if coding.whole:
             kernels.extents(values, marks)
             marks.copy_(marks.amax(0, keepdim=True) / coding.top)
-            kernels.encode(values, marks, codes)
-        elif keeping:
-            kernels.encode_rows_keeping(values, marks, codes)
+            inverses.copy_(1 / marks)
         else:
-            kernels.encode_rows(values, marks, codes)
+            kernels.measure(values, marks, inverses)
+        (kernels.encode_keeping if keeping else kernels.encode)(values, marks, inverses, codes)
         kernels.decode(codes, marks, out)
 
     return both

@@ -74,10 +74,15 @@ def marks_of(extents: Tensor, coding: Coding) -> Tensor:
     return torch.cat([scale, zero], 1)
 
 
-def digits_of(values: Tensor, marks: Tensor, noise: Tensor | None, coding: Coding) -> Tensor:
-    """The digits that come nearest, as numbers: (rows, row)."""
+def inverse_of(marks: Tensor) -> Tensor:
+    """One over the scale, or zero where that is zero: (rows, 1)."""
     scale = marks[:, :1]
-    scaled = values * torch.where(scale == 0, 0.0, 1 / scale)
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+def digits_of(values: Tensor, marks: Tensor, inverse: Tensor, noise: Tensor | None, coding: Coding) -> Tensor:
+    """The digits that come nearest, as numbers: (rows, row)."""
+    scaled = values * inverse
     digits = torch.round(scaled) if noise is None else torch.floor(scaled + noise)
     if coding.symmetric:
         return digits.clamp(-coding.top, coding.top)
@@ -109,24 +114,25 @@ def stand_for(digits: Tensor, marks: Tensor, coding: Coding) -> Tensor:
 
 @attrs.frozen
 class Coder:
-    """The kernels of one coding. Codes are int8 (rows, row_bytes), marks (rows, marks) in the values' dtype.
+    """The kernels of one coding.
+
+    Codes are int8 (rows, row_bytes), marks (rows, marks) and inverses (rows, 1) in the values' dtype. Measuring and
+    encoding are two kernels: in one, the compiler would divide anew for every few elements of a row.
 
     Attributes:
-        measure: (values, marks): find each row's own marks.
-        encode: (values, marks, codes[, noise]): write codes for the marks given.
-        encode_rows: (values, marks, codes[, noise]): both at once.
-        encode_keeping, encode_rows_keeping: the same, and leave in ``values`` what the codes miss of them.
-        extents: (values, out): what the marks of many rows are found from.
+        measure: (values, marks, inverses): find each row's own marks.
+        extents: (values, out): what marks of many rows are found from.
+        encode: (values, marks, inverses, codes[, noise]): write codes for the marks given.
+        encode_keeping: the same, and leave in ``values`` what the codes miss of them.
         decode: (codes, marks, values): what codes stand for.
         accumulate: (codes, marks, values): add it.
     """
 
     coding: Coding
-    encode: Kernel
-    encode_rows: Kernel
-    encode_keeping: Kernel
-    encode_rows_keeping: Kernel
+    measure: Kernel
     extents: Kernel
+    encode: Kernel
+    encode_keeping: Kernel
     decode: Kernel
     accumulate: Kernel
 
@@ -134,15 +140,15 @@ class Coder:
         """Compile what a bucket in ``dtype`` needs, if ``elements`` in a step are worth it."""
         coding, rows = self.coding, 1024
         values = torch.zeros(rows, coding.row, dtype=dtype, device=device)
-        marks = values.new_zeros(rows, coding.marks)
+        marks, inverses = values.new_zeros(rows, coding.marks), values.new_zeros(rows, 1)
         codes = torch.zeros(rows, coding.row_bytes, dtype=torch.int8, device=device)
         noise = (torch.zeros_like(values),) if coding.stochastic else ()
         if coding.whole:
             self.extents.warm(values, marks, elements=elements)
-            encode = self.encode_keeping if keeping else self.encode
         else:
-            encode = self.encode_rows_keeping if keeping else self.encode_rows
-        encode.warm(values, marks, codes, *noise, elements=elements)
+            self.measure.warm(values, marks, inverses, elements=elements)
+        encode = self.encode_keeping if keeping else self.encode
+        encode.warm(values, marks, inverses, codes, *noise, elements=elements)
         self.decode.warm(codes, marks, values, elements=elements)
         self.accumulate.warm(codes, marks, values, elements=elements)
 
@@ -151,30 +157,23 @@ class Coder:
 def coder(coding: Coding) -> Coder:
     """The kernels, one set per coding in a process, so that each is compiled once."""
 
-    def write(values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None, *, keeping: bool) -> None:
-        digits = digits_of(values, marks, noise, coding)
-        codes.copy_(pack(digits, coding).to(torch.int8))
-        if keeping:
-            values.copy_(values - stand_for(digits, marks, coding))
-
-    def encode(values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
-        write(values, marks, codes, noise, keeping=False)
-
-    def encode_keeping(values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
-        write(values, marks, codes, noise, keeping=True)
-
-    def encode_rows(values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
+    def measure(values: Tensor, marks: Tensor, inverses: Tensor) -> None:
         found = marks_of(extent(values, coding), coding)
         marks.copy_(found)
-        write(values, found, codes, noise, keeping=False)
-
-    def encode_rows_keeping(values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
-        found = marks_of(extent(values, coding), coding)
-        marks.copy_(found)
-        write(values, found, codes, noise, keeping=True)
+        inverses.copy_(inverse_of(found))
 
     def extents(values: Tensor, out: Tensor) -> None:
         out.copy_(extent(values, coding))
+
+    def encode(values: Tensor, marks: Tensor, inverses: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
+        codes.copy_(pack(digits_of(values, marks, inverses, noise, coding), coding).to(torch.int8))
+
+    def encode_keeping(
+        values: Tensor, marks: Tensor, inverses: Tensor, codes: Tensor, noise: Tensor | None = None
+    ) -> None:
+        digits = digits_of(values, marks, inverses, noise, coding)
+        codes.copy_(pack(digits, coding).to(torch.int8))
+        values.copy_(values - stand_for(digits, marks, coding))
 
     def decode(codes: Tensor, marks: Tensor, values: Tensor) -> None:
         parts = values.chunk(8 // coding.bits, 1)
@@ -188,11 +187,10 @@ def coder(coding: Coding) -> Coder:
 
     return Coder(
         coding,
-        encode=Kernel(encode),
-        encode_rows=Kernel(encode_rows),
-        encode_keeping=Kernel(encode_keeping),
-        encode_rows_keeping=Kernel(encode_rows_keeping),
+        measure=Kernel(measure),
         extents=Kernel(extents),
+        encode=Kernel(encode),
+        encode_keeping=Kernel(encode_keeping),
         decode=Kernel(decode),
         accumulate=Kernel(accumulate),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._coding import Coding, coder, marks_of
+from ._coding import Coding, coder, inverse_of, marks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,7 @@ class Rows:
         self.parameter = parameter
         self.codes = torch.zeros(len(parameter), coding.row_bytes, dtype=torch.int8, device=device)
         self.marks = torch.zeros(len(parameter), coding.marks, dtype=dtype, device=device)
+        self.inverses = torch.zeros(len(parameter), 1, dtype=dtype, device=device)
         self.table = torch.zeros(parameters + 1, coding.marks, dtype=dtype, device=device)
 
     def encode(self, pieces: Pieces, noise: Tensor | None, *, keeping: bool) -> None:
@@ -44,11 +45,13 @@ class Rows:
         kernels = self.coder
         if kernels.coding.whole:
             self._measure(pieces)
-            encode = kernels.encode_keeping if keeping else kernels.encode
         else:
-            encode = kernels.encode_rows_keeping if keeping else kernels.encode_rows
+            for values, rows in pieces:
+                kernels.measure(values, self.marks[rows], self.inverses[rows])
+        encode = kernels.encode_keeping if keeping else kernels.encode
         for values, rows in pieces:
-            encode(values, self.marks[rows], self.codes[rows], *(() if noise is None else (noise[rows],)))
+            chance = () if noise is None else (noise[rows],)
+            encode(values, self.marks[rows], self.inverses[rows], self.codes[rows], *chance)
 
     def _measure(self, pieces: Pieces) -> None:
         """One scale per parameter, from all its rows."""
@@ -62,3 +65,4 @@ class Rows:
         found.index_add_(0, self.parameter, extents * 0)
         self.table.copy_(marks_of(found, coding))
         torch.index_select(self.table, 0, self.parameter, out=self.marks)
+        self.inverses.copy_(inverse_of(self.marks))

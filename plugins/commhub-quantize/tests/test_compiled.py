@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commhub_quantize._coding import Coding, coder
+from commhub_quantize._coding import Coding, coder, inverse_of, marks_of
 
 import commhub
 
@@ -22,12 +22,14 @@ def outputs(coding, values, keeping):
     codes = torch.zeros(rows, coding.row_bytes, dtype=torch.int8)
     noise = (torch.rand(values.shape, generator=torch.Generator().manual_seed(1)),) if coding.stochastic else ()
     out, total = torch.zeros_like(values), torch.ones_like(values)
+    inverses = torch.zeros(rows, 1)
     if coding.whole:
         kernels.extents(values, marks)
-        marks.div_(coding.top)
-        (kernels.encode_keeping if keeping else kernels.encode)(values, marks, codes, *noise)
+        marks.copy_(marks_of(marks, coding))
+        inverses.copy_(inverse_of(marks))
     else:
-        (kernels.encode_rows_keeping if keeping else kernels.encode_rows)(values, marks, codes, *noise)
+        kernels.measure(values, marks, inverses)
+    (kernels.encode_keeping if keeping else kernels.encode)(values, marks, inverses, codes, *noise)
     kernels.decode(codes, marks, out)
     kernels.accumulate(codes, marks, total)
     return values, marks, codes, out, total
@@ -60,7 +62,7 @@ def test_a_step_compiles_nothing_more(monkeypatch, caplog):
     gradients = [[torch.randn(40, 70), torch.randn(64, 64), torch.randn(9)] for _ in range(3)]
     compiled = commhub.simulate("quantize_per_channel", gradients, steps=3, buckets=2, error_feedback=True)
     kernels = coder(Coding(bits=8, row=256))
-    assert [kernels.encode_rows_keeping.compilations, kernels.decode.compilations] == [1, 1]
+    assert [kernels.encode_keeping.compilations, kernels.decode.compilations] == [1, 1]
     assert "training step" not in caplog.text
     coder.cache_clear()
     monkeypatch.setenv("COMMHUB_COMPILE", "0")

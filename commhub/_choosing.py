@@ -121,7 +121,7 @@ def _plain_fields(hook: object) -> dict[str, object]:
     kind: type = type(hook)
     fields = attrs.fields(kind) if attrs.has(kind) else ()
     values = {field.alias or field.name: getattr(hook, field.name) for field in fields if field.init}
-    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | dict | None)}
 
 
 def wire_dtype(wire: object) -> torch.dtype | None:

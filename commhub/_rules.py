@@ -19,7 +19,8 @@ class Rules:
 
     Args:
         rules: by glob on parameter names (``*``, ``?``, ``[ab]``; case matters), ``"dense"`` for what is sent
-            uncompressed, or the settings that differ. The first pattern that matches a name decides.
+            uncompressed, or the settings that differ. Of the patterns that match a name, the longest decides: what
+            order they are written in means nothing.
         defaults: the settings that a rule may change, with the values that hold elsewhere. A rule's value has the
             type of the default, where that is not None.
         check: called with each rule's whole settings; its ValueError says what is wrong with them.
@@ -35,7 +36,8 @@ class Rules:
         check: Callable[[Mapping[str, object]], object] | None = None,
     ) -> None:
         self._defaults = dict(defaults)
-        self._rules = {pattern: self._settings(pattern, rule) for pattern, rule in rules.items()}
+        found = {pattern: self._settings(pattern, rule) for pattern, rule in rules.items()}
+        self._rules = dict(sorted(found.items(), key=lambda item: (-len(item[0]), item[0])))
         for pattern, settings in self._rules.items():
             if check is not None and settings is not None:
                 try:

@@ -170,11 +170,16 @@ def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str
     return {
         "hook": chosen.name,
         "version": f"{chosen.distribution} {chosen.version}".strip(),
-        **{f"option {key}": repr(value) for key, value in chosen.options.items()},
+        **{f"option {key}": _shown(value) for key, value in chosen.options.items()},
         "wire": None if wire is None else short_dtype(wire),
         "parameters": described,
         **ground.traits,
     }
+
+
+def _shown(value: object) -> str:
+    """An option's value as ranks compare it: equal dicts alike, in whatever order they were written."""
+    return repr(dict(sorted(value.items(), key=repr)) if isinstance(value, dict) else value)
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:

@@ -654,3 +654,24 @@ def test_the_errors_have_the_bases_that_callers_expect():
     assert issubclass(RegistrationError, RuntimeError)
     assert issubclass(UnknownHookError, LookupError)
     assert issubclass(HookOptionError, ValueError)
+
+
+def with_rules(rules, named):
+    model = DistributedDataParallel(mlp())
+    hook = "powersgd" if named else commhub.create("powersgd", rules=rules)._hook
+    options = {"rules": rules} if named else {}
+    commhub.register(model, hook, **options)
+    return True
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_rules_are_compared_across_ranks_and_their_order_is_not(ranks, named):
+    rules = {"0.*": "dense", "2.weight": {"rank": 2}}
+    backwards = dict(reversed(rules.items()))
+    assert ranks(rules_by_rank, 2, rules, backwards, named) == [True, True]
+    with pytest.raises(Exception, match="HookMismatchError"):
+        ranks(rules_by_rank, 2, rules, {"0.*": "dense"}, named)
+
+
+def rules_by_rank(first, other, named):
+    return with_rules(first if dist.get_rank() == 0 else other, named)

@@ -14,13 +14,18 @@ def test_without_rules_every_parameter_has_the_defaults():
 
 def test_a_rule_changes_what_it_names_and_dense_means_none():
     found = Rules({"*.bias": "dense", "lm_head.*": {"rank": 8}}, DEFAULTS).settings(NAMES)
-    assert found["body.0.bias"] is found["lm_head.bias"] is None
+    assert found["body.0.bias"] is None
     assert found["lm_head.weight"] == {**DEFAULTS, "rank": 8}
     assert found["body.0.weight"] == DEFAULTS
 
 
-def test_the_first_pattern_that_matches_decides():
-    assert Rules({"lm_head.*": {"rank": 8}, "*.bias": "dense"}, DEFAULTS).settings(NAMES)["lm_head.bias"]["rank"] == 8
+def test_the_longest_pattern_that_matches_decides_whatever_the_order():
+    """A hook string sorts them, and ranks must not differ by it."""
+    rules = {"*.bias": "dense", "lm_head.*": {"rank": 8}}
+    backwards = dict(reversed(rules.items()))
+    assert Rules(rules, DEFAULTS).settings(NAMES) == Rules(backwards, DEFAULTS).settings(NAMES)
+    assert Rules(rules, DEFAULTS).settings(NAMES)["lm_head.bias"]["rank"] == 8
+    assert Rules({"*.bias": "dense", "*": {"rank": 3}}, DEFAULTS).settings(NAMES)["lm_head.bias"] is None
 
 
 def test_an_int_is_a_float_where_a_float_is_asked_for():

@@ -53,7 +53,7 @@ class PowerSGD:
         batch_same_shapes: work on matrices of one shape together; none means where it is faster: everywhere.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
         rules: by glob on parameter names, ``"dense"`` for what is averaged uncompressed, or a dict with another
-            ``rank`` or ``min_compression_rate``. The first pattern that matches a name decides.
+            ``rank`` or ``min_compression_rate``. The longest pattern that matches a name decides.
 
     Raises:
         ValueError: if an option, or a setting in a rule, is out of range; if ``alternating`` is to go with several

@@ -1,0 +1,84 @@
+"""Train under every compressing hook with several seeds and numbers of ranks, and compare the loss with allreduce's.
+
+    python docs/examples/convergence.py [--steps 500] [--seeds 3] [--ranks 2,4] [--keep FOLDER]
+
+Runs `commhub bench` on its default text once for each seed and number of ranks, the same 16 windows of text a step
+whatever the ranks, and prints a table in Markdown. What is in FOLDER already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WINDOWS = 16  # a step, over all ranks
+
+
+def hooks(steps: int) -> list[str]:
+    """Hook strings; PowerSGD starts after a tenth of the steps."""
+    start = steps // 10
+    return [
+        "allreduce",
+        "fp16",
+        "bf16",
+        "quantize_per_tensor",
+        "quantize_per_channel",
+        "quantize_per_channel(bits=4)",
+        "quantize_per_channel(bits=2)",
+        f"powersgd(rank=4, start_step={start})",
+        f"powersgd_rank2(start_step={start})",
+        f"powersgd(start_step={start})",
+        f"powersgd(alternating=true, rank=4, start_step={start})",
+        f"batched_powersgd_rank2(start_step={start})",
+        f"batched_powersgd(start_step={start})",
+    ]
+
+
+def bench(ranks: int, seed: int, steps: int, folder: Path) -> dict[str, dict[str, float]]:
+    """By hook string: loss, validation loss and compression of one run."""
+    path = folder / f"ranks{ranks}-seed{seed}-steps{steps}.json"
+    if not path.exists():
+        command = [
+            sys.executable, "-m", "commhub", "bench", "--no-report", "--json", str(path), "--nproc", str(ranks),
+            "--batch", str(WINDOWS // ranks), "--steps", str(steps), "--seed", str(seed),
+            "--hooks", ",".join(hooks(steps)),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)  # noqa: S603 - our own command
+    return {run["hook"]: run for run in json.loads(path.read_text())["hooks"]}
+
+
+def main() -> None:
+    """Run, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ranks", default="2,4")
+    parser.add_argument("--keep", type=Path, help="folder for the runs' figures")
+    given = parser.parse_args()
+    counts = [int(count) for count in given.ranks.split(",")]
+    with tempfile.TemporaryDirectory() as passing:
+        folder = given.keep or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = {n: [bench(n, seed, given.steps, folder) for seed in range(given.seeds)] for n in counts}
+    titles = [f"{n} ranks: {what}" for n in counts for what in ("loss", "against allreduce", "bytes")]
+    print("| hook | " + " | ".join(titles) + " |\n|---|" + "---|" * len(titles))
+    for hook in runs[counts[0]][0]:
+        cells = []
+        for n in counts:
+            losses = [run[hook]["validation_loss"] for run in runs[n]]
+            changes = [
+                100 * (run[hook]["validation_loss"] / run["allreduce"]["validation_loss"] - 1) for run in runs[n]
+            ]
+            bytes_sent = 1 / runs[n][0][hook]["compression"]
+            spread = f"{statistics.mean(changes):+.2f} % ({min(changes):+.2f} to {max(changes):+.2f})"
+            cells += [f"{statistics.mean(losses):.3f}", spread, f"{100 * bytes_sent:.1f} %"]
+        print(f"| `{hook}` | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

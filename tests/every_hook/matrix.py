@@ -90,6 +90,11 @@ def collectives(hook):
     return most
 
 
+def one_of_each_factory(hooks):
+    """Names that are presets of one class run the same code: in what takes long, the first stands for all."""
+    return list({spec_of(hook).factory: hook for hook in reversed(hooks)}.values())[::-1]
+
+
 def on_ranks(holds=lambda hook: True):
     """Parametrise a test by each hook that `holds`, and by two and four ranks."""
 

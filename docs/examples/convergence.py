@@ -2,7 +2,7 @@
 
     python docs/examples/convergence.py [--steps 500] [--seeds 3] [--ranks 2,4] [--keep FOLDER]
 
-Runs `commhub bench` on its default text once for each seed and number of ranks, the same 16 windows of text a step
+Runs `commhub bench` on its default text once for each seed and number of ranks, the same 8 windows of text a step
 whatever the ranks, and prints a table in Markdown. What is in FOLDER already is not run again.
 """
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WINDOWS = 16  # a step, over all ranks
+WINDOWS = 8  # a step, over all ranks
 
 
 def hooks(steps: int) -> list[str]:

@@ -70,9 +70,8 @@ def main() -> None:
             copy, mine, other = (1e3 * statistics.median(times) for times in zip(*rounds, strict=True))
             ratio = statistics.median(r[1] / r[0] for r in rounds)
             torchs = statistics.median(r[2] / r[0] for r in rounds)
-            print(
-                f"{wire}: copy {copy:.3f} ms, commhub {mine:.3f} ms ({ratio:.2f} x), PyTorch {other:.3f} ms ({torchs:.2f} x)"
-            )
+            figures = f"commhub {mine:.3f} ms ({ratio:.2f} x), PyTorch {other:.3f} ms ({torchs:.2f} x)"
+            print(f"{wire}: copy {copy:.3f} ms, {figures}")
 
 
 if __name__ == "__main__":

@@ -170,3 +170,36 @@ def test_residuals_in_bf16_take_half_the_memory_and_do_their_work():
         options = {"bits": 4, "residual_dtype": "bf16"}
         total += commhub.simulate("quantize_per_channel", gradients, steps=steps, **options).gradients[0][0]
     assert (total / 20 - mean).norm() < 0.02 * mean.norm()  # one step alone misses a tenth
+
+
+def as_pytorch_does(gradients):
+    """The arithmetic of PyTorch's per-tensor hook: one scale for a whole bucket, every rank's codes on every rank."""
+    parts = []
+    for rank in gradients:
+        flat = torch.cat([g.reshape(-1) for g in rank])
+        scale = max(
+            float(flat.max().clamp(min=0) - flat.min().clamp(max=0)) / 255, float(torch.finfo(torch.float32).eps)
+        )
+        zero = min(max(-128 - round(float(flat.min().clamp(max=0)) / scale), -128), 127)
+        codes = torch.round(flat / scale + zero).clamp(-128, 127)
+        parts.append((codes - zero) * scale)
+    mean = sum(parts) / len(parts)
+    return [m.view_as(g) for m, g in zip(mean.split([g.numel() for g in gradients[0]]), gradients[0], strict=True)]
+
+
+def test_against_pytorchs_own_mode():
+    """Of the same order where that one is right; right where it loses small gradients."""
+
+    def errors(gradients):
+        mean = [sum(same) / len(gradients) for same in zip(*gradients, strict=True)]
+        ours = commhub.simulate("quantize_per_tensor", gradients).gradients[0]
+        return [
+            [float((a - b).norm() / b.norm()) for a, b in zip(got, mean, strict=True)]
+            for got in (ours, as_pytorch_does(gradients))
+        ]
+
+    (mine,), (theirs,) = errors([[drawn((40, 70), rank)] for rank in range(2)])
+    assert mine < 2 * theirs
+    mine, theirs = errors([[drawn((40, 70), rank), drawn((40, 70), 5 + rank) * 1e-5] for rank in range(2)])
+    assert max(mine) < 0.03
+    assert theirs[1] > 0.9

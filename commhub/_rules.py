@@ -13,6 +13,8 @@ from ._errors import HookOptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+_ONLY_DENSE = "a rule of this hook can only be 'dense'"
+
 
 class Rules:
     """What a hook's ``rules`` option means, made when the hook is made.
@@ -21,8 +23,8 @@ class Rules:
         rules: by glob on parameter names (``*``, ``?``, ``[ab]``; case matters), ``"dense"`` for what is sent
             uncompressed, or the settings that differ. Of the patterns that match a name, the longest decides: what
             order they are written in means nothing.
-        defaults: the settings that a rule may change, with the values that hold elsewhere. A rule's value has the
-            type of the default, where that is not None.
+        defaults: the settings that a rule may change, with the values that hold elsewhere; empty where a rule may
+            only be ``"dense"``. A rule's value has the type of the default, where that is not None.
         check: called with each rule's whole settings; its ValueError says what is wrong with them.
 
     Raises:
@@ -67,11 +69,12 @@ class Rules:
         if rule == "dense":
             return None
         if not isinstance(rule, dict):
-            raise HookOptionError(f"rules: {pattern!r} is {rule!r}; it is 'dense' or a dict of settings.")
+            may_be = "it is 'dense' or a dict of settings" if self._defaults else _ONLY_DENSE
+            raise HookOptionError(f"rules: {pattern!r} is {rule!r}; {may_be}.")
         for key, value in rule.items():
             if key not in self._defaults:
-                known = ", ".join(sorted(self._defaults))
-                raise HookOptionError(f"rules: {pattern!r} sets {key!r}; a rule may set {known}.")
+                may = f"a rule may set {', '.join(sorted(self._defaults))}" if self._defaults else _ONLY_DENSE
+                raise HookOptionError(f"rules: {pattern!r} sets {key!r}; {may}.")
             default = self._defaults[key]
             if default is not None and not _fits(value, type(default)):
                 raise HookOptionError(

@@ -50,6 +50,26 @@ def test_a_malformed_rule_is_refused_where_it_is_made(rules, message):
         Rules(rules, DEFAULTS)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("sparse", "rules: '*.bias' is 'sparse'; a rule of this hook can only be 'dense'."),
+        (None, "rules: '*.bias' is None; a rule of this hook can only be 'dense'."),
+        ({"rank": 2}, "rules: '*.bias' sets 'rank'; a rule of this hook can only be 'dense'."),
+    ],
+)
+def test_a_hook_that_has_nothing_to_set_says_so(rule, message):
+    with pytest.raises(HookOptionError) as told:
+        Rules({"*.bias": rule}, {})
+    assert str(told.value) == message
+
+
+def test_a_rule_that_sets_nothing_takes_back_what_a_shorter_one_says():
+    for defaults in (DEFAULTS, {}):
+        found = Rules({"*": "dense", "lm_head.*": {}}, defaults).settings(NAMES)
+        assert found == dict.fromkeys(NAMES[:2], None) | dict.fromkeys(NAMES[2:], defaults)
+
+
 def test_the_hooks_own_check_sees_each_rules_whole_settings():
     def check(settings):
         if settings["rank"] < 1:

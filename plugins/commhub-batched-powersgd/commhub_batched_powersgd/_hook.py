@@ -10,7 +10,7 @@ import torch
 from commhub_powersgd import Approximation, Limit, PerBucket, Source, Tally, power_iteration
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Setup
+from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
 from ._square import Square, lay_out
 from ._warm import WarmStart
@@ -24,7 +24,8 @@ class BatchedPowerSGD:
     """Average each bucket of gradients as one square matrix of two thin factors.
 
     1. M = the bucket's gradients and residuals, zero-padded to a square of ceil(sqrt(n)) rows
-    2. P = M Q, averaged over the ranks, together with which parameters are anything but zero
+    2. P = M Q, averaged over the ranks, together with which parameters are anything but zero, and with all that a
+       rule leaves out of the square
     3. P = orthogonalize(P)
     4. Q = M^T P, averaged over the ranks
     5. keep what this rank's own P Q^T left unsent: residual = M - P Q^T
@@ -36,16 +37,18 @@ class BatchedPowerSGD:
     Args:
         rank: r, at least 1.
         start_step: this many steps are averaged plainly and exactly first.
-        min_compression_rate: a bucket is compressed if 2 r ceil(sqrt(n)) times this is below its n elements.
-            Otherwise it is sent as it is, with what waits for it.
+        min_compression_rate: a bucket is compressed if 2 r ceil(sqrt(n)) times this is below n, its elements without
+            the dense ones. Otherwise it is sent as it is, with what waits for it.
         error_feedback: keep residuals. Without them small gradients are lost for good.
         warm_start: start from the last step's Q, where the bucket holds the same parameters as then.
         num_power_iterations: each further one repeats steps 2 to 4 from an orthonormal Q, for two more messages.
         seed: of the random starts.
         stats_frequency: after so many steps each, rank 0 logs the compression so far.
+        rules: by glob on parameter names, ``"dense"`` for what is left out of the square and averaged exactly. The
+            longest pattern that matches a name decides.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range; HookOptionError if a rule is malformed.
     """
 
     rank: int = attrs.field(default=1, validator=Limit(1))
@@ -56,6 +59,8 @@ class BatchedPowerSGD:
     num_power_iterations: int = attrs.field(default=1, validator=Limit(1))
     seed: int = 0
     stats_frequency: int = attrs.field(default=10_000, validator=Limit(1))
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
+    _rules: Rules = attrs.field(init=False, repr=False)
     _tally: Tally = attrs.field(init=False, repr=False)
     _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
@@ -65,15 +70,17 @@ class BatchedPowerSGD:
 
     def __attrs_post_init__(self) -> None:
         self._tally = Tally("batched_powersgd", self.stats_frequency)
+        self._rules = Rules(self.rules, {})  # the square has one rank, whoever is in it
 
     def prepare(self, setup: Setup) -> None:
         """Allocate residuals and factors for every parameter that may come to be compressed."""
+        settings = self._rules.settings(setup.names)
         self._source = Source(self.seed, setup.device)
         self._squares = PerBucket(self._lay_out)
         dtypes = {
             name: torch.promote_types(dtype, torch.float32)
             for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if dtype.is_floating_point and torch.Size(shape).numel()
+            if settings[name] is not None and dtype.is_floating_point and torch.Size(shape).numel()
         }
         self._compressed = frozenset(dtypes)
         self._feedback = ErrorFeedback(setup, dtypes) if self.error_feedback else None
@@ -92,6 +99,7 @@ class BatchedPowerSGD:
             yield from self._exactly(bucket)
             return
 
+        square.pack_dense(bucket)
         self._fill(bucket, square)
         one = Approximation(
             matrices=(square.matrix,), m=square.m, start=self._start(square, bucket.step), p=square.p, q=square.q
@@ -105,6 +113,7 @@ class BatchedPowerSGD:
             iterations=self.num_power_iterations,
             look=not self.error_feedback and not self.warm_start,
         )
+        square.unpack_dense(bucket)
         if self._feedback is not None:
             one.subtract_own()
             self._keep(bucket, square, self._feedback)
@@ -120,7 +129,7 @@ class BatchedPowerSGD:
         return self._tally.figures()
 
     def _lay_out(self, bucket: Bucket) -> Square | None:
-        return lay_out(bucket, rank=self.rank, min_compression_rate=self.min_compression_rate)
+        return lay_out(bucket, self._compressed, rank=self.rank, min_compression_rate=self.min_compression_rate)
 
     def _fill(self, bucket: Bucket, square: Square) -> None:
         """M = gradient + residual, zero-padded; and whether there is anything of each parameter."""

@@ -16,11 +16,17 @@ _OPTIONS = (
     Option(name="num_power_iterations", type=int, default=1, help="Power iterations a step, two messages each."),
     Option(name="seed", type=int, default=0, help="Seed of the random starting factors."),
     Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
+    Option(
+        name="rules",
+        type=dict,
+        default={},
+        help="By glob on parameter names: 'dense' for what is left out of the square and averaged exactly.",
+    ),
 )
 
 _BYTES = (
-    "2 (p-1)/p * (num_power_iterations * 2 * side * min(side, rank) + one for each parameter) * itemsize per bucket "
-    "of real gradients, side = ceil(sqrt(elements))"
+    "2 (p-1)/p * (num_power_iterations * 2 * side * min(side, rank) + one for each parameter in the square "
+    "+ elements outside it) * itemsize per bucket of real gradients, side = ceil(sqrt(elements in the square))"
 )
 _PAPER = "https://arxiv.org/abs/1905.13727"
 

@@ -34,6 +34,8 @@ class Driver(Protocol):
     meter: Meter
     failure: HookError | None
     network: Network | None
+    confirms: bool
+    """Whether a round can end on this rank before it is known to have ended well on the others."""
 
     def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
         """Communicators among disjoint groups of ranks."""
@@ -105,6 +107,7 @@ class Engine:
     _divides: bool = False
     _loss_scale: float = 1.0
     _watch: bool = False
+    _lingering: bool = False
 
     @property
     def in_step(self) -> bool:
@@ -113,6 +116,7 @@ class Engine:
 
     def begin(self, *, divisor: int | None = None, divides: bool = False, loss_scale: float = 1.0) -> None:
         """Start a step."""
+        self._catch_up()
         self._open = True
         self._lanes.clear()
         self._divisor = self.world_size if divisor is None else divisor
@@ -162,12 +166,17 @@ class Engine:
             done=done,
         )
 
-    def end(self) -> HookError | None:
-        """Wait for every bucket; keep what the step remembered, or say what went wrong with it."""
+    def end(self, *, linger: bool = False) -> HookError | None:
+        """Wait for every bucket; keep what the step remembered, or say what went wrong with it, here or on a peer.
+
+        ``linger``: do not wait for the peers' word, because they wait for something else of this rank first.
+        """
         self.driver.wait()
+        figures = self.driver.meter.take()
+        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
+            self._confirm(linger=linger)
         self._open = False
         lanes, self._lanes = self._lanes, []
-        figures = self.driver.meter.take()
         if self.driver.failure is not None:
             self.state.rollback()
             return _to_raise(self.driver.failure)
@@ -187,6 +196,25 @@ class Engine:
             return failure
         return None
 
+    def _confirm(self, *, linger: bool) -> None:
+        """Hear from every rank that its step ended well, in a round of one element.
+
+        A rank may fail after its last collective, when its peers need nothing more of it. Without this they would go
+        on, a step ahead, and meet in different collectives. The figures leave it out.
+        """
+        self._submit_sum(torch.zeros(1))
+        self._lingering = True
+        if linger:
+            self.driver.end_round()
+        else:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self._lingering:
+            self._lingering = False
+            self.driver.wait()
+            self.driver.meter.take()
+
     def abandon(self) -> None:
         """Forget a step that backward did not finish, after what was begun has ended."""
         self.driver.wait()
@@ -200,6 +228,12 @@ class Engine:
 
         A group that has failed leaves it as it is; the step that follows says so.
         """
+        self._catch_up()
+        self._submit_sum(flat)
+        self.driver.wait()
+        return flat
+
+    def _submit_sum(self, flat: Tensor) -> None:
         bucket = Bucket(
             flat=flat,
             parameters=(),
@@ -212,5 +246,3 @@ class Engine:
             spans=(),
         )
         self.driver.submit(self._lane(_Sum(), bucket, None, lambda: None))
-        self.driver.wait()
-        return flat

@@ -111,7 +111,7 @@ class Slot:
         if in_graph_task:
             self._call_back(last and not in_backward)
         elif last:
-            failure = self._end(engine)
+            failure = self._end(engine, linger=shadow)
             if failure is not None:
                 raise failure
             if self.after is not None:
@@ -170,8 +170,8 @@ class Slot:
         elif self.after is not None:
             Variable._execution_engine.queue_callback(self.after)
 
-    def _end(self, engine: Engine) -> HookError | None:
-        failure = engine.end()
+    def _end(self, engine: Engine, *, linger: bool = False) -> HookError | None:
+        failure = engine.end(linger=linger)
         self._seen, self._task = 0, None
         self._used.clear()
         return failure

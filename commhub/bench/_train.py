@@ -62,7 +62,7 @@ def train(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = size.learning_rate * min(1.0, (step + 1) / _RISE)
+            group["lr"] = size.learning_rate * _pace(step, settings.steps)
         windows = text.batch(step, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed).to(device)
         _synchronize(device)
         start = time.perf_counter()
@@ -76,6 +76,14 @@ def train(
     validation = _validate(model, text, device, rank, world_size)
     registration.remove()
     return validation
+
+
+def _pace(step: int, steps: int) -> float:
+    """The learning rate over its highest value: up within the first steps, then straight down to zero at the end.
+
+    Training ends at a low rate nearly everywhere, and there a hook that delays gradients has caught up.
+    """
+    return min((step + 1) / _RISE, 1.0 - step / steps)
 
 
 def _average(step: int, loss: torch.Tensor, seconds: float, registration: Registration) -> StepRecord:

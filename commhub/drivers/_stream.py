@@ -61,6 +61,8 @@ class StreamDriver:
         label: the hook's name, distribution and version, for errors.
     """
 
+    confirms = False  # nothing is known on the host when a step ends there, nor waited for
+
     def __init__(self, group: dist.ProcessGroup, streams: CudaStreams, meter: Meter, *, label: str) -> None:
         self.meter, self.label = meter, label
         self.network: Network | None = None

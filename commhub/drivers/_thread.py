@@ -38,12 +38,11 @@ _SHORTEST, _LONGEST = 0.0002, 0.002
 _STRIDE = 2
 """Buckets that enter between two stages of one bucket, and so how many messages are in flight at the least.
 
-With 1, a hook of one stage would have a single message in flight: that it has no second stage is known only when the
-first has landed. (12 buckets of 2 MiB, two ranks on one host: 1.3 x the time of bare DDP with 1, 1.2 x with 2 and 3.)
+With 1, a hook of one stage would have a single message in flight: that there is no second is known when the first has
+landed. (12 buckets of 2 MiB, two ranks on one host: 1.3 x the time of bare DDP with 1, 1.2 x with 2 and 3.)
 """
 _SLICE = 0.5
 """Seconds of an uninterrupted wait, and between looks at the board."""
-
 _drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
 
 
@@ -57,6 +56,8 @@ class ThreadDriver:
         timeout: seconds after which a collective has failed.
         label: the hook's name, distribution and version, for errors.
     """
+
+    confirms = True
 
     def __init__(self, channel: Channel, board: Board, meter: Meter, *, timeout: float, label: str) -> None:
         self.channel, self.meter = channel, meter
@@ -250,9 +251,8 @@ class ThreadDriver:
         if began - self._looked > _SLICE:
             self._looked = began
             self._look_around(began)
-        first, issued = next(
-            ((f, lane.issued_at) for lane, fs in self._flights.items() for f in fs if not self._is_over(f)), (None, 0.0)
-        )
+        pending = ((f, lane.issued_at) for lane, fs in self._flights.items() for f in fs if not self._is_over(f))
+        first, issued = next(pending, (None, 0.0))
         if first is None:
             with self._changed:
                 if not self._arrived and not self._ended and not self._closing:

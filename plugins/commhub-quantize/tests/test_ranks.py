@@ -35,8 +35,15 @@ def many_buckets(hook, steps):
     return registration.step, buckets, registration.stats.compression, run.losses
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
-@pytest.mark.parametrize("hook", ["quantize_per_channel", "quantize_per_tensor", "quantize_per_channel(bits=4)"])
+@pytest.mark.parametrize(
+    ("nproc", "hook"),
+    [
+        (2, "quantize_per_channel"),
+        (2, "quantize_per_tensor"),
+        (2, "quantize_per_channel(bits=4)"),
+        (4, "quantize_per_channel(bits=4)"),
+    ],
+)
 def test_a_hundred_steps_of_twelve_buckets_end_and_agree(ranks, nproc, hook):
     for steps, buckets, compression, losses in ranks(many_buckets, nproc, hook, 100, timeout=120):
         assert steps == 100

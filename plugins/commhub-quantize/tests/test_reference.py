@@ -147,11 +147,11 @@ def test_steps_with_error_feedback_are_the_plain_algorithms(bits, p):
 
 
 @pytest.mark.parametrize("hook", ["quantize_per_channel", "quantize_per_tensor"])
-@pytest.mark.parametrize("p", [2, 3, 8])
+@pytest.mark.parametrize("p", [2, 5])
 @pytest.mark.parametrize("options", [{"bits": 8, "error_feedback": True}, {"bits": 4}, {"bits": 2}])
 def test_what_arrived_and_what_is_left_is_all_that_was_given(hook, options, p):
     """The sum of the results and the mean of the residuals are the sum of the true means."""
-    steps = 12
+    steps = 6
     result = [torch.zeros(40, 70, dtype=torch.float64) for _ in range(1)]
     for upto in range(1, steps + 1):
         run = commhub.simulate(hook, lambda r, s: [drawn(r, s)[0]], ranks=p, steps=upto, **options)

@@ -26,7 +26,7 @@ def many_buckets(hook, steps):
     return registration.step, registration.stats.compression, len(state["shared"]), run.losses
 
 
-@pytest.mark.parametrize(("nproc", "hook"), [(2, "powersgd"), (2, "powersgd_rank2"), (4, "powersgd_rank2")])
+@pytest.mark.parametrize(("nproc", "hook"), [(2, "powersgd"), (2, "powersgd_rank2")])
 def test_a_hundred_steps_of_twelve_buckets_end_and_agree(ranks, nproc, hook):
     for steps, compression, matrices, losses in ranks(many_buckets, nproc, hook, 100, timeout=120):
         assert steps == 100

@@ -194,9 +194,8 @@ class _Quantize:
         if self._noise is None:
             return None
         if own:
-            return self._noise.draw(torch.zeros_like(part.own), part.owned, bucket, "mean", packed=True)
-        out = part.own.new_zeros(part.section.rows + 1, part.section.coding.row)
-        return self._noise.draw(out, part.section.lines, bucket, bucket.rank, packed=False)
+            return self._noise.draw(part.noise(own=True), part.owned, bucket, "mean", packed=True)
+        return self._noise.draw(part.noise(own=False), part.section.lines, bucket, bucket.rank, packed=False)
 
     def _keeps(self, coding: Coding) -> bool:
         if self.error_feedback is None:
@@ -208,7 +207,14 @@ class _Quantize:
         return {"bits": self.bits, "symmetric": self.symmetric, "dense_small": self.dense_small}
 
     def _coding(self, settings: Mapping[str, Any]) -> Coding:
-        raise NotImplementedError
+        """By group where there is a group size, else one scale for all rows of a parameter."""
+        return Coding(
+            bits=settings["bits"],
+            row=settings.get("group_size", _ROW),
+            symmetric=settings["symmetric"],
+            whole="group_size" not in settings,
+            stochastic=self.stochastic_rounding,
+        )
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -229,15 +235,6 @@ class QuantizePerTensor(_Quantize):
         rules: by glob on parameter names, ``"dense"`` or a dict of ``bits``, ``symmetric``, ``dense_small``.
     """
 
-    def _coding(self, settings: Mapping[str, Any]) -> Coding:
-        return Coding(
-            bits=settings["bits"],
-            row=_ROW,
-            symmetric=settings["symmetric"],
-            whole=True,
-            stochastic=self.stochastic_rounding,
-        )
-
 
 @attrs.define(eq=False, kw_only=True, slots=False)
 class QuantizePerChannel(_Quantize):
@@ -256,11 +253,3 @@ class QuantizePerChannel(_Quantize):
 
     def _settings(self) -> dict[str, object]:
         return {**super()._settings(), "group_size": self.group_size}
-
-    def _coding(self, settings: Mapping[str, Any]) -> Coding:
-        return Coding(
-            bits=settings["bits"],
-            row=settings["group_size"],
-            symmetric=settings["symmetric"],
-            stochastic=self.stochastic_rounding,
-        )

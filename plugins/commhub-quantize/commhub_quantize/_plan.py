@@ -52,6 +52,14 @@ class Part:
         self.own = torch.zeros(section.share_rows, coding.row, dtype=dtype, device=device)
         self.code_place = self.mark_place = _Place(0, 0, 0, torch.int8)
         self._short = torch.zeros(len(section.short), coding.row, dtype=dtype, device=device)
+        self._noise: dict[bool, Tensor] = {}
+
+    def noise(self, *, own: bool) -> Tensor:
+        """Memory for one number for each element of all rows, or of this rank's share; zero at first."""
+        if own not in self._noise:
+            rows = len(self.own) if own else self.section.rows
+            self._noise[own] = self.own.new_zeros(rows, self.section.coding.row)
+        return self._noise[own]
 
     def lie_at(self, byte: int) -> int:
         """Choose places from ``byte`` on in a share; returns where they end."""

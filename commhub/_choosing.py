@@ -40,6 +40,7 @@ class Chosen:
         prefix: the distribution, where the bare name would not be enough.
         distribution, version: whose hook it is; empty for a hook object.
         needs, devices: what its spec asks for.
+        kind: ``"hook"`` or ``"averager"``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Chosen:
     version: str = ""
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    kind: str = "hook"
 
     @property
     def label(self) -> str:
@@ -86,7 +88,7 @@ def choose(hook: object, options: Mapping[str, Any]) -> Chosen:
     every = {**parsed.options, **options}
     reserved = {key: every.pop(key) for key in sorted(RESERVED) if key in every}
     name = f"{parsed.distribution}:{parsed.name}" if parsed.distribution else parsed.name
-    choice = resolve(name, every, kind="hook")
+    choice = resolve(name, every)
     return Chosen(
         name=choice.name,
         make=choice.create,
@@ -98,6 +100,7 @@ def choose(hook: object, options: Mapping[str, Any]) -> Chosen:
         version=choice.version,
         needs=choice.spec.needs,
         devices=choice.spec.devices,
+        kind=choice.kind,
     )
 
 
@@ -113,7 +116,8 @@ def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:
     if extra:
         raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
     made: Any = hook
-    return Chosen(name=name, make=lambda: made, options=_plain_fields(hook), reserved=reserved)
+    kind = "averager" if callable(getattr(hook, "due", None)) else "hook"
+    return Chosen(name=name, make=lambda: made, options=_plain_fields(hook), reserved=reserved, kind=kind)
 
 
 def _plain_fields(hook: object) -> dict[str, object]:

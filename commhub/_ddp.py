@@ -93,6 +93,15 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name.replace("_orig_mod.", ""), parameter
 
 
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers, named as ``trainable`` names parameters."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    ignored = model.parameters_to_ignore if isinstance(model, DistributedDataParallel) else ()
+    for name, buffer in module.named_buffers():
+        if name not in ignored:
+            yield name.replace("_orig_mod.", ""), buffer
+
+
 def group_of(model: DistributedDataParallel, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group to average over: the model's own unless another one is given, never silently the world.
 

@@ -20,12 +20,13 @@ from .drivers._lane import Lane
 from .drivers._stats import Meter, Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ._collectives import Subgroup
     from ._network import Network
     from ._protocols import Exchange, Hook
     from ._state import State
+    from ._timetable import Timetable
 
 
 class Driver(Protocol):
@@ -68,7 +69,7 @@ class _Sum:
     """Adds up over the ranks."""
 
     def reduce(self, bucket: Bucket) -> Exchange:
-        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum")))
+        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
 
 
 def _to_raise(failure: HookError) -> HookError:
@@ -89,6 +90,7 @@ class Engine:
         step: synchronised steps so far.
         stats: the figures.
         after_step: called with the step's number when its gradients are averaged.
+        timetable: of the averager, if the hook brought one.
     """
 
     hook: Hook
@@ -100,6 +102,7 @@ class Engine:
     step: int = 0
     stats: Stats = attrs.Factory(Stats)
     after_step: list[Callable[[int], None]] = attrs.Factory(list)
+    timetable: Timetable | None = None
     _scratch: Scratch = attrs.Factory(Scratch)
     _lanes: list[Lane] = attrs.Factory(list)
     _open: bool = False
@@ -116,6 +119,8 @@ class Engine:
 
     def begin(self, *, divisor: int | None = None, divides: bool = False, loss_scale: float = 1.0) -> None:
         """Start a step."""
+        if self.timetable is not None:
+            self.timetable.join()
         self._catch_up()
         self._open = True
         self._lanes.clear()
@@ -148,13 +153,21 @@ class Engine:
             spans=spans,
         )
         hook, wire = (SparseMean(), None) if flat.is_sparse else (self.hook, self.wire)
-        lane = self._lane(hook, bucket, wire, done)
+        lane = self._lane(hook, bucket, wire, done, watch=self._watch)
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
         self.driver.meter.step.logical_bytes += 2 * (self.world_size - 1) / self.world_size * size
         self._lanes.append(lane)
         self.driver.submit(lane)
 
-    def _lane(self, hook: Hook, bucket: Bucket, wire: torch.dtype | None, done: Callable[[], None]) -> Lane:
+    def _lane(
+        self,
+        hook: Hook,
+        bucket: Bucket,
+        wire: torch.dtype | None,
+        done: Callable[[], None] = lambda: None,
+        *,
+        watch: bool = False,
+    ) -> Lane:
         return Lane(
             hook,
             bucket,
@@ -162,7 +175,7 @@ class Engine:
             wire=wire,
             scratch=self._scratch,
             meter=self.driver.meter,
-            watch=self._watch,
+            watch=watch,
             done=done,
         )
 
@@ -187,6 +200,10 @@ class Engine:
         try:
             for function in self.after_step:
                 function(step)
+            if self.timetable is not None:
+                self.timetable.note(step)
+                if linger:
+                    self.timetable.settle_in_background()
         except Exception as error:  # noqa: BLE001 - raised by the caller, where it harms nothing but the step
             name = type(self.hook).__name__
             failure = HookError(
@@ -233,16 +250,50 @@ class Engine:
         self.driver.wait()
         return flat
 
-    def _submit_sum(self, flat: Tensor) -> None:
-        bucket = Bucket(
+    def _submit_sum(self, flat: Tensor, group: Subgroup | None = None) -> None:
+        bucket = self.bucket(flat, (), (), group=group)
+        self.driver.submit(self._lane(_Sum(), bucket, None))
+
+    def bucket(
+        self,
+        flat: Tensor,
+        parameters: Sequence[Tensor],
+        spans: tuple[Span, ...],
+        *,
+        index: int = 0,
+        step: int | None = None,
+        group: Subgroup | None = None,
+    ) -> Bucket:
+        """A bucket outside a step's own; its rank and size are those in ``group``."""
+        size = self.world_size if group is None else len(group)
+        return Bucket(
             flat=flat,
-            parameters=(),
-            used=(),
-            index=0,
-            step=self.step,
-            divisor=1,
-            rank=self.rank,
-            world_size=self.world_size,
-            spans=(),
+            parameters=tuple(parameters),
+            used=(True,) * len(parameters),
+            index=index,
+            step=self.step if step is None else step,
+            divisor=size,
+            rank=self.rank if group is None else group.ranks.index(self.rank),
+            world_size=size,
+            group=group,
+            spans=spans,
         )
-        self.driver.submit(self._lane(_Sum(), bucket, None, lambda: None))
+
+    def aside(self, hook: Hook, buckets: Iterable[Bucket], group: Subgroup | None) -> HookError | None:
+        """Reduce buckets of ``group`` with another hook, in a round between steps; return what went wrong in it.
+
+        Its figures count for the step before.
+        """
+        self._catch_up()
+        watch = not self.state.is_empty()
+        for bucket in buckets:
+            self.driver.submit(self._lane(hook, bucket, self.wire, watch=watch))
+        self.driver.wait()
+        figures = self.driver.meter.take()
+        self.stats.add(figures)
+        self.stats.last.add(figures)
+        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
+            self._submit_sum(torch.zeros(1), group)
+            self.driver.wait()
+            self.driver.meter.take()
+        return None if self.driver.failure is None else _to_raise(self.driver.failure)

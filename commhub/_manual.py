@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._bucket import Span, lay_out
 from ._choosing import choose
-from ._ddp import check_devices, trainable
+from ._ddp import buffers_of, check_devices, trainable
 from ._errors import RegistrationError
 from ._register import optimizers_of
 from ._registration import Registration
@@ -153,7 +153,10 @@ def manual(
     ground = Ground(
         group=group,
         device=device,
+        module=module,
         parameters=parameters,
+        buffers=tuple(buffers_of(module)),
+        unused=True,
         traits={},
         optimizers=optimizers_of(optimizer),
         scaler=scaler,

@@ -29,7 +29,9 @@ class Setup:
         device: where gradients lie.
         rank, world_size: of this process in the group that averages.
         hosts: for each rank, the number of its host, counted from 0 in rank order.
+        unused: whether backward may leave parameters out (``find_unused_parameters``, ``static_graph``).
         optimizers: those given to ``register``.
+        scaler: the loss scaler given to ``register``, if any.
         state: the hook's memory.
     """
 
@@ -41,10 +43,13 @@ class Setup:
     rank: int
     world_size: int
     hosts: tuple[int, ...]
+    unused: bool = False
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    scaler: Any = None
     state: State
     _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
     _after_step: Callable[[Callable[[int], None]], None]
+    _average: Callable[[Averager], None]
     _ranks: tuple[int, ...] | None = None
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Subgroup | None:
@@ -66,6 +71,19 @@ class Setup:
     def after_step(self, function: Callable[[int], None]) -> None:
         """Call ``function(step)`` after each synchronised step, once its gradients are averaged on this rank."""
         self._after_step(function)
+
+    def average(self, averager: Averager) -> None:
+        """Prepare ``averager`` and have the model's parameters averaged on its timetable.
+
+        It runs after the optimizers' steps. One averager serves a registration.
+
+        Raises:
+            ValueError: if there is one already.
+        """
+        self._average(averager)
+        prepare = getattr(averager, "prepare", None)
+        if prepare is not None:
+            prepare(self)
 
     def within(self, group: Subgroup) -> Setup:
         """The setup of a hook that works inside ``group``: its rank, size and hosts are the group's."""
@@ -96,15 +114,38 @@ class Hook(Protocol):
 
 @runtime_checkable
 class Averager(Protocol):
-    """Averages parameters now and then: a hook on a timetable. The bucket it is given holds parameters."""
+    """Averages parameters now and then: a hook on a timetable. The bucket it is given holds parameters.
+
+    It may also have ``prepare(setup: Setup) -> None``, called once at registration, and two attributes that ask for
+    more than the parameters, in buckets of their own: ``buffers`` (floating-point buffers) and ``optimizer_state``
+    (the optimizers' tensors that have a parameter's shape; in a bucket they are named ``"parameter:key"``).
+    """
 
     def due(self, step: int) -> Subgroup | None:
-        """Among whom to average after ``step``, or ``None`` for not now."""
+        """Among whom to average after ``step`` (from 0), or ``None`` for not now; from ``step`` alone."""
         ...
 
     def reduce(self, bucket: Bucket) -> Exchange:
-        """Yield the collectives that average ``bucket`` and leave the result in ``bucket.flat``."""
+        """Yield the collectives that average ``bucket`` and leave the result in ``bucket.flat``.
+
+        Those that name no group run among the ranks that ``due`` said.
+        """
         ...
+
+
+class LocalSteps:
+    """What an averager that was registered by itself stands behind: gradients stay each rank's own."""
+
+    def __init__(self, averager: Averager) -> None:
+        self.averager = averager
+
+    def prepare(self, setup: Setup) -> None:
+        """Put the averager on its timetable."""
+        setup.average(self.averager)
+
+    def reduce(self, bucket: Bucket) -> Exchange:  # noqa: ARG002 - the gradient stays as it is
+        """Yield nothing."""
+        yield from ()
 
 
 class InnerHook:
@@ -153,3 +194,16 @@ def confine(exchange: Exchange, group: Subgroup) -> Exchange:
             results = yield tuple(map(within, request)) if isinstance(request, tuple) else within(request)
     finally:
         exchange.close()
+
+
+@attrs.frozen(eq=False)
+class Confined:
+    """What reduces buckets within one group, or among all ranks."""
+
+    _whole: Hook
+    _group: Subgroup | None
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """The exchange, its collectives confined to the group."""
+        exchange = self._whole.reduce(bucket)
+        return exchange if self._group is None else confine(exchange, self._group)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ._choosing import Chosen, choose
-from ._ddp import check_devices, find, group_of, refuse, trainable
+from ._ddp import buffers_of, check_devices, find, group_of, refuse, trainable
 from ._errors import HookOptionError, RegistrationError
 from ._protocols import InnerHook
 from ._registration import Registration
@@ -79,7 +79,10 @@ def register(
     ground = Ground(
         group=group,
         device=ddp.device,
+        module=ddp,
         parameters=tuple(trainable(ddp)),
+        buffers=tuple(buffers_of(ddp)),
+        unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
         optimizers=optimizers_of(optimizer, strict=False),
         scaler=scaler,

@@ -15,13 +15,13 @@ from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
 from ._engine import PlainMean
 from ._errors import RegistrationError
-from ._session import Ground, Session, start, stop
+from ._session import Ground, Session, at_work, start, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ._network import Network
-    from ._protocols import Hook
+    from ._protocols import Averager, Hook
     from ._slot import Slot
     from .drivers._stats import Stats
 
@@ -49,9 +49,9 @@ class Registration:
         return f"<commhub registration of {self} at step {self.step}>"
 
     @property
-    def hook(self) -> Hook:
-        """The hook object at work."""
-        return self._session.engine.hook
+    def hook(self) -> Hook | Averager:
+        """The hook object at work; the averager, where one was registered by itself."""
+        return at_work(self._session.engine.hook)
 
     @property
     def name(self) -> str:
@@ -117,6 +117,9 @@ class Registration:
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
+        timetable = self._session.engine.timetable
+        if timetable is not None and timetable.is_open:
+            return  # the optimizers have yet to use this step's gradients; the timetable calls again
         due = [step for step in self._schedule if step <= self.step]
         if due:
             text = self._schedule[max(due)]
@@ -124,8 +127,24 @@ class Registration:
                 del self._schedule[step]
             self.swap(text)
 
+    def finish(self) -> None:
+        """Run what is still outstanding: an average that fell due and that no optimizer's step or forward has run.
+
+        Collective. ``state_dict`` and ``save`` do it by themselves. At the end of training ``remove`` also averages the
+        parameters a last time, so that all ranks hold the same.
+
+        Raises:
+            HookError: what went wrong with the average.
+        """
+        timetable = self._session.engine.timetable
+        if timetable is not None and not self._session.engine.in_step:
+            timetable.settle()
+
     def remove(self) -> None:
-        """Give the model back its plain average. The registration cannot be used again."""
+        """Give the model back its plain average, with the same parameters on all ranks.
+
+        The registration cannot be used again.
+        """
         self._check_usable()
         self._schedule.clear()
         self._replace(lambda: Chosen(name="none", make=PlainMean))
@@ -159,12 +178,22 @@ class Registration:
         session.engine.step = former.engine.step
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
+        self._level(former)
         self._session = session
         self._take(session)
         stop(former.engine)
 
+    def _level(self, session: Session) -> None:
+        """Leave all ranks with the same parameters, where an averager let them drift apart; then nothing would."""
+        timetable = session.engine.timetable
+        failure = None if timetable is None else timetable.level()
+        if failure is not None:
+            logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
+
     def _take(self, session: Session) -> None:
         weakref.finalize(self._slot or self, session.engine.driver.close)
+        if session.engine.timetable is not None:
+            session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
         if self._slot is not None:
             self._slot.owner, self._slot.engine = self, session.engine
             self._slot.scaler = self._ground.scaler
@@ -173,6 +202,7 @@ class Registration:
     def _retire(self) -> None:
         """Another registration has taken the model over."""
         self._removed = True
+        self._level(self._session)
         stop(self._session.engine)
 
     def _announce(self, verb: str) -> None:
@@ -185,8 +215,10 @@ class Registration:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.
 
-        Each rank's dict is its own: save all of them.
+        Each rank's dict is its own: save all of them. With an averager every rank must call this, as it does
+        ``finish``'s work first.
         """
+        self.finish()
         engine = self._session.engine
         return _saving.to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state)
 
@@ -200,6 +232,7 @@ class Registration:
         Raises:
             ValueError: if it is of another hook, model or rank, or incomplete. Nothing is changed then.
         """
+        self.finish()
         if self._schedule:
             self._catch_up(state)
         merged = _saving.merge(state)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
 import torch.distributed as dist
 
 from ._agree import Meeting, agree, number_hosts
+from ._averaging import Averaging
 from ._bucket import lay_out
 from ._choosing import Chosen, short_dtype, wire_dtype
 from ._engine import Driver, Engine
 from ._errors import RegistrationError
-from ._protocols import Hook, Setup
+from ._protocols import Averager, Hook, LocalSteps, Setup
 from ._state import State
+from ._timetable import Timetable
 from .drivers._stats import Meter
 
 if TYPE_CHECKING:
@@ -33,14 +35,19 @@ class Ground:
     Attributes:
         group: the ranks to average over.
         device: where the gradients lie.
-        parameters: by name, in the model's order.
+        module: whose gradients they are: the DDP model, or the bare module.
+        parameters, buffers: by name, in the model's order.
+        unused: whether backward may leave parameters out.
         traits: what else must be equal on all ranks.
         optimizers, scaler, timeout, verify: as given to ``register``.
     """
 
     group: dist.ProcessGroup
     device: torch.device
+    module: torch.nn.Module
     parameters: tuple[tuple[str, torch.nn.Parameter], ...]
+    buffers: tuple[tuple[str, torch.Tensor], ...] = ()
+    unused: bool = False
     traits: Mapping[str, Any]
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     scaler: Any = None
@@ -73,7 +80,7 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
     try:
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
-        hook = chosen.make()
+        hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         _check_fit(ground, chosen, hook, former)
         facts = _facts(ground, chosen, wire)
     except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
@@ -91,14 +98,24 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         if driver is not None:
             driver.close()
         raise
-    _at_work[id(hook)] = engine
+    _at_work[id(at_work(hook))] = engine
+    if engine.timetable is not None:
+        engine.timetable.watch(ground.module, ground.optimizers)
     return Session(chosen, engine, wire)
+
+
+def at_work(hook: Hook) -> Hook | Averager:
+    """The object that the user chose: the hook, or the averager that was registered by itself."""
+    return hook.averager if isinstance(hook, LocalSteps) else hook
 
 
 def stop(engine: Engine) -> None:
     """End a hook's work: its thread and groups are freed, and the object may be registered again."""
-    if _at_work.get(id(engine.hook)) is engine:
-        del _at_work[id(engine.hook)]
+    worker = at_work(engine.hook)
+    if _at_work.get(id(worker)) is engine:
+        del _at_work[id(worker)]
+    if engine.timetable is not None:
+        engine.timetable.close()
     engine.driver.close()
 
 
@@ -111,8 +128,9 @@ def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None
     for need in chosen.needs:
         if not given.get(need, True):
             raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
-    other = _at_work.get(id(hook))
-    if other is not None and other is not former and other.hook is hook:
+    worker = at_work(hook)
+    other = _at_work.get(id(worker))
+    if other is not None and other is not former and at_work(other.hook) is worker:
         raise RegistrationError(f"this {chosen.name} object is at work already. Give each model a hook of its own.")
 
 
@@ -128,6 +146,21 @@ def _prepared(
     tensors = [parameter for _, parameter in ground.parameters]
     state = State(names)
     engine = Engine(hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire)
+
+    def attach(averager: Averager) -> None:
+        if engine.timetable is not None:
+            raise ValueError("there is an averager already; one serves a registration.")
+        averaging = Averaging(
+            averager=averager,
+            engine=engine,
+            parameters=ground.parameters,
+            buffers=ground.buffers,
+            optimizers=ground.optimizers,
+        )
+        if averaging.optimizer_state and not ground.optimizers:
+            raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
+        engine.timetable = Timetable(averager, averaging, meeting.size)
+
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
         setup = Setup(
@@ -139,10 +172,13 @@ def _prepared(
             rank=meeting.rank,
             world_size=meeting.size,
             hosts=hosts,
+            unused=ground.unused,
             optimizers=ground.optimizers,
+            scaler=ground.scaler,
             state=state,
             connect=driver.connect,
             after_step=engine.after_step.append,
+            average=attach,
         )
         with torch.no_grad():
             prepare(setup)

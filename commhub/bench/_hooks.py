@@ -64,7 +64,7 @@ def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:
     # A hook string may hold `wire`, which belongs to register and which the registry does not know.
     general = {key: value for key, value in wanted.options.items() if key == "wire"}
     own = {key: value for key, value in wanted.options.items() if key != "wire"}
-    choice = resolve(str(attrs.evolve(wanted, options={})), own, kind="hook")
+    choice = resolve(str(attrs.evolve(wanted, options={})), own)
     chosen = parse(choice.canonical)
     return attrs.evolve(chosen, options={**chosen.options, **general}), choice.spec
 

@@ -73,9 +73,8 @@ def train(
         _synchronize(device)
         seconds = time.perf_counter() - start
         on_step(_average(step, loss.detach(), seconds, registration))
-    validation = _validate(model, text, device, rank, world_size)
-    registration.remove()
-    return validation
+    registration.remove()  # also where ranks have drifted apart: they end with the same parameters
+    return _validate(model, text, device, rank, world_size)
 
 
 def _pace(step: int, steps: int) -> float:

@@ -18,7 +18,7 @@ from .._bucket import Bucket, lay_out
 from .._choosing import choose, wire_dtype
 from .._collectives import Subgroup
 from .._errors import HookError
-from .._protocols import Hook, Setup
+from .._protocols import Averager, Confined, Hook, LocalSteps, Setup
 from .._state import State
 from ._failure import own_error
 from ._job import Scratch
@@ -73,7 +73,8 @@ def simulate(
     """Run a hook on p virtual ranks.
 
     Args:
-        hook: a name, hook string, ``HookType`` member or hook object (then each rank gets a copy).
+        hook: a name, hook string, ``HookType`` member or hook object (then each rank gets a copy). Of an averager
+            the tensors are the parameters: averaged in the steps in which it is due, left alone in the others.
         gradients: p lists of tensors, one list per rank, used in every step; or a function (rank, step) -> list.
             They are not changed. A tensor's place in the list, ``"0"``, ``"1"``, ..., is its parameter's name.
         steps: how many steps to run.
@@ -149,6 +150,7 @@ class _World:
                 state=state,
                 connect=self._connecting(rank),
                 after_step=self.after.append,
+                average=lambda _averager: None,
             )
             prepare = getattr(hook, "prepare", None)
             if prepare is not None:
@@ -180,7 +182,23 @@ class _World:
             function(step)
         self.results = outs
 
-    def _lane(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Lane:
+    def _turn(self, rank: int, step: int) -> tuple[Hook, Subgroup | None]:
+        """What reduces a rank's buckets in a step, and among whom: of an averager, nothing when it is not due."""
+        hook = self.hooks[rank]
+        if not isinstance(hook, Averager):
+            return hook, None
+        group = hook.due(step)
+        return (LocalSteps(hook), None) if group is None else (Confined(hook, group), group)
+
+    def _lane(
+        self,
+        rank: int,
+        tensors: Sequence[Tensor],
+        places: list[int],
+        index: int,
+        step: int,
+    ) -> Lane:
+        hook, group = self._turn(rank, step)
         mine = [tensors[i].detach() for i in places]
         spans = lay_out([self.names[i] for i in places], mine)
         flat = torch.empty(sum(s.numel for s in spans), dtype=mine[0].dtype, device=mine[0].device)
@@ -190,15 +208,16 @@ class _World:
             used=(True,) * len(mine),
             index=index,
             step=step,
-            divisor=self.p,
-            rank=rank,
-            world_size=self.p,
+            divisor=self.p if group is None else len(group),
+            rank=rank if group is None else group.ranks.index(rank),
+            world_size=self.p if group is None else len(group),
+            group=group,
             spans=spans,
         )
         for view, tensor in zip(bucket.gradients, mine, strict=True):
             view.copy_(tensor)
         return Lane(
-            self.hooks[rank],
+            hook,
             bucket,
             world=self.p,
             wire=self.wire,

@@ -13,6 +13,7 @@ from ._collectives import AllGather, AllReduce
 from ._protocols import Confined
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Iterator, Sequence
 
     from ._bucket import Bucket
@@ -41,7 +42,7 @@ class Averaging:
     """
 
     averager: Averager
-    engine: Engine
+    engine: weakref.ref[Engine]
     parameters: Sequence[Named]
     buffers: Sequence[Named]
     optimizers: Sequence[torch.optim.Optimizer]
@@ -54,49 +55,33 @@ class Averaging:
 
     def __call__(self, step: int, group: Subgroup | None) -> HookError | None:
         """Average everything among ``group``, all ranks where it is ``None``; return what went wrong."""
+        engine = self.engine()
+        assert engine is not None
         with torch.no_grad():
             kinds = [list(self.parameters)]
             if getattr(self.averager, "buffers", False):
                 kinds.append([(name, b) for name, b in self.buffers if b.is_floating_point() or b.is_complex()])
             if self.optimizer_state:
-                kinds.append(self._optimizer_state(step, group))
+                kinds.append(self._optimizer_state(engine, step, group))
             chunks = [chunk for tensors in kinds for chunk in _chunks(tensors)]
             hook = Confined(self.averager, group)
-            self.engine.state.begin()
-            finite, forgets = True, self.engine.state.is_empty()
+            engine.state.begin()
+            finite, forgets = True, engine.state.is_empty()
             for start in range(0, len(chunks), AHEAD):
                 filled: list[tuple[Bucket, list[Named]]] = []
-                some = self._fill(chunks[start : start + AHEAD], start, step, group, filled)
-                failure = self.engine.aside(hook, some, group)
+                some = _fill(engine, chunks[start : start + AHEAD], start, step, group, filled)
+                failure = engine.aside(hook, some, group)
                 if failure is not None:
-                    self.engine.state.rollback()
+                    engine.state.rollback()
                     return failure
                 for bucket, chunk in filled:
                     finite = finite and (forgets or bool(bucket.finite))
                     for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
                         tensor.copy_(view)
-            self.engine.state.commit(finite)
+            engine.state.commit(finite)
         return None
 
-    def _fill(
-        self,
-        chunks: Sequence[list[Named]],
-        first: int,
-        step: int,
-        group: Subgroup | None,
-        filled: list[tuple[Bucket, list[Named]]],
-    ) -> Iterator[Bucket]:
-        for index, chunk in enumerate(chunks, start=first):
-            names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
-            spans = lay_out(names, tensors)
-            flat = tensors[0].new_empty(sum(span.numel for span in spans))
-            bucket = self.engine.bucket(flat, tensors, spans, index=index, step=step, group=group)
-            for view, tensor in zip(bucket.gradients, tensors, strict=True):
-                view.copy_(tensor)
-            filled.append((bucket, chunk))
-            yield bucket
-
-    def _optimizer_state(self, step: int, group: Subgroup | None) -> list[Named]:
+    def _optimizer_state(self, engine: Engine, step: int, group: Subgroup | None) -> list[Named]:
         """The tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.parameters:
@@ -109,8 +94,8 @@ class Averaging:
         mine = frozenset(f"{name} {tensor.dtype}" for name, tensor in found.items())
         told = _Common(mine, self._common.get(group))
         flag = torch.zeros(1, device=self.parameters[0][1].device)
-        bucket = self.engine.bucket(flag, (), (), step=step, group=group)
-        failure = self.engine.aside(Confined(told, group), [bucket], group)
+        bucket = engine.bucket(flag, (), (), step=step, group=group)
+        failure = engine.aside(Confined(told, group), [bucket], group)
         if failure is None:
             self._common[group] = mine, told.common
         return [(name, tensor) for name, tensor in found.items() if f"{name} {tensor.dtype}" in told.common]
@@ -136,6 +121,26 @@ class _Common:
         gathered = (yield AllGather(padded.to(device))).cpu().view(len(lengths), -1)
         everyone = [bytes(row[:n].tolist()).decode().split("\n") for row, n in zip(gathered, lengths, strict=True)]
         self.common = frozenset.intersection(*(frozenset(words) - {""} for words in everyone))
+
+
+def _fill(
+    engine: Engine,
+    chunks: Sequence[list[Named]],
+    first: int,
+    step: int,
+    group: Subgroup | None,
+    filled: list[tuple[Bucket, list[Named]]],
+) -> Iterator[Bucket]:
+    """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
+    for index, chunk in enumerate(chunks, start=first):
+        names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
+        spans = lay_out(names, tensors)
+        flat = tensors[0].new_empty(sum(span.numel for span in spans))
+        bucket = engine.bucket(flat, tensors, spans, index=index, step=step, group=group)
+        for view, tensor in zip(bucket.gradients, tensors, strict=True):
+            view.copy_(tensor)
+        filled.append((bucket, chunk))
+        yield bucket
 
 
 def _chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:

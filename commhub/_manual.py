@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +154,7 @@ def manual(
     ground = Ground(
         group=group,
         device=device,
-        module=module,
+        module=weakref.ref(module),
         parameters=parameters,
         buffers=tuple(buffers_of(module)),
         unused=True,

@@ -49,7 +49,7 @@ class Setup:
     state: State
     _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
     _after_step: Callable[[Callable[[int], None]], None]
-    _average: Callable[[Averager], None]
+    _average: Callable[[Averager], object] = lambda _averager: None
     _ranks: tuple[int, ...] | None = None
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Subgroup | None:
@@ -76,9 +76,6 @@ class Setup:
         """Prepare ``averager`` and have the model's parameters averaged on its timetable.
 
         It runs after the optimizers' steps. One averager serves a registration.
-
-        Raises:
-            ValueError: if there is one already.
         """
         self._average(averager)
         prepare = getattr(averager, "prepare", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,7 +80,7 @@ def register(
     ground = Ground(
         group=group,
         device=ddp.device,
-        module=ddp,
+        module=weakref.ref(ddp),
         parameters=tuple(trainable(ddp)),
         buffers=tuple(buffers_of(ddp)),
         unused=ddp.find_unused_parameters or ddp.static_graph,

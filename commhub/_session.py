@@ -35,7 +35,7 @@ class Ground:
     Attributes:
         group: the ranks to average over.
         device: where the gradients lie.
-        module: whose gradients they are: the DDP model, or the bare module.
+        module: whose gradients they are: the DDP model, or the bare module. It holds what holds this.
         parameters, buffers: by name, in the model's order.
         unused: whether backward may leave parameters out.
         traits: what else must be equal on all ranks.
@@ -44,7 +44,7 @@ class Ground:
 
     group: dist.ProcessGroup
     device: torch.device
-    module: torch.nn.Module
+    module: weakref.ref[torch.nn.Module]
     parameters: tuple[tuple[str, torch.nn.Parameter], ...]
     buffers: tuple[tuple[str, torch.Tensor], ...] = ()
     unused: bool = False
@@ -99,8 +99,9 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
             driver.close()
         raise
     _at_work[id(at_work(hook))] = engine
-    if engine.timetable is not None:
-        engine.timetable.watch(ground.module, ground.optimizers)
+    module = ground.module()
+    if engine.timetable is not None and module is not None:
+        engine.timetable.watch(module, ground.optimizers)
     return Session(chosen, engine, wire)
 
 
@@ -146,21 +147,7 @@ def _prepared(
     tensors = [parameter for _, parameter in ground.parameters]
     state = State(names)
     engine = Engine(hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire)
-
-    def attach(averager: Averager) -> None:
-        if engine.timetable is not None:
-            raise ValueError("there is an averager already; one serves a registration.")
-        averaging = Averaging(
-            averager=averager,
-            engine=engine,
-            parameters=ground.parameters,
-            buffers=ground.buffers,
-            optimizers=ground.optimizers,
-        )
-        if averaging.optimizer_state and not ground.optimizers:
-            raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
-        engine.timetable = Timetable(averager, averaging, meeting.size)
-
+    averagers: list[Averager] = []
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
         setup = Setup(
@@ -178,11 +165,28 @@ def _prepared(
             state=state,
             connect=driver.connect,
             after_step=engine.after_step.append,
-            average=attach,
+            average=averagers.append,
         )
         with torch.no_grad():
             prepare(setup)
+    if averagers:
+        engine.timetable = _timetable(ground, engine, averagers)
     return engine
+
+
+def _timetable(ground: Ground, engine: Engine, averagers: list[Averager]) -> Timetable:
+    if len(averagers) > 1:
+        raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
+    averaging = Averaging(
+        averager=averagers[0],
+        engine=weakref.ref(engine),
+        parameters=ground.parameters,
+        buffers=ground.buffers,
+        optimizers=ground.optimizers,
+    )
+    if averaging.optimizer_state and not ground.optimizers:
+        raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
+    return Timetable(averagers[0], averaging, engine.world_size)
 
 
 def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:

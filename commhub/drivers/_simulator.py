@@ -150,7 +150,6 @@ class _World:
                 state=state,
                 connect=self._connecting(rank),
                 after_step=self.after.append,
-                average=lambda _averager: None,
             )
             prepare = getattr(hook, "prepare", None)
             if prepare is not None:

@@ -9,6 +9,7 @@ import torch
 
 from ._errors import HookOptionError
 from ._hookstring import HookString, parse
+from ._protocols import InnerHook, is_averager
 from ._registry import resolve
 from ._spec import RESERVED
 
@@ -33,7 +34,7 @@ class Chosen:
     """A hook that was chosen and can be made.
 
     Attributes:
-        name: the registered name, or the class's name for a hook object.
+        name: the registered name, also of what ``create`` made; the class's name for any other hook object.
         make: makes one; each call a new one, except for a hook object.
         given, options: the hook's options as given, and all of them.
         reserved: options of ``register`` that the hook string carried.
@@ -112,12 +113,12 @@ def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:
         )
     reserved = {key: value for key, value in options.items() if key in RESERVED}
     extra = sorted(options.keys() - reserved.keys())
-    name = type(hook).__name__
+    name, inside = hook.made if isinstance(hook, InnerHook) else (type(hook).__name__, hook)
     if extra:
         raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
     made: Any = hook
-    kind = "averager" if callable(getattr(hook, "due", None)) else "hook"
-    return Chosen(name=name, make=lambda: made, options=_plain_fields(hook), reserved=reserved, kind=kind)
+    kind = "averager" if is_averager(hook) else "hook"
+    return Chosen(name=name, make=lambda: made, options=_plain_fields(inside), reserved=reserved, kind=kind)
 
 
 def _plain_fields(hook: object) -> dict[str, object]:

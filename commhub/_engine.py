@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._bucket import Bucket, Span
+from ._callbacks import Callbacks
 from ._collectives import AllReduce
 from ._errors import HookError
 from ._sparse import SparseMean
@@ -89,7 +90,7 @@ class Engine:
         wire: the registration's wire dtype.
         step: synchronised steps so far.
         stats: the figures.
-        after_step: called with the step's number when its gradients are averaged.
+        callbacks: what the hook asked for.
         timetable: of the averager, if the hook brought one.
     """
 
@@ -101,7 +102,7 @@ class Engine:
     wire: torch.dtype | None = None
     step: int = 0
     stats: Stats = attrs.Factory(Stats)
-    after_step: list[Callable[[int], None]] = attrs.Factory(list)
+    callbacks: Callbacks = attrs.Factory(Callbacks)
     timetable: Timetable | None = None
     _scratch: Scratch = attrs.Factory(Scratch)
     _lanes: list[Lane] = attrs.Factory(list)
@@ -186,24 +187,32 @@ class Engine:
         """
         self.driver.wait()
         figures = self.driver.meter.take()
-        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
+        lanes, self._lanes = self._lanes, []
+        if lanes and self.driver.failure is None and self.driver.confirms and self.world_size > 1:
             self._confirm(linger=linger)
         self._open = False
-        lanes, self._lanes = self._lanes, []
         if self.driver.failure is not None:
             self.state.rollback()
             return _to_raise(self.driver.failure)
         finite = torch.stack([lane.bucket.finite for lane in lanes]).all() if lanes and self._watch else True
         self.state.commit(finite)
         self.stats.end_step(figures)
-        step, self.step = self.step, self.step + 1
+        self.step += 1
+        timetable = self.timetable
+        if timetable is None:
+            return None
+        failure = self._afterwards(timetable.note)
+        return failure or (self._afterwards(lambda _step: timetable.settle_in_background()) if linger else None)
+
+    def finish(self) -> HookError | None:
+        """Call what the hook wants after a step: its averages are in the parameters' ``.grad``."""
+        failures = [self._afterwards(function) for function in self.callbacks.after_step]
+        return next(filter(None, failures), None)
+
+    def _afterwards(self, function: Callable[[int], None]) -> HookError | None:
+        step = self.step - 1
         try:
-            for function in self.after_step:
-                function(step)
-            if self.timetable is not None:
-                self.timetable.note(step)
-                if linger:
-                    self.timetable.settle_in_background()
+            function(step)
         except Exception as error:  # noqa: BLE001 - raised by the caller, where it harms nothing but the step
             name = type(self.hook).__name__
             failure = HookError(

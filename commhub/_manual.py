@@ -14,6 +14,7 @@ from ._bucket import Span, lay_out
 from ._choosing import choose
 from ._ddp import buffers_of, check_devices, trainable
 from ._errors import RegistrationError
+from ._protocols import is_averager
 from ._register import optimizers_of
 from ._registration import Registration
 from ._session import Ground, Session, checked_timeout, start
@@ -28,7 +29,10 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class ManualRegistration(Registration):
-    """A hook on a bare module: call ``average()`` after backward, on every rank."""
+    """A hook on a bare module: call ``average()`` after backward, on every rank.
+
+    With an averager registered by itself, call it after the optimizer's step.
+    """
 
     def __init__(self, module: nn.Module, ground: Ground, session: Session) -> None:
         self._module = module
@@ -40,12 +44,29 @@ class ManualRegistration(Registration):
     def average(self) -> None:
         """Average the gradients of all parameters over the ranks, in place.
 
-        A parameter without a gradient here counts as zero; one that has none on any rank is left alone.
+        A parameter without a gradient here counts as zero; one that has none on any rank is left alone. With an
+        averager registered by itself, count a step and average the parameters if they are due; gradients play no part.
 
         Raises:
             HookError: what went wrong, on every rank.
         """
         self._check_usable()
+        if is_averager(self.hook):
+            self._count()
+        else:
+            self._exchange()
+        if self._schedule:
+            self._follow_schedule()
+
+    def _count(self) -> None:
+        engine = self._session.engine
+        engine.begin()
+        failure = engine.end()
+        if failure is not None:
+            raise failure
+        self.finish()
+
+    def _exchange(self) -> None:
         engine = self._session.engine
         scaler = self._ground.scaler
         somewhere = self._used_somewhere()
@@ -82,8 +103,6 @@ class ManualRegistration(Registration):
                         parameter.grad.copy_(view)
                     elif id(parameter) in somewhere:
                         parameter.grad = view.clone()
-        if self._schedule:
-            self._follow_schedule()
 
     def _used_somewhere(self) -> set[int]:
         parameters = [p for _, p in self._ground.parameters]
@@ -124,13 +143,13 @@ def manual(
     timeout: float | None = None,
     **options: Any,
 ) -> ManualRegistration:
-    """Average the gradients of a bare module with a hook; collective.
+    """Average the gradients of a bare module with a hook, or its parameters with an averager; collective.
 
     The arguments are those of ``commhub.register``; ``process_group`` is all ranks by default. Call ``average()`` on
-    what is returned after each backward.
+    what is returned: after each backward, or with an averager after each step of the optimizer.
 
     Raises:
-        RegistrationError: also if ``module`` is a DDP model, which averages by itself.
+        RegistrationError: also if ``module`` is a DDP model, which averages by itself, or there is no process group.
 
     >>> registration = commhub.manual(module, "fp16")  # doctest: +SKIP
     >>> loss.backward(); registration.average(); optimizer.step()  # doctest: +SKIP
@@ -140,8 +159,11 @@ def manual(
     parameters = tuple(trainable(module))
     if not parameters:
         raise RegistrationError("the module has no trainable parameters.")
+    if not dist.is_initialized():
+        raise RegistrationError("there is no process group. Call torch.distributed.init_process_group first.")
     group = dist.group.WORLD if process_group is None else process_group
-    assert group is not None
+    if group is None or dist.get_rank(group) < 0:
+        raise RegistrationError("this process is not in the process group that was given.")
     device = parameters[0][1].device
     every = dict(options)
     if wire is not None:

@@ -26,6 +26,7 @@ class Setup:
 
     Attributes:
         names, shapes, dtypes, strides: of the model's trainable parameters, in the model's order.
+        parameters: the parameters themselves, in that order; none in a simulation, which has gradients only.
         device: where gradients lie.
         rank, world_size: of this process in the group that averages.
         hosts: for each rank, the number of its host, counted from 0 in rank order.
@@ -39,6 +40,7 @@ class Setup:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     strides: tuple[tuple[int, ...], ...]
+    parameters: tuple[torch.Tensor, ...] = ()
     device: torch.device
     rank: int
     world_size: int
@@ -49,6 +51,7 @@ class Setup:
     state: State
     _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
     _after_step: Callable[[Callable[[int], None]], None]
+    _at_end: Callable[[Callable[[], None]], object] = lambda _function: None
     _average: Callable[[Averager], object] = lambda _averager: None
     _ranks: tuple[int, ...] | None = None
 
@@ -69,8 +72,16 @@ class Setup:
         return next((group for group in self._connect(absolute) if mine in group.ranks), None)
 
     def after_step(self, function: Callable[[int], None]) -> None:
-        """Call ``function(step)`` after each synchronised step, once its gradients are averaged on this rank."""
+        """Call ``function(step)`` after each synchronised step, once the averages are in the parameters' ``.grad``."""
         self._after_step(function)
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Call ``function()`` once, when this registration of the hook ends: swapped, removed, replaced or failed.
+
+        What ``prepare`` changed outside the hook is put back there. It is not called when the process or the model
+        ends without that; what is kept elsewhere must hold the hook weakly.
+        """
+        self._at_end(function)
 
     def average(self, averager: Averager) -> None:
         """Prepare ``averager`` and have the model's parameters averaged on its timetable.
@@ -167,11 +178,23 @@ class InnerHook:
         exchange = self._hook.reduce(bucket)
         return exchange if bucket.group is None else confine(exchange, bucket.group)
 
+    @property
+    def made(self) -> tuple[str, Hook]:
+        """The name it was made by, and the hook."""
+        return self._name, self._hook
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copying and unpickling ask for these before there is a hook to ask
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._hook, name)
 
     def __repr__(self) -> str:
         return repr(self._hook)
+
+
+def is_averager(hook: object) -> bool:
+    """Whether it averages parameters on a timetable, an averager made by name included."""
+    return callable(getattr(hook, "due", None))
 
 
 def confine(exchange: Exchange, group: Subgroup) -> Exchange:

@@ -291,6 +291,9 @@ class Registration:
         agree(Meeting.of(self._ground.group, self._ground.timeout), topic, {"step": self.step}, failure)
 
     def close(self) -> None:
-        """Stop the communication thread and free the group, on this rank alone, for a process that trains no more."""
+        """Stop the communication thread and free the group, on this rank alone, averaging nothing.
+
+        For a process that trains no more. The hook object may be registered again.
+        """
         with contextlib.suppress(RuntimeError):
-            self._session.engine.driver.close()
+            stop(self._session.engine)

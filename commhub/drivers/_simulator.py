@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -18,7 +18,7 @@ from .._bucket import Bucket, lay_out
 from .._choosing import choose, wire_dtype
 from .._collectives import Subgroup
 from .._errors import HookError
-from .._protocols import Averager, Confined, Hook, LocalSteps, Setup
+from .._protocols import Confined, Hook, LocalSteps, Setup, is_averager
 from .._state import State
 from ._failure import own_error
 from ._job import Scratch
@@ -28,6 +28,7 @@ from ._stats import Meter
 
 if TYPE_CHECKING:
     from .._network import Network
+    from .._protocols import Averager
 
 Gradients = Sequence[Sequence[Tensor]] | Callable[[int, int], Sequence[Tensor]]
 
@@ -184,10 +185,11 @@ class _World:
     def _turn(self, rank: int, step: int) -> tuple[Hook, Subgroup | None]:
         """What reduces a rank's buckets in a step, and among whom: of an averager, nothing when it is not due."""
         hook = self.hooks[rank]
-        if not isinstance(hook, Averager):
+        if not is_averager(hook):
             return hook, None
-        group = hook.due(step)
-        return (LocalSteps(hook), None) if group is None else (Confined(hook, group), group)
+        averager = cast("Averager", hook)
+        group = averager.due(step)
+        return (LocalSteps(averager), None) if group is None else (Confined(averager, group), group)
 
     def _lane(
         self,

@@ -482,19 +482,70 @@ def test_a_scheduled_hook_takes_over_after_the_optimizers_step(ranks):
 
 
 def in_manual():
-    module = mlp()
+    """An averager on a bare module counts steps and touches no gradient; what is not due communicates nothing."""
+    module, averager = mlp(), Now(2)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    registration = commhub.manual(module, Now(2), optimizer=optimizer, timeout=30)
+    registration = commhub.manual(module, averager, optimizer=optimizer, timeout=30)
     for number in range(4):
         optimizer.zero_grad()
         module(*batches(8)(dist.get_rank(), number)).square().mean().backward()
-        registration.average()
+        own = {name: p.grad.clone() for name, p in module.named_parameters()}
         optimizer.step()
-        assert equal_everywhere(parameters(module)) == (number % 2 == 1)
+        assert not equal_everywhere(parameters(module))
+        means = average(parameters(module)) if number % 2 else parameters(module)
+        before = registration.stats.sent_bytes
+        registration.average()
+        assert close(parameters(module), means)
+        assert equal({name: p.grad for name, p in module.named_parameters()}, own)
+        assert (registration.stats.sent_bytes > before) == (number % 2 == 1)
+        assert registration.step == registration.stats.steps == number + 1
 
 
-def test_a_bare_module_is_averaged_on_time_too(ranks):
-    ranks(in_manual, 2)
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_a_bare_module_is_averaged_when_told_to_and_due(ranks, nproc):
+    ranks(in_manual, nproc)
+
+
+def local_steps_alone():
+    """Rank 0 takes its steps while rank 1 does nothing: only an average needs both."""
+    module = mlp()
+    registration = commhub.manual(module, Now(5), timeout=30)
+    if dist.get_rank() == 1:
+        dist.barrier()
+    for _ in range(4):
+        registration.average()
+    if dist.get_rank() == 0:
+        dist.barrier()
+    registration.average()
+    assert equal_everywhere(parameters(module))
+
+
+def test_a_step_that_averages_nothing_waits_for_nobody(ranks):
+    ranks(local_steps_alone, 2)
+
+
+def in_turn():
+    """A schedule leads from an averager to a hook; `average()` then averages gradients."""
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    registration = commhub.manual(module, Now(10), timeout=30)
+    registration.schedule({2: "allreduce"})
+    for number in range(4):
+        optimizer.zero_grad()
+        module(*batches(8)(dist.get_rank(), number)).square().mean().backward()
+        if registration.name == "allreduce":
+            registration.average()
+            assert equal_everywhere({name: p.grad for name, p in module.named_parameters()})
+            optimizer.step()
+        else:
+            optimizer.step()
+            registration.average()
+    assert (registration.name, registration.step) == ("allreduce", 4)
+    assert equal_everywhere(parameters(module))
+
+
+def test_a_bare_module_goes_from_an_averager_to_a_hook(ranks):
+    ranks(in_turn, 2)
 
 
 def compiled():

@@ -127,6 +127,22 @@ def test_a_fault_is_raised_from_average_on_every_rank(ranks):
     ranks(fail, 2)
 
 
+def close_and_again():
+    """A closed registration gives its hook object back, and averages nothing."""
+    module, hook = net(), Raises()
+    commhub.manual(module, hook).close()
+    again = commhub.manual(module, hook)
+    with pytest.raises(commhub.RegistrationError, match="at work already"):
+        commhub.manual(net(), hook)
+    again.close()
+    with pytest.raises(commhub.HookError, match="was closed"):
+        again.average()
+
+
+def test_a_closed_registration_gives_its_hook_back(ranks):
+    ranks(close_and_again, 2)
+
+
 def refuse():
     with pytest.raises(commhub.RegistrationError, match=r"commhub\.register"):
         commhub.manual(DistributedDataParallel(net()), "allreduce")
@@ -138,3 +154,19 @@ def refuse():
 
 def test_what_has_another_way_in_is_refused_and_told_so(ranks):
     ranks(refuse, 1)
+
+
+def test_without_a_process_group_it_says_what_to_call():
+    with pytest.raises(commhub.RegistrationError, match="init_process_group"):
+        commhub.manual(net(), "allreduce")
+
+
+def not_a_member():
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(commhub.RegistrationError, match="not in the process group"):
+            commhub.manual(net(), "allreduce", process_group=group)
+
+
+def test_a_group_that_this_process_is_not_in_is_refused(ranks):
+    ranks(not_a_member, 2)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ._bucket import Bucket, Span
-from ._callbacks import Callbacks
+from ._callbacks import Callbacks, call_after
 from ._collectives import AllReduce
-from ._errors import HookError
 from ._sparse import SparseMean
 from .drivers._job import Scratch
 from .drivers._lane import Lane
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ._collectives import Subgroup
+    from ._errors import HookError
     from ._network import Network
     from ._protocols import Exchange, Hook
     from ._state import State
@@ -198,29 +198,20 @@ class Engine:
         self.state.commit(finite)
         self.stats.end_step(figures)
         self.step += 1
-        timetable = self.timetable
-        if timetable is None:
-            return None
-        failure = self._afterwards(timetable.note)
-        return failure or (self._afterwards(lambda _step: timetable.settle_in_background()) if linger else None)
+        return None if self.timetable is None else self._call(lambda step: self._note(step, linger=linger))
+
+    def _note(self, step: int, *, linger: bool) -> None:
+        assert self.timetable is not None
+        self.timetable.note(step)
+        if linger:
+            self.timetable.settle_in_background()
 
     def finish(self) -> HookError | None:
         """Call what the hook wants after a step: its averages are in the parameters' ``.grad``."""
-        failures = [self._afterwards(function) for function in self.callbacks.after_step]
-        return next(filter(None, failures), None)
+        return next(filter(None, [self._call(function) for function in self.callbacks.after_step]), None)
 
-    def _afterwards(self, function: Callable[[int], None]) -> HookError | None:
-        step = self.step - 1
-        try:
-            function(step)
-        except Exception as error:  # noqa: BLE001 - raised by the caller, where it harms nothing but the step
-            name = type(self.hook).__name__
-            failure = HookError(
-                f"{name}, step {step}, rank {self.rank}: after_step raised {type(error).__name__}: {error}"
-            )
-            failure.__cause__ = error
-            return failure
-        return None
+    def _call(self, function: Callable[[int], None]) -> HookError | None:
+        return call_after(function, self.step - 1, type(self.hook).__name__, self.rank)
 
     def _confirm(self, *, linger: bool) -> None:
         """Hear from every rank that its step ended well, in a round of one element.

@@ -103,6 +103,9 @@ class ManualRegistration(Registration):
                         parameter.grad.copy_(view)
                     elif id(parameter) in somewhere:
                         parameter.grad = view.clone()
+        failure = engine.finish()
+        if failure is not None:
+            raise failure
 
     def _used_somewhere(self) -> set[int]:
         parameters = [p for _, p in self._ground.parameters]

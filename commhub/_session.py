@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ._agree import Meeting, agree, number_hosts
 from ._averaging import Averaging
 from ._bucket import lay_out
+from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
 from ._engine import Driver, Engine
 from ._errors import RegistrationError
@@ -87,14 +88,16 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         failure = error
     hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
     driver: Driver | None = None
+    callbacks = Callbacks()
     try:
         driver = make_driver(ground, meeting, chosen.label)
-        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver)
+        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks)
     except Exception as error:  # noqa: BLE001 - the same
         failure = error
     try:
         agree(meeting, "prepared", {}, failure)
     except BaseException:
+        callbacks.end()
         if driver is not None:
             driver.close()
         raise
@@ -117,6 +120,7 @@ def stop(engine: Engine) -> None:
         del _at_work[id(worker)]
     if engine.timetable is not None:
         engine.timetable.close()
+    engine.callbacks.end()
     engine.driver.close()
 
 
@@ -142,11 +146,20 @@ def _prepared(
     wire: torch.dtype | None,
     hosts: tuple[int, ...],
     driver: Driver,
+    callbacks: Callbacks,
 ) -> Engine:
     names = tuple(name for name, _ in ground.parameters)
     tensors = [parameter for _, parameter in ground.parameters]
     state = State(names)
-    engine = Engine(hook=hook, state=state, driver=driver, rank=meeting.rank, world_size=meeting.size, wire=wire)
+    engine = Engine(
+        hook=hook,
+        state=state,
+        driver=driver,
+        rank=meeting.rank,
+        world_size=meeting.size,
+        wire=wire,
+        callbacks=callbacks,
+    )
     averagers: list[Averager] = []
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
@@ -155,6 +168,7 @@ def _prepared(
             shapes=tuple(tuple(t.shape) for t in tensors),
             dtypes=tuple(t.dtype for t in tensors),
             strides=tuple(span.stride for span in lay_out(names, tensors)),
+            parameters=tuple(tensors),
             device=ground.device,
             rank=meeting.rank,
             world_size=meeting.size,
@@ -164,7 +178,8 @@ def _prepared(
             scaler=ground.scaler,
             state=state,
             connect=driver.connect,
-            after_step=engine.after_step.append,
+            after_step=callbacks.after_step.append,
+            at_end=callbacks.at_end.append,
             average=averagers.append,
         )
         with torch.no_grad():

@@ -114,8 +114,7 @@ class Slot:
             failure = self._end(engine, linger=shadow)
             if failure is not None:
                 raise failure
-            if self.after is not None:
-                self.after()
+            self._afterwards()
         return future
 
     def _begin(self, engine: Engine, model: DistributedDataParallel, joining: bool, shadow: bool) -> None:
@@ -167,8 +166,16 @@ class Slot:
                 raise failure
 
             Variable._execution_engine.queue_callback(tell)
-        elif self.after is not None:
-            Variable._execution_engine.queue_callback(self.after)
+        elif self.after is not None or engine.callbacks.after_step:
+            Variable._execution_engine.queue_callback(self._afterwards)
+
+    def _afterwards(self) -> None:
+        """What follows a step, after DDP's own callback, which puts the averages where the user reads them."""
+        failure = None if self.engine is None else self.engine.finish()
+        if self.after is not None:
+            self.after()
+        if failure is not None:
+            raise failure
 
     def _end(self, engine: Engine, *, linger: bool = False) -> HookError | None:
         failure = engine.end(linger=linger)

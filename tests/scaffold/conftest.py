@@ -1,0 +1,66 @@
+"""An environment that knows the core's wheel, what that requires, and nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OFFLINE = ("--no-index", "--no-build-isolation", "--disable-pip-version-check")
+
+
+class Clean:
+    """A virtual environment under `folder`; commands run in `folder/work`."""
+
+    def __init__(self, folder):
+        self.work = folder / "work"
+        self.work.mkdir()
+        self._bin = folder / "venv/bin"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self._bin.parent], check=True)
+        # Packages that it may see and pip must not touch lie outside it.
+        borrowed = _borrowed(folder / "borrowed")
+        (site,) = self._bin.parent.glob("lib/python*/site-packages")
+        (site / "borrowed.pth").write_text(f"{borrowed}\n")
+        self.pip("install", "--quiet", "--no-compile", _wheel_of_the_core(folder))
+
+    def run(self, *command, code=0):
+        """What the command printed; it must end with this exit code."""
+        environment = {"PATH": f"{self._bin}:{os.defpath}", "HOME": str(self.work), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def pip(self, command, *arguments):
+        return self.run("python", "-m", "pip", command, *OFFLINE, *map(str, arguments))
+
+
+def _borrowed(folder):
+    """Links to what is installed here, except for commhub and its plugins."""
+    folder.mkdir()
+    for home in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for path in Path(home).iterdir():
+            if "commhub" not in path.name and path.suffix != ".pth":
+                (folder / path.name).symlink_to(path)
+    return folder
+
+
+def _wheel_of_the_core(folder):
+    source = folder / "source"  # a copy: building leaves folders behind
+    shutil.copytree(ROOT / "commhub", source / "commhub", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *OFFLINE, "-w", folder, source]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("commhub-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory):
+    return Clean(tmp_path_factory.mktemp("clean"))

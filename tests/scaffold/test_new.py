@@ -18,19 +18,6 @@ HOOK_FILES = [
     *(f"commhub_my_hook/{name}" for name in ("__init__.py", "_hook.py", "py.typed", "spec.py")),
     *("pyproject.toml", "tests/test_conformance.py", "tests/test_hook.py"),
 ]
-    ".github/workflows/ci.yml",
-    ".gitignore",
-    "CHANGELOG.md",
-    "LICENSE",
-    "README.md",
-    "commhub_my_hook/__init__.py",
-    "commhub_my_hook/_hook.py",
-    "commhub_my_hook/py.typed",
-    "commhub_my_hook/spec.py",
-    "pyproject.toml",
-    "tests/test_conformance.py",
-    "tests/test_hook.py",
-]
 
 
 @pytest.fixture

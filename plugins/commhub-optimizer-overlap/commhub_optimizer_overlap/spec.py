@@ -1,0 +1,41 @@
+"""What the registry knows about this plugin. Imports no torch."""
+
+from commhub import HookSpec, Option, hookimpl
+
+_INNER = Option(name="inner", type="hook", default="allreduce", help="The hook that averages the gradients.")
+
+
+@hookimpl
+def commhub_hooks() -> list[HookSpec]:
+    """The hooks of this distribution."""
+    return [
+        HookSpec(
+            name="optimizer_overlap",
+            summary="Step the optimizer for each bucket as soon as it is reduced, while later ones travel.",
+            factory="commhub_optimizer_overlap._hook:OptimizerOverlap",
+            options=(_INNER,),
+            needs=("optimizer",),
+            exact=True,
+            sent_bytes="those of inner; 2(p-1)/p * 4 bytes per parameter more where backward may leave some out",
+            reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
+        ),
+        HookSpec(
+            name="zero_overlap",
+            summary="The same with ZeroRedundancyOptimizer: owners step a bucket and send its parameters at once.",
+            factory="commhub_optimizer_overlap._zero:ZeroOverlap",
+            options=(
+                _INNER,
+                Option(
+                    name="mode",
+                    type=str,
+                    default="interleaved",
+                    help="Update each bucket when it is reduced, or (stepwise) all of them when the last one is.",
+                    choices=("interleaved", "stepwise"),
+                ),
+            ),
+            needs=("optimizer",),
+            exact=True,
+            sent_bytes="those of inner + (p-1)/p * the parameters' bytes",
+            reference="https://arxiv.org/abs/1910.02054",
+        ),
+    ]

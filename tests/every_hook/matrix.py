@@ -34,6 +34,7 @@ HOOKS = (
     *AS_ONE,
     "quantize_per_tensor(dense_small=false)",
     "quantize_per_channel(dense_small=false, group_size=16)",
+    "post_local_sgd(start_step=0, period=2, local_gradients=false)",
 )
 
 ONE, MANY = 25.0, 1e-6  # bucket_cap_mb: everything in one bucket; one for each parameter, from the second step on
@@ -130,7 +131,14 @@ def drawn(rank, step, shapes=None):
 def build(hook, cap, module=None, **ddp):
     """A DDP model with this hook, and its registration; None is a model without one."""
     model = DistributedDataParallel(Given() if module is None else module, bucket_cap_mb=cap, **ddp)
-    return model, None if hook is None else commhub.register(model, hook, timeout=30)
+    return model, None if hook is None else register(model, hook, timeout=30)
+
+
+def register(model, hook, **arguments):
+    """`commhub.register`, with an optimizer where the hook's spec says that it needs one."""
+    if "optimizer" in spec_of(hook).needs:
+        arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    return commhub.register(model, hook, **arguments)
 
 
 def give(model, gradients):

@@ -21,6 +21,7 @@ from .matrix import (
     feeds_back,
     give_all,
     local_state,
+    register,
     results,
     spec_of,
     state_of,
@@ -193,7 +194,7 @@ class Scaled:
         self.plain, self.reference = build(hook, cap, find_unused_parameters=True)
         self.model, _ = build(None, cap, find_unused_parameters=True)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        self.registration = commhub.register(self.model, hook, scaler=self.scaler, timeout=30)
+        self.registration = register(self.model, hook, scaler=self.scaler, timeout=30)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         self.optimizer.zero_grad()
 

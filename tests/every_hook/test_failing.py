@@ -22,6 +22,7 @@ from .matrix import (
     give,
     name_of,
     on_ranks,
+    register,
     results,
     spec_of,
 )
@@ -40,7 +41,7 @@ def usable(model, hook, where):
 def refused(model, hook, options):
     """The error of registering; TypeError and the like are no answer."""
     try:
-        commhub.register(model, hook, **options)
+        register(model, hook, **options)
     except commhub.CommhubError as error:
         return error
     raise AssertionError(f"{hook} with {options} was accepted")
@@ -74,7 +75,7 @@ def bad_options(hook):
             assert isinstance(error, told), f"{where} on rank {last} only: {error!r}"
             assert rank == last or (f"rank {last}" in str(error) and option in str(error)), f"{where}: {error}"
             assert commhub.registration(model) is None, where
-        commhub.register(model, hook)
+        register(model, hook)
         usable(model, hook, f"{hook}, {buckets}")
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import commhub
 
-from .matrix import BUCKETS, HOOKS, build, collectives, drawn, feeds_back, give, name_of
+from .matrix import BUCKETS, HOOKS, build, collectives, drawn, feeds_back, give, name_of, register
 
 TIMEOUT = 20.0
 
@@ -24,7 +24,7 @@ EXCHANGES = {
 def die_in_a_step(hook, cap):
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     model, registration = build(hook, cap)
-    registration = commhub.register(model, hook, timeout=TIMEOUT)
+    registration = register(model, hook, timeout=TIMEOUT)
     kind = type(registration.hook)
     whole = kind.reduce
 

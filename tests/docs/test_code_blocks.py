@@ -33,7 +33,7 @@ PAGES = sorted(
 )
 _BLOCK = re.compile(r"(?P<not_run><!-- not run: [^>]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 _RUN = ("python", "pycon")
-_SHOWN = ("", "console", "text", "toml")
+_SHOWN = ("", "console", "diff", "text", "toml")
 
 
 def blocks(page):

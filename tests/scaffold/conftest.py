@@ -17,6 +17,7 @@ class Clean:
     """A virtual environment under `folder`; commands run in `folder/work`."""
 
     def __init__(self, folder):
+        self.folder = folder
         self.work = folder / "work"
         self.work.mkdir()
         self._bin = folder / "venv/bin"
@@ -25,7 +26,7 @@ class Clean:
         borrowed = _borrowed(folder / "borrowed")
         (site,) = self._bin.parent.glob("lib/python*/site-packages")
         (site / "borrowed.pth").write_text(f"{borrowed}\n")
-        self.pip("install", "--quiet", "--no-compile", _wheel_of_the_core(folder))
+        self.install("pyproject.toml", "README.md", "LICENSE", "commhub")
 
     def run(self, *command, code=0):
         """What the command printed; it must end with this exit code."""
@@ -35,6 +36,17 @@ class Clean:
         )
         assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def install(self, *paths):
+        """Install the distribution that these files and folders of the repository make up, as a wheel."""
+        source = self.folder / f"source{len(list(self.folder.glob('source*')))}"  # building leaves folders behind
+        source.mkdir()
+        for path in (ROOT / name for name in paths):
+            if path.is_dir():
+                shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, source)
+        self.pip("install", "--quiet", "--no-compile", source)
 
     def pip(self, command, *arguments):
         return self.run("python", "-m", "pip", command, *OFFLINE, *map(str, arguments))
@@ -48,17 +60,6 @@ def _borrowed(folder):
             if "commhub" not in path.name and path.suffix != ".pth":
                 (folder / path.name).symlink_to(path)
     return folder
-
-
-def _wheel_of_the_core(folder):
-    source = folder / "source"  # a copy: building leaves folders behind
-    shutil.copytree(ROOT / "commhub", source / "commhub", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *OFFLINE, "-w", folder, source]
-    subprocess.run(command, check=True)
-    (wheel,) = folder.glob("commhub-*.whl")
-    return wheel
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def commhub_hooks() -> list[HookSpec]:
             options=(_INNER,),
             needs=("optimizer",),
             exact=True,
-            sent_bytes="those of inner; 2(p-1)/p * 4 bytes per parameter more where backward may leave some out",
+            sent_bytes="inner",
             reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
         ),
         HookSpec(
@@ -35,7 +35,7 @@ def commhub_hooks() -> list[HookSpec]:
             ),
             needs=("optimizer",),
             exact=True,
-            sent_bytes="those of inner + (p-1)/p * the parameters' bytes",
+            sent_bytes="inner + (p-1)/p * numel * itemsize",
             reference="https://arxiv.org/abs/1910.02054",
         ),
     ]

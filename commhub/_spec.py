@@ -193,7 +193,9 @@ class HookSpec(_Spec):
     * `preset`: options that this name fixes (`powersgd_rank2` presets `rank=2`); users cannot override them.
     * `needs`: what must be given at register besides the model, such as `"optimizer"`.
     * `devices`: where its tensors may live.
-    * `sent_bytes`: the bytes that one rank sends per step, as a formula for readers.
+    * `sent_bytes`: the bytes that one rank sends per step for the gradient of one parameter, as a formula: Python
+      arithmetic with `min`, `max`, `ceil`, `sqrt`, `log2` over `p` (ranks), `h` (ranks on one host), `rows` and `cols`
+      of the matrix, `numel`, `itemsize`, and the options by name; a nested hook's name stands for its own bytes.
     * `reference`: the paper or document that defines the method.
     * `exact`: whether the result is the mean up to rounding in the gradient's dtype.
     * `agrees`: whether the result is identical on all ranks, bit by bit.

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-import attrs
 import click
 
 from commhub import _index, _lookup
+from commhub._probe import Finding, examine
 from commhub.cli._output import print_json, print_table
 
 if TYPE_CHECKING:
-    from commhub._index import Claim
     from commhub._lookup import Standing
 
 _COLUMNS = ("name", "package", "version", "status", "import", "imports torch")
-_LIMIT = 120  # seconds; a cold torch import on a slow disk takes a few tens
-_CHILD = (
-    "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['path']; "
-    "from commhub.cli._probe import probe; probe(job)"
-)
-
-
-class Finding(TypedDict):
-    """What a child process found out about one spec module."""
-
-    error: str | None
-    summaries: dict[str, str]
-    import_ms: float | None
-    imports_torch: bool | None
-    traceback: str | None
 
 
 @click.command()
@@ -49,7 +30,7 @@ def doctor(as_json: bool) -> None:
         if standing.status not in {"disabled", "incompatible"}:
             plugin = (claim.distribution, claim.module)
             if plugin not in found:
-                found[plugin] = _examine([c for c in _index.claims() if (c.distribution, c.module) == plugin])
+                found[plugin] = examine([c for c in _index.claims() if (c.distribution, c.module) == plugin])
             finding = found[plugin]
         rows.append(_row(standing, finding))
     if as_json:
@@ -77,29 +58,6 @@ def _row(standing: Standing, finding: Finding | None) -> dict[str, object]:
         "imports_torch": finding["imports_torch"] if finding else None,
         "traceback": finding["traceback"] if finding else None,
     }
-
-
-def _examine(claims: list[Claim]) -> Finding:
-    job = json.dumps({"path": sys.path, "claims": [attrs.asdict(claim) for claim in claims]})
-    try:
-        child = subprocess.run(  # noqa: S603 - this interpreter, and text of our own
-            [sys.executable, "-c", _CHILD],
-            input=job,
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT,
-            check=False,
-        )
-        finding: Finding = json.loads(child.stdout)
-    except subprocess.TimeoutExpired:
-        return _lost(f"loading it took longer than {_LIMIT} s", None)
-    except ValueError:
-        return _lost(f"its process ended with exit code {child.returncode}", child.stderr)
-    return finding
-
-
-def _lost(error: str, traceback: str | None) -> Finding:
-    return Finding(error=error, summaries={}, import_ms=None, imports_torch=None, traceback=traceback)
 
 
 def _print(rows: list[dict[str, object]], found: dict[tuple[str, str], Finding]) -> None:

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from commhub.testing._models import Branches, EveryKind, Run, batches, mlp, train
     from commhub.testing._outcome import RankError, RankFailure, RankResult
     from commhub.testing._pool import RankPool
+    from commhub.testing.conformance._check import CheckResult
+    from commhub.testing.conformance._run import check_hook, parametrize_with_checks
     from commhub.testing.plugins import TemporaryPlugin, temporary_plugin
 
 _HOMES = {
     "Branches": "_models",
+    "CheckResult": "conformance._check",
     "EveryKind": "_models",
     "Rank": "_context",
     "RankError": "_outcome",
@@ -28,14 +31,17 @@ _HOMES = {
     "assert_equal_across_ranks": "_compare",
     "batches": "_models",
     "bitwise_equal": "_compare",
+    "check_hook": "conformance._run",
     "current": "_context",
     "mlp": "_models",
+    "parametrize_with_checks": "conformance._run",
     "temporary_plugin": "plugins",
     "train": "_models",
 }
 
 __all__ = [
     "Branches",
+    "CheckResult",
     "EveryKind",
     "Rank",
     "RankError",
@@ -47,8 +53,10 @@ __all__ = [
     "assert_equal_across_ranks",
     "batches",
     "bitwise_equal",
+    "check_hook",
     "current",
     "mlp",
+    "parametrize_with_checks",
     "temporary_plugin",
     "train",
 ]

@@ -56,6 +56,14 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture
+def check(request: pytest.FixtureRequest, ranks: Ranks) -> Any:
+    """A conformance check, to be called: see `commhub.testing.parametrize_with_checks`."""
+    case = request.param
+    case.pool = ranks.pool
+    return case
+
+
+@pytest.fixture
 def temporary_plugin(tmp_path: Path) -> Iterator[Callable[..., plugins.TemporaryPlugin]]:
     """Plugins for one test: `temporary_plugin("commhub-foo", hooks={...}, source=...)` installs one."""
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ def commhub_hooks() -> list[HookSpec]:
             summary="Average in the gradients' own dtype: bit-equal to DDP without a hook.",
             factory="commhub_allreduce._hook:Allreduce",
             exact=True,
-            sent_bytes="2 (p-1)/p * n",
+            sent_bytes="2 * (p-1)/p * numel * itemsize",
             reference="https://docs.pytorch.org/docs/stable/notes/ddp.html",
         )
     ]

@@ -24,10 +24,7 @@ _OPTIONS = (
     ),
 )
 
-_BYTES = (
-    "2 (p-1)/p * (num_power_iterations * 2 * side * min(side, rank) + one for each parameter in the square "
-    "+ elements outside it) * itemsize per bucket of real gradients, side = ceil(sqrt(elements in the square))"
-)
+_BYTES = "2 * (p-1)/p * (2 * ceil(sqrt(numel)) * min(ceil(sqrt(numel)), rank) * num_power_iterations + 1) * itemsize"
 _PAPER = "https://arxiv.org/abs/1905.13727"
 
 

@@ -12,7 +12,7 @@ def commhub_hooks() -> list[HookSpec]:
             summary="Average in bfloat16: half the bytes of float32, and its range.",
             factory="commhub_bf16._hook:Bf16",
             tolerance=8e-3,
-            sent_bytes="2 (p-1)/p * 2 bytes per element",
+            sent_bytes="2 * (p-1)/p * numel * 2",
             reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
         )
     ]

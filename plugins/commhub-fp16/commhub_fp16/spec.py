@@ -12,7 +12,7 @@ def commhub_hooks() -> list[HookSpec]:
             summary="Average in float16: half the bytes of float32, scaled before the cast.",
             factory="commhub_fp16._hook:Fp16",
             tolerance=1e-3,
-            sent_bytes="2 (p-1)/p * 2 bytes per element",
+            sent_bytes="2 * (p-1)/p * numel * 2",
             reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",
         )
     ]

@@ -37,8 +37,7 @@ _OPTIONS = (
 )
 
 _BYTES = (
-    "2 (p-1)/p * (num_power_iterations * sum of (n+m) * min(n, m, rank) over compressed n x m matrices "
-    "+ all other elements) * itemsize; alternating: n and m in turns instead of n+m"
+    "2 * (p-1)/p * (rows + cols) * min(rows, cols, rank) * itemsize * (1/2 if alternating else num_power_iterations)"
 )
 _PAPER = "https://arxiv.org/abs/1905.13727"
 

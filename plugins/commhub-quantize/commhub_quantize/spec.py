@@ -47,7 +47,7 @@ def commhub_hooks() -> list[HookSpec]:
             factory="commhub_quantize._hook:QuantizePerTensor",
             options=_OPTIONS,
             tolerance=0.03,
-            sent_bytes="2 (p-1)/p * (bits/8 per element + 4 bytes per scale), p scales per parameter",
+            sent_bytes="2 * (p-1)/p * (numel * bits/8 + 4 * p * (1 if symmetric else 2))",
             reference=_PAPER,
         ),
         HookSpec(
@@ -56,7 +56,7 @@ def commhub_hooks() -> list[HookSpec]:
             factory="commhub_quantize._hook:QuantizePerChannel",
             options=(*_OPTIONS, _GROUP_SIZE),
             tolerance=0.02,
-            sent_bytes="2 (p-1)/p * (bits/8 per element + 4 bytes per group)",
+            sent_bytes="2 * (p-1)/p * numel * (bits/8 + 4/group_size * (1 if symmetric else 2))",
             reference=_PAPER,
         ),
     ]

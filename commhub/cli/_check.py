@@ -1,0 +1,68 @@
+"""`commhub check`: the conformance kit against one hook or averager."""
+
+from __future__ import annotations
+
+import click
+
+from commhub.cli._output import complete_names, print_json, print_table
+
+
+def _ranks(_context: object, _option: object, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if not all(1 <= number <= 64 for number in numbers):
+        raise click.BadParameter(f"{text!r}: give numbers of ranks, such as 2,4.")
+    return numbers
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_names)
+@click.option("--nproc", default="2,4", callback=_ranks, show_default=True, help="Numbers of ranks to train on.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
+@click.option("--expect-failure", "expected", multiple=True, metavar="CHECK=REASON", help="A check that may fail.")
+@click.option("--minimum", default=1, show_default=True, help="How many checks have to apply.")
+def check(name: str, nproc: tuple[int, ...], as_json: bool, expected: tuple[str, ...], minimum: int) -> None:
+    """Run the conformance checks against NAME, a hook string or averager. Exits with 1 if one fails.
+
+    The checks follow from what the plugin declares. They look at the distribution, drive the hook in a simulator on
+    up to 64 virtual ranks, and train with it on real ranks of this machine.
+    """
+    try:
+        from commhub.testing import check_hook
+        from commhub.testing.conformance._run import summary
+    except ImportError as error:
+        raise click.ClickException(f"the conformance kit cannot be loaded: {error}") from error
+    reasons = {}
+    for text in expected:
+        key, found, reason = text.partition("=")
+        if not found or not reason.strip():
+            raise click.BadParameter(f"{text!r}: write CHECK=REASON.", param_hint="--expect-failure")
+        reasons[key] = reason
+    try:
+        results = check_hook(name, nproc=nproc, expected_failed_checks=reasons, minimum=minimum)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        import attrs
+
+        print_json([attrs.asdict(result) for result in results])
+    else:
+        rows = [
+            (
+                result.check,
+                f"{result.nproc} ranks" if result.nproc else "",
+                result.status,
+                f"{result.seconds:.1f} s",
+                result.reason.partition("\n")[0],
+            )
+            for result in results
+        ]
+        print_table(rows, ("check", "on", "result", "took", "why"))
+        for result in results:
+            if result.status == "failed" and "\n" in result.reason:
+                click.echo(f"\n{result.check}: {result.reason}")
+        click.echo(f"\n{name}: {summary(results)}")
+    if any(result.status == "failed" for result in results):
+        raise SystemExit(1)

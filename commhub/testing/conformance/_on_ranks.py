@@ -1,0 +1,169 @@
+"""Training on real ranks: many buckets, long runs, a peer that fails."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
+from commhub.testing._models import batches, mlp, train
+from commhub.testing.conformance._check import NotApplicableError, rule
+from commhub.testing.conformance._material import MANY, ONE, Given, build, couples, drawn, give, results
+from commhub.testing.conformance._numbers import ALIKE
+
+if TYPE_CHECKING:
+    from commhub.testing.conformance._subject import Subject
+
+LAYERS = [12] * 13
+PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS
+
+
+@rule("ranks", after=(*ALIKE, "ranks_agree"))
+def many_buckets(subject: Subject) -> None:
+    """Twelve buckets in flight for thirty steps: no hang, no mix-up, the same on all ranks."""
+    model, registration = build(subject, PER_LAYER, mlp(LAYERS))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    draw = batches(LAYERS[0])
+    for step in range(30):
+        optimizer.zero_grad()
+        model(*draw(dist.get_rank(), step)).square().mean().backward()
+        if subject.promises("agrees") is not False:
+            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and step % 10 == 9}
+            assert_equal_across_ranks({f"step {step}: {name}": g for name, g in found.items()})
+        optimizer.step()
+    assert registration.step == registration.stats.steps == 30
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@rule("ranks", after=(*ALIKE, "many_buckets"))
+def rebuilt_buckets(subject: Subject) -> None:
+    """What it remembers belongs to parameters: buckets that DDP rebuilds after the first step change no result."""
+    apart = couples(subject)
+    rank = dist.get_rank()
+    (one, _), (many, _) = build(subject, ONE), build(subject, MANY)
+    for step in range(4):
+        own = drawn(rank, step)
+        a, b = give(one, own), give(many, own)
+        for name in a:
+            assert b[name].isfinite().all(), f"step {step}: {name} is not finite"
+            off = float((a[name] - b[name]).norm())
+            bound = 1e-3 * float(own[name].norm())
+            assert apart or off <= bound, (
+                f"step {step}: {name} is off by {off:.3g} where parameters have buckets of their own"
+            )
+
+
+@rule("ranks", after=ALIKE)
+def trains(subject: Subject) -> None:
+    """A small model learns with it: its loss falls to less than half."""
+    if subject.promises("agrees") is False:
+        raise NotApplicableError("it declares that ranks do not agree")
+    model, _ = build(subject, PER_LAYER, mlp([8, 16, 16, 4]))
+    x = batches(8, rows=16)(dist.get_rank(), 0)
+    run = train(model, 60, batch=lambda _rank, _step: x, lr=0.3)
+    assert run.losses[-1] < 0.5 * run.losses[0], f"the loss went from {run.losses[0]:.3g} to {run.losses[-1]:.3g}"
+
+
+@rule("ranks", after=ALIKE)
+def memory_is_flat(subject: Subject) -> None:
+    """Two hundred steps need no more memory than sixty."""
+    model, _ = build(subject, PER_LAYER, Given({"matrix": (48, 32), "vector": (9,)}))
+    own = drawn(dist.get_rank(), 0, {"matrix": (48, 32), "vector": (9,)})
+    held = []
+    for step in range(200):
+        give(model, own)
+        if step in (59, 199):
+            held.append(_held())
+    (tensors, objects), (more_tensors, more_objects) = held
+    assert more_tensors <= tensors * 1.02 + 4096, (
+        f"tensors hold {tensors} bytes after 60 steps, {more_tensors} after 200"
+    )
+    assert more_objects <= objects + 120, f"there are {more_objects - objects} more objects after 140 more steps"
+
+
+def _held() -> tuple[int, int]:
+    """Bytes of all tensors that are alive, and the number of objects that the collector tracks."""
+    gc.collect()
+    objects = gc.get_objects()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in objects if type(t) is torch.Tensor
+    }
+    return sum(storages.values()), len(objects)
+
+
+def _faulty(reduce: Any, step: int) -> Any:
+    def failing(self: Any, bucket: Any) -> Any:
+        if bucket.step == step:
+            raise ZeroDivisionError("planned")
+        yield from reduce(self, bucket)
+
+    return failing
+
+
+@rule("ranks", after=ALIKE)
+def a_failing_peer(subject: Subject) -> None:
+    """When it fails on one rank all ranks raise, saying which and why, and training goes on after a swap."""
+    import commhub
+
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    model, registration = build(subject, ONE)
+    kind: Any = type(registration.hook)
+    told = None
+    with patch.object(kind, "reduce", _faulty(kind.reduce, 2) if rank == last else kind.reduce):
+        for step in range(3):
+            assert told is None, f"failed early: {told}"
+            try:
+                give(model, drawn(rank, step))
+            except commhub.HookError as error:
+                told = error
+    if rank == last or registration.stats.sent_bytes:  # who waits for nobody learns of nobody's failure
+        assert told is not None, f"no error on rank {rank}"
+        for part in (f"rank {last}", "ZeroDivisionError: planned"):
+            assert part in str(told), f"{part!r} is missing from: {told}"
+    for after in ("allreduce", subject.hook):
+        registration.swap(after)
+        for step in range(2):
+            give(model, drawn(rank, 50 + step))
+        assert all(g.isfinite().all() for g in results(model).values()), f"after a swap to {after}"
+
+
+@rule("ranks", after=ALIKE)
+def swapped(subject: Subject) -> None:
+    """It can be swapped in and out between steps, and then works as if it had always been there."""
+    import commhub
+
+    rank = dist.get_rank()
+    (model, registration), (twin, _), (plain, _) = (build(None, ONE) for _ in range(3))
+    if subject.spec.needs:
+        raise NotApplicableError(f"it needs {', '.join(subject.spec.needs)}, which is given at registration")
+    for one in (model, twin, plain):
+        give(one, drawn(rank, 0))
+    registration.swap(subject.hook)
+    commhub.register(twin, subject.hook, timeout=30)
+    for step in range(3):
+        own = drawn(rank, step)
+        a, b = give(model, own), give(twin, own)
+    assert registration.step == 4
+    if not _depends_on_step(subject):  # it is a step further than the twin's
+        for name in a:
+            off = float((a[name] - b[name]).norm())
+            assert off <= 1e-5 * float(b[name].norm()), f"{name} is off by {off:.3g} from a model registered with it"
+    registration.swap("allreduce")
+    own = drawn(rank, 9)
+    a, b = give(model, own), give(plain, own)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=f"{name} after swapping it out")
+
+
+def _depends_on_step(subject: Subject) -> bool:
+    """Whether the second of two equal steps may differ from the first for another reason than what it remembers."""
+    from commhub.testing.conformance._material import simulate
+
+    own = drawn(0, 0)
+    runs = [simulate(subject, lambda _rank, _step: own, 2, steps=count) for count in (1, 2)]
+    same = all(bitwise_equal(a, b) for a, b in zip(*(run.gradients[0] for run in runs), strict=True))
+    return not same and all(state.is_empty() for state in runs[0].states)

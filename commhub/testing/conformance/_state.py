@@ -1,0 +1,93 @@
+"""What is remembered: saved, restored in new processes, with other buckets, through plain dicts."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from commhub.testing._compare import bitwise_equal
+from commhub.testing.conformance._check import NotApplicableError, rule
+from commhub.testing.conformance._material import MANY, ONE, build, couples, drawn, give, state_of
+from commhub.testing.conformance._numbers import ALIKE
+
+if TYPE_CHECKING:
+    from commhub.testing._pool import RankPool
+    from commhub.testing.conformance._subject import Subject
+
+Saved = tuple[bytes, dict[str, torch.Tensor]]
+
+
+def first_half(subject: Subject, cap: float) -> Saved:
+    """Four steps, a checkpoint, and the step after it, on every rank."""
+    model, registration = build(subject, cap)
+    for step in range(4):
+        give(model, drawn(dist.get_rank(), step))
+    file = io.BytesIO()
+    torch.save(registration.state_dict(), file)
+    return file.getvalue(), give(model, drawn(dist.get_rank(), 4))
+
+
+def second_half(subject: Subject, cap: float, saved: list[Saved]) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The same step in a new process, from the checkpoint. The text says what was not restored."""
+    mine = torch.load(io.BytesIO(saved[dist.get_rank()][0]), weights_only=True)
+    model, registration = build(subject, cap)
+    for step in range(2):  # buckets are made, and what was before counts no more
+        give(model, drawn(dist.get_rank(), 90 + step))
+    registration.load_state_dict(mine)
+    again = registration.state_dict()
+    if again["step"] != mine["step"]:
+        return {}, f"the step is {again['step']} and not {mine['step']}"
+    for key, tensor in _flat(mine).items():
+        if not bitwise_equal(tensor, _flat(again)[key]):
+            return {}, f"{key} was not restored bit by bit"
+    return give(model, drawn(dist.get_rank(), 4)), None
+
+
+def _flat(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+    scopes = {"shared": saved["shared"], **saved["local"]}
+    return {
+        f"{scope}: {key} of {name}": tensor
+        for scope, tables in scopes.items()
+        for name, table in tables.items()
+        for key, tensor in table.items()
+    }
+
+
+@rule("processes", after=ALIKE)
+def resumes(subject: Subject, pool: RankPool, nproc: int) -> None:
+    """A run goes on from its checkpoint in new processes, bit by bit, also with other buckets."""
+    coupled = bool(pool.run(couples, 1, (subject,), init=False)[0])
+    before = [_value(result) for result in pool.run_fresh(first_half, nproc, (subject, ONE), timeout=60)]
+    for cap in (ONE,) if coupled else (ONE, MANY):
+        after = [_value(r) for r in pool.run_fresh(second_half, nproc, (subject, cap, before), timeout=60)]
+        for rank, ((_, expected), (found, problem)) in enumerate(zip(before, after, strict=True)):
+            where = f"rank {rank}, {'the same' if cap == ONE else 'other'} buckets"
+            assert problem is None, f"{where}: {problem}"
+            for name, tensor in expected.items():
+                if nproc == 2 or cap == ONE:
+                    assert bitwise_equal(found[name], tensor), f"{where}: the step after loading differs in {name}"
+                else:  # more than two summands are added in another order
+                    off = float((found[name] - tensor).norm())
+                    assert off <= 2e-2 * float(tensor.norm()) + 1e-6, f"{where}: {name} is off by {off:.3g}"
+
+
+def _value(result: Any) -> Any:
+    assert result.error is None, f"{result.error.type_name}: {result.error.message}\n{result.error.traceback}"
+    return result.value
+
+
+@rule("ranks", after=ALIKE)
+def state_is_by_parameter(subject: Subject) -> None:
+    """Its state says what it belongs to: the same entries, whatever the buckets; and it survives no_grad and copies."""
+    entries = []
+    for cap in (ONE, MANY):
+        model, registration = build(subject, cap)
+        for step in range(3):
+            give(model, drawn(dist.get_rank(), step))
+        entries.append({key: (tensor.shape, tensor.dtype) for key, tensor in state_of(registration).items()})
+    if not entries[0] and not entries[1]:
+        raise NotApplicableError("it remembers nothing")
+    assert entries[0] == entries[1], f"in one bucket it keeps {sorted(entries[0])}, in many {sorted(entries[1])}"

@@ -61,7 +61,7 @@ class ManualRegistration(Registration):
     def _count(self) -> None:
         engine = self._session.engine
         engine.begin()
-        failure = engine.end()
+        failure = engine.end() or engine.finish()
         if failure is not None:
             raise failure
         self.finish()

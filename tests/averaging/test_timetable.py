@@ -506,6 +506,25 @@ def test_a_bare_module_is_averaged_when_told_to_and_due(ranks, nproc):
     ranks(in_manual, nproc)
 
 
+class Told(Now):
+    def prepare(self, setup):
+        super().prepare(setup)
+        self.steps = []
+        setup.after_step(lambda step: self.steps.append((step, len(self.seen))))
+
+
+def told_in_manual():
+    averager = Told(2)
+    registration = commhub.manual(mlp(), averager, timeout=30)
+    for _ in range(3):
+        registration.average()
+    assert averager.steps == [(0, 0), (1, 0), (2, 1)]
+
+
+def test_after_step_is_called_before_a_bare_module_s_average(ranks):
+    ranks(told_in_manual, 1)
+
+
 def local_steps_alone():
     """Rank 0 takes its steps while rank 1 does nothing: only an average needs both."""
     module = mlp()

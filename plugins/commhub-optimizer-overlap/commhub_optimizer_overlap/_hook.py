@@ -101,14 +101,6 @@ class _Overlap:
         """Whether to step early: not in the first step, where a loss scaler or clipping shows itself unharmed."""
         return self._begun and bool(self._watches)
 
-    def _claim(
-        self, watch: Watch, bucket: Bucket, stepped: Sequence[tuple[Tensor, int]], left: Sequence[Tensor]
-    ) -> None:
-        for parameter in left:
-            watch.leave(parameter)
-        if stepped:
-            watch.claim(stepped, took_part=any(bucket.used))
-
 
 def _release(watches: tuple[Watch, ...]) -> None:
     for watch in watches:
@@ -143,7 +135,7 @@ class OptimizerOverlap(_Overlap):
     def reduce(self, bucket: Bucket) -> Exchange:
         """Average with the inner hook, then step the parameters that some rank has used."""
         chosen = yield from self._reduced(bucket)
-        if self._overlaps:
+        if self._watches:
             self._step(bucket, chosen)
 
     def _step(self, bucket: Bucket, chosen: Sequence[bool]) -> None:
@@ -160,5 +152,5 @@ class OptimizerOverlap(_Overlap):
             else:
                 left[place[0]].append(parameter)
         for optimizer, watch, some, others in zip(self._optimizers, self._watches, updates, left, strict=True):
-            self._claim(watch, bucket, [(u.parameter, u.group) for u in some], others)
+            watch.claim([(u.parameter, u.group) for u in some], others, took_part=any(bucket.used))
             step_some(optimizer, some)

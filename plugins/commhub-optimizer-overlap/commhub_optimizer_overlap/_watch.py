@@ -15,7 +15,7 @@ import torch
 from commhub import RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -40,6 +40,9 @@ class Watch:
         self._settings: dict[int, dict[str, object]] = {}
         self._complete = self._took_part = False
         self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._depth = 0
+        self._in_closure = False
+        self._wrapped: Callable[[], object] | None = None
         self._own: dict[str, object] | None = None
         self._checked = False
 
@@ -83,11 +86,12 @@ class Watch:
 
     # While backward runs, by the hook.
 
-    def claim(self, parameters: Iterable[tuple[Tensor, int]], *, took_part: bool) -> None:
-        """Parameters, with the numbers of their groups, are about to be stepped.
+    def claim(self, stepped: Iterable[tuple[Tensor, int]], left: Iterable[Tensor], *, took_part: bool) -> None:
+        """A bucket is reduced.
 
         Args:
-            parameters: of this optimizer.
+            stepped: those of its parameters that are about to be stepped, with the numbers of their groups.
+            left: those that are left to the user's ``step()``.
             took_part: whether this rank's own backward reached any of the bucket's parameters.
 
         Raises:
@@ -104,20 +108,20 @@ class Watch:
                 )
             self._forget()  # a rank that has joined: nobody calls step() there
         self._took_part = self._took_part or took_part
-        for parameter, group in parameters:
+        self._stepped.difference_update(map(id, left))  # what a backward that ended in an exception may have stepped
+        for parameter, group in stepped:
             self._stepped.add(id(parameter))
             if group not in self._settings:
                 self._settings[group] = _plain(optimizer.param_groups[group])
-
-    def leave(self, parameter: Tensor) -> None:
-        """Leave the parameter to the user's ``step()``."""
-        self._stepped.discard(id(parameter))
 
     def conclude(self, parameters: Iterable[Tensor]) -> None:
         """Backward has ended, and the gradients of these parameters are what the user sees from now on."""
         grads = ((id(p), p.grad) for p in parameters)
         self._final = {key: _print(grad) for key, grad in grads if grad is not None and not grad.is_sparse}
         self._complete = True
+        if not self._in_closure and self._depth:  # the step() before ended in an exception
+            self._depth = 0
+            self._restore()
 
     @property
     def stepped(self) -> frozenset[int]:
@@ -127,25 +131,43 @@ class Watch:
     # The user's step().
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._restore()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._depth += 1
+        if self._depth > 1 and (closure is None or closure is self._wrapped):
+            return None  # a subclass's step() has called its base's
+        self._depth = 1
         if not self._users:  # the hook after the step removes itself, which only the last one can
             optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id)
         self._refuse_scaler(optimizer)
         if not self._checked:
             self._own = _own(optimizer)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._hide(optimizer)
             return None
+        self._wrapped = wrapped = self._evaluated(optimizer, closure)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
+    def _evaluated(self, optimizer: Any, closure: Callable[[], object]) -> Callable[[], object]:
         def evaluated() -> object:
-            loss = closure()  # backward runs in here
-            self._hide(optimizer)
+            self._restore()
+            self._in_closure = True
+            try:
+                loss = closure()  # backward runs in here
+                self._hide(optimizer)
+            except BaseException:
+                self._depth = 0
+                raise
+            finally:
+                self._in_closure = False
             return loss
 
-        return ((args[0], evaluated, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluated})
+        return evaluated
 
     def _after(self, optimizer: Any, _args: object, _kwargs: object) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._depth, self._wrapped = 0, None
         self._restore()
         self._forget()
         if not self._users:
@@ -155,10 +177,12 @@ class Watch:
 
     def _hide(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._restore()
         try:
             self._check_gradients(optimizer, parameters)
             self._check_settings(optimizer)
         except RegistrationError:
+            self._depth = 0
             self._forget()
             raise
         for parameter in parameters:
@@ -183,6 +207,7 @@ class Watch:
         if "found_inf" in vars(optimizer) or "grad_scale" in vars(optimizer):
             for name in ("found_inf", "grad_scale"):
                 vars(optimizer).pop(name, None)
+            self._depth = 0
             self._forget()
             raise RegistrationError(
                 f"a loss scaler steps this {type(optimizer).__name__}, whose parameters are updated in backward, with "

@@ -106,9 +106,9 @@ class ZeroOverlap(_Overlap):
         is_last = self._is_last(bucket)
         chosen = yield from self._reduced(bucket)
         self._arrived += 1
-        if not self._overlaps:
+        if not self._watches:
             return
-        if self.mode == "interleaved":
+        if self.mode == "interleaved" or not self._overlaps:
             yield from self._update([(bucket, chosen)])
             return
         self._awaiting.append((bucket, chosen))
@@ -148,7 +148,8 @@ class ZeroOverlap(_Overlap):
                 if parameter in owners
             ]
             some = [(p, all_groups[id(p)][1]) for p, _, is_chosen in ours if is_chosen]
-            self._claim(self._watches[0], bucket, some, [p for p, _, is_chosen in ours if not is_chosen])
+            left = [parameter for parameter, _, is_chosen in ours if not is_chosen]
+            self._watches[0].claim(some, left, took_part=any(bucket.used))
             updates += [Update(local[id(p)][1], p, g) for p, g, is_chosen in ours if is_chosen and id(p) in local]
             by_owner: dict[int, list[Tensor]] = {}
             for parameter, _ in some:

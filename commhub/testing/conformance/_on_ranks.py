@@ -12,7 +12,7 @@ import torch.distributed as dist
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
 from commhub.testing._models import batches, mlp, train
 from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import MANY, ONE, Given, build, couples, drawn, give, results
+from commhub.testing.conformance._material import MANY, ONE, Given, Plain, build, couples, drawn, give, results
 from commhub.testing.conformance._numbers import ALIKE
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def a_failing_peer(subject: Subject) -> None:
         assert told is not None, f"no error on rank {rank}"
         for part in (f"rank {last}", "ZeroDivisionError: planned"):
             assert part in str(told), f"{part!r} is missing from: {told}"
-    for after in ("allreduce", subject.hook):
+    for after in (Plain(), subject.hook):
         registration.swap(after)
         for step in range(2):
             give(model, drawn(rank, 50 + step))
@@ -152,7 +152,7 @@ def swapped(subject: Subject) -> None:
         for name in a:
             off = float((a[name] - b[name]).norm())
             assert off <= 1e-5 * float(b[name].norm()), f"{name} is off by {off:.3g} from a model registered with it"
-    registration.swap("allreduce")
+    registration.swap(Plain())
     own = drawn(rank, 9)
     a, b = give(model, own), give(plain, own)
     for name in a:

@@ -47,7 +47,16 @@ class ErrorFeedback:
 
     def add(self, bucket: Bucket, i: int, values: Tensor) -> Tensor:
         """Add the residual of the bucket's i-th parameter to ``values`` (1-D, memory order), in place."""
-        return values.add_(self._residual(bucket, i), alpha=bucket.loss_scale) if bucket.used[i] else values
+        residual = self.waiting(bucket, i)
+        return values if residual is None else values.add_(residual, alpha=bucket.loss_scale)
+
+    def waiting(self, bucket: Bucket, i: int) -> Tensor | None:
+        """The residual itself (1-D, memory order), for a hook that adds it as it goes instead of calling ``add``.
+
+        It is to be multiplied by ``bucket.loss_scale``. ``None`` where there is nothing to add: the residual of a
+        parameter that this rank did not use waits.
+        """
+        return self._residual(bucket, i) if bucket.used[i] else None
 
     def keep(self, bucket: Bucket, i: int, error: Tensor) -> None:
         """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the bucket is finite so far.

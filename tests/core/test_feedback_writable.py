@@ -41,3 +41,18 @@ def test_it_is_not_offered_where_keeping_does_more_than_to_copy(otherwise):
     result = commhub.simulate(Writing(**otherwise), [[torch.ones(3)]])
     assert not result.hooks[0].offered
     assert result.states[0].local("0")["residual"].tolist() == [0.5 if "loss_scale" in otherwise else 0.0] * 3
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_what_waits_is_the_residual_itself_unless_the_parameter_was_not_used(used):
+    class Looking(Writing):
+        def reduce(self, bucket):
+            waiting = self.feedback.waiting(bucket, 0)
+            assert waiting.shape == (6,)
+            waiting.fill_(3.0)
+            bucket.used = (used,)
+            assert (self.feedback.waiting(bucket, 0) is None) == (not used)
+            yield commhub.AllReduce(bucket.flat)
+
+    result = commhub.simulate(Looking(), [[torch.zeros(2, 3).t()]])
+    assert result.states[0].local("0")["residual"].tolist() == [[3.0] * 2] * 3

@@ -51,10 +51,10 @@ def alternate(
     for one in approximations:
         stale = orthonormal(one.start, one.matrices, "q" if left else "p", bucket.step, source)
         if left:
-            one.own = left_factor(one.m, stale), stale
+            one.own = left_factor(one.m, stale, one.addends), stale
             one.p.copy_(one.own[0])
         else:
-            one.own = stale, right_factor(one.m, stale)
+            one.own = stale, right_factor(one.m, stale, one.addends)
             one.q.copy_(one.own[1])
         taken.append(one)
     yield AllReduce(message)

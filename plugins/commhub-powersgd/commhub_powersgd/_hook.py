@@ -16,6 +16,7 @@ from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
 from ._plan import Batch, Plan, lay_out
+from ._products import Addends
 from ._random import Source
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class PowerSGD:
         left = (bucket.step - self.start_step) % 2 == 0  # in an alternation P is sent, then Q, and so on
         message = plan.first if left or not self.alternating else plan.second
         plan.pack_dense(bucket.flat, message)
-        given = (self._begin(bucket, batch, left) for batch in plan.batches)
+        given = (self._begin(bucket, batch, left) for batch in reversed(plan.batches))
         if self.alternating:
             found = yield from alternate(bucket, given, message, self._source, left=left)
         else:
@@ -143,26 +144,24 @@ class PowerSGD:
                 look=not self.error_feedback and not self.warm_start,
             )
         plan.unpack_dense(bucket.flat, message)
-        for batch, one in zip(plan.batches, found, strict=True):
+        for batch, one in zip(reversed(plan.batches), found, strict=True):
             self._end(bucket, batch, one, left)
         sent = message.numel() if self.alternating else plan.sent(self.num_power_iterations)
         self._tally.count(bucket.flat.numel(), sent)
 
     def _begin(self, bucket: Bucket, batch: Batch, left: bool) -> Approximation:
         """M = gradient + residual, in the bucket's own memory if that is wide enough."""
-        m = batch.inside(bucket.flat)
-        if self._feedback is not None:
-            values = [self._feedback.compensated(bucket, i) for i in batch.places]
-            m = m if m.dtype == batch.p.dtype else values[0].view(m.shape)
+        m = batch.inside(bucket.flat).to(batch.p.dtype)
         start = self._start(batch, bucket.step, "p" if self.alternating and not left else "q")
-        return Approximation(matrices=batch.matrices, m=m.to(start.dtype), start=start, p=batch.p, q=batch.q)
+        addends = None
+        if self._feedback is not None:
+            addends = Addends([self._feedback.waiting(bucket, i) for i in batch.places], bucket.loss_scale)
+        return Approximation(matrices=batch.matrices, m=m, start=start, p=batch.p, q=batch.q, addends=addends)
 
     def _end(self, bucket: Bucket, batch: Batch, one: Approximation, left: bool) -> None:
         """Keep what this rank's own contribution left unsent; leave the result in the bucket."""
         for part in one.parts():
-            if self._feedback is not None:
-                self._keep(bucket, batch.places[part], one, part, self._feedback)
-            one.store_result(part)
+            self._settle(bucket, batch.places[part], one, part)
         if one.m.dtype != bucket.flat.dtype:
             batch.inside(bucket.flat).copy_(one.m)
         if self.warm_start:
@@ -171,16 +170,17 @@ class PowerSGD:
             for matrix, factor in zip(batch.matrices, factors, strict=True):
                 self._state.shared(matrix.name)[key] = factor.T
 
-    def _keep(
-        self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice, feedback: ErrorFeedback
-    ) -> None:
-        residual = feedback.writable(bucket, places[0]) if len(places) == 1 else None
-        if residual is not None:  # saves a copy, a tenth of all the time at rank 1
-            one.subtract_own(part, out=residual.view(one.m[part].shape))
+    def _settle(self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice) -> None:
+        feedback = self._feedback
+        residual = feedback.writable(bucket, places[0]) if feedback is not None and len(places) == 1 else None
+        if residual is not None:
+            one.exchange(part.start, residual)
             return
-        one.subtract_own(part)
-        for i, error in zip(places, one.m[part], strict=True):
-            feedback.keep(bucket, i, error.view(-1))
+        if feedback is not None:
+            one.subtract_own(part)
+            for i, error in zip(places, one.m[part], strict=True):
+                feedback.keep(bucket, i, error.view(-1))
+        one.store_result(part)
 
     def compression_stats(self) -> tuple[float, int, int]:
         """Elements before over elements after compression, and both, over all compressed steps of this process."""

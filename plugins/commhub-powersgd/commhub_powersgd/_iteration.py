@@ -11,7 +11,7 @@ from torch import Tensor
 from commhub import AllReduce
 
 from ._orthogonal import orthogonalize, renew
-from ._products import left_factor, right_factor, store_product, subtract_product
+from ._products import Addends, exchange_product, left_factor, right_factor, store_product, subtract_product
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -37,6 +37,7 @@ class Approximation:
         m: this rank's, (batch, rows, cols); the result is left here.
         start: the factor to begin with, the same on every rank: the right one, (batch, rank, cols), where two are sent.
         p, q: where the factors lie in the messages, (batch, rank, rows) and (batch, rank, cols).
+        addends: what to add to ``m`` when it is first multiplied.
         own: the factors of what this rank contributed to the result.
         mean: the factors of the result.
     """
@@ -46,22 +47,28 @@ class Approximation:
     start: Tensor
     p: Tensor
     q: Tensor
+    addends: Addends | None = None
     own: tuple[Tensor, Tensor] = attrs.field(init=False)
     mean: tuple[Tensor, Tensor] = attrs.field(init=False)
 
     def parts(self) -> Sequence[slice]:
-        """Which matrices to go on with together: all of them, or on the host one by one, each while in the cache."""
+        """Which matrices to go on with together: all of them, or on the host one by one, what was seen last first."""
         count = len(self.m)
-        return [slice(i, i + 1) for i in range(count)] if self.m.device.type == "cpu" else [slice(0, count)]
+        return [slice(i, i + 1) for i in reversed(range(count))] if self.m.device.type == "cpu" else [slice(0, count)]
 
-    def subtract_own(self, part: slice = _EVERY, *, out: Tensor | None = None) -> None:
-        """M - P Q^T, with this rank's own contribution: what it left unsent; written to M, or to ``out``."""
-        m = self.m[part]
-        subtract_product(m, self.own[0][part], self.own[1][part], m if out is None else out)
+    def subtract_own(self, part: slice = _EVERY) -> None:
+        """M = M - P Q^T, with this rank's own contribution: what it left unsent."""
+        subtract_product(self.m[part], _part(self.own, part), self.m[part])
 
     def store_result(self, part: slice = _EVERY) -> None:
         """M = P Q^T, the mean."""
-        store_product(self.mean[0][part], self.mean[1][part], self.m[part])
+        store_product(_part(self.mean, part), self.m[part])
+
+    def exchange(self, i: int, error: Tensor) -> None:
+        """Both at once for the i-th matrix, on the host: ``error`` (n m elements) is what this rank left unsent."""
+        m = self.m[i]
+        own, mean = ((p[i], q[i]) for p, q in (self.own, self.mean))
+        exchange_product(m, own, mean, error.view(m.shape))
 
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""
@@ -107,7 +114,7 @@ def power_iteration(
     """
     taken = []
     for one in approximations:
-        one.p.copy_(left_factor(one.m, one.start))
+        one.p.copy_(left_factor(one.m, one.start, one.addends))
         taken.append(one)
     factors = first[: sum(one.p.numel() for one in taken)]
     for iteration in range(iterations):
@@ -131,6 +138,10 @@ def orthonormal(factor: Tensor, matrices: Sequence[Matrix], side: str, step: int
     """The factor ``side`` of some matrices, (batch, rank, n) and finite, with orthonormal rows."""
     directions = [source.directions(matrix, side, factor.dtype, step) for matrix in matrices]
     return orthogonalize(factor, torch.stack(directions))
+
+
+def _part(factors: tuple[Tensor, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+    return factors[0][part], factors[1][part]
 
 
 def _finite_orthonormal(one: Approximation, side: str, bucket: Bucket, source: Source) -> Tensor:

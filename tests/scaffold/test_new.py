@@ -78,6 +78,17 @@ def test_no_placeholder_is_left_and_every_name_follows_from_the_one(here, kind):
     assert not [path for path in files if path.endswith("-tpl") or "package" in path]
 
 
+def test_the_workflow_tests_the_oldest_and_a_newer_python(here):
+    assert new("my-hook").exit_code == 0
+    lines = (here / "commhub-my-hook/.github/workflows/ci.yml").read_text().split("\n")
+    assert '        python: ["3.11", "3.13"]' in lines
+    assert "          python-version: ${{ matrix.python }}" in lines
+    assert [line.strip() for line in lines if "commhub list" in line or "pytest" in line] == [
+        "- run: commhub list my_hook",
+        "- run: python -m pytest",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["hook", "averager"])
 def test_a_new_package_is_what_a_package_of_contrib_has_to_be(here, kind):
     assert new("my-own", *(["--averager"] if kind == "averager" else [])).exit_code == 0

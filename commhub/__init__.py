@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from commhub._manual import manual
     from commhub._names import HookType
     from commhub._network import Network
+    from commhub._per_bucket import PerBucket
     from commhub._plugins import hookimpl
     from commhub._protocols import Averager, Exchange, Hook, Setup
     from commhub._register import create, register, registration
@@ -70,6 +71,7 @@ __all__ = [
     "Kernel",
     "Network",
     "Option",
+    "PerBucket",
     "PluginError",
     "ReduceScatter",
     "Registration",
@@ -114,6 +116,7 @@ _HOMES = {
     "Kernel": "commhub._kernels",
     "Network": "commhub._network",
     "Option": "commhub._spec",
+    "PerBucket": "commhub._per_bucket",
     "PluginError": "commhub._errors",
     "ReduceScatter": "commhub._collectives",
     "Registration": "commhub._registration",

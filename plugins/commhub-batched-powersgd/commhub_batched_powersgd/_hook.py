@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
-from commhub_powersgd import Approximation, Limit, PerBucket, Source, Tally, power_iteration
+from commhub_powersgd import Approximation, Limit, Source, Tally, power_iteration
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
+from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
 
 from ._square import Square, lay_out
 from ._warm import WarmStart

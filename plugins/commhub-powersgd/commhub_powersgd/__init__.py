@@ -2,7 +2,7 @@
 
 Besides the hook, what another low-rank hook can be made of: ``power_iteration`` turns ``Approximation`` of matrices
 into factors by all-reduces; ``Matrix`` and ``Source`` name matrices and draw the same random factors for them on
-every rank; ``PerBucket``, ``Tally`` and ``Limit`` keep what goes along with it.
+every rank; ``Tally`` and ``Limit`` keep what goes along with it.
 
 Importing this package loads no torch; each name is loaded when it is first asked for.
 """
@@ -13,20 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._bookkeeping import PerBucket, Tally
+    from ._bookkeeping import Tally
     from ._hook import PowerSGD
     from ._iteration import Approximation, power_iteration
     from ._layout import Matrix
     from ._limits import Limit
     from ._random import Source
 
-__all__ = ["Approximation", "Limit", "Matrix", "PerBucket", "PowerSGD", "Source", "Tally", "power_iteration"]
+__all__ = ["Approximation", "Limit", "Matrix", "PowerSGD", "Source", "Tally", "power_iteration"]
 
 _HOMES = {
     "Approximation": "_iteration",
     "Limit": "_limits",
     "Matrix": "_layout",
-    "PerBucket": "_bookkeeping",
     "PowerSGD": "_hook",
     "Source": "_random",
     "Tally": "_bookkeeping",

@@ -1,36 +1,10 @@
-"""What goes along with compressing buckets: something kept per bucket, and how much was saved."""
+"""What goes along with compressing buckets: how much was saved."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from commhub import Bucket
-
-T = TypeVar("T")
 
 logger = logging.getLogger("commhub")
-
-
-class PerBucket(Generic[T]):
-    """What ``make(bucket)`` returned for each bucket, made once per list of parameter names.
-
-    DDP rebuilds its buckets after the first step; what was made for a bucket that shares a parameter is dropped.
-    """
-
-    def __init__(self, make: Callable[[Bucket], T]) -> None:
-        self._make = make
-        self.made: dict[tuple[str, ...], T] = {}
-
-    def __getitem__(self, bucket: Bucket) -> T:
-        names = bucket.names
-        if names not in self.made:
-            self.made = {other: made for other, made in self.made.items() if set(names).isdisjoint(other)}
-            self.made[names] = self._make(bucket)
-        return self.made[names]
 
 
 class Tally:

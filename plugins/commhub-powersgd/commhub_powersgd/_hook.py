@@ -8,10 +8,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
+from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
 
 from ._alternation import alternate
-from ._bookkeeping import PerBucket, Tally
+from ._bookkeeping import Tally
 from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, Rules, Setup
+from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
 
 from ._coding import Coding, coder
 from ._layout import Stretch, joined, section
@@ -69,7 +69,7 @@ class _Quantize:
     dense_small: bool = True
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
     _codings: dict[str, Coding] = attrs.field(init=False, factory=dict, repr=False)
-    _plans: dict[tuple[tuple[str, ...], int, int], Plan] = attrs.field(init=False, factory=dict, repr=False)
+    _plans: PerBucket[Plan] = attrs.field(init=False, repr=False, default=None)  # set by prepare
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _noise: Noise | None = attrs.field(init=False, default=None, repr=False)
     _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
@@ -88,7 +88,7 @@ class _Quantize:
 
     def prepare(self, setup: Setup) -> None:
         """Choose how each parameter is coded; allocate residuals; compile what is large enough."""
-        self._codings, self._plans = {}, {}
+        self._codings, self._plans = {}, PerBucket(self._lay_out)
         chosen = self._rules.settings(setup.names)
         sizes: dict[tuple[Coding, torch.dtype], int] = {}
         for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True):
@@ -113,7 +113,7 @@ class _Quantize:
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """An all-to-all and an all-gather, of bytes; one plain all-reduce where nothing is compressed."""
-        plan = self._plan(bucket)
+        plan = self._plans[bucket]
         if not plan.parts:
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
             return
@@ -160,15 +160,6 @@ class _Quantize:
                 self._feedback.deposit(bucket, line.place, line.skipped, missed)
         for line in part.section.lines:
             self._feedback.keep(bucket, line.place, part_of(values, line.stretch))
-
-    def _plan(self, bucket: Bucket) -> Plan:
-        names = bucket.names
-        key = (names, bucket.rank, bucket.world_size)
-        if key not in self._plans:
-            for other in [other for other in self._plans if not set(names).isdisjoint(other[0])]:
-                del self._plans[other]  # DDP has rebuilt its buckets
-            self._plans[key] = self._lay_out(bucket)
-        return self._plans[key]
 
     def _lay_out(self, bucket: Bucket) -> Plan:
         sizes = [segment.numel() for segment in bucket.segments]

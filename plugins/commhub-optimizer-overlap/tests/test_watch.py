@@ -203,11 +203,11 @@ def test_a_step_left_out_is_an_error_in_the_next_backward(ranks):
 
 
 class Stumbling(nn.Module):
-    """Its backward fails when told to."""
+    """Its backward fails when told to, once the last layer is stepped."""
 
     def __init__(self):
         super().__init__()
-        self.net, self.fails = mlp((8, 8, 8)), False
+        self.net, self.fails, self.event = mlp((8, 8, 8)), False, threading.Event()
 
     def forward(self, x):
         y = self.net[0](x)
@@ -216,15 +216,18 @@ class Stumbling(nn.Module):
 
     def stumble(self, _gradient):
         if self.fails:
+            assert self.event.wait(20)
             raise ArithmeticError("planned")
 
 
 def failed_midway(module):
-    model, optimizer, _ = registered(module=module)
+    model, optimizer, _ = registered(make=lambda p: Telling(p, lr=0.1), module=module)
+    optimizer.event = module.event
     for step in range(2):
         backward(model, step)
         optimizer.step()
     module.fails = True
+    module.event.clear()
     with pytest.raises(ArithmeticError, match="planned"):
         backward(model, 2)
     return optimizer
@@ -247,6 +250,42 @@ def after_a_failed_backward():
 
 def test_after_a_backward_that_failed_midway_every_parameter_is_stepped_again(ranks):
     ranks(after_a_failed_backward, 2)
+
+
+class Failing:
+    """Fails in the third bucket of the third step, when the first is stepped."""
+
+    def __init__(self, event):
+        self.event = event
+
+    def reduce(self, bucket):
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+        if (bucket.step, bucket.index) == (2, 2):
+            assert self.event.is_set()
+            raise ArithmeticError("planned")
+
+
+def after_a_failed_step():
+    event = threading.Event()
+    model, optimizer, registration = registered(OptimizerOverlap(inner=Failing(event)), lambda p: Telling(p, lr=0.1))
+    optimizer.event = event
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    event.clear()
+    with pytest.raises(HookError, match="ArithmeticError: planned"):
+        backward(model, 2)
+    registration.swap("optimizer_overlap")
+    for step in range(3, 6):
+        before = values(model)
+        backward(model, step)
+        optimizer.step()
+        assert differ(values(model), before), "what was stepped before the failure is not stepped again"
+    assert_equal_across_ranks(values(model))
+
+
+def test_after_a_failed_step_every_parameter_is_stepped_again(ranks):
+    ranks(after_a_failed_step, 2)
 
 
 # Loss scalers.

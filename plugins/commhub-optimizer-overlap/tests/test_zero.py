@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from commhub_optimizer_overlap import ZeroOverlap
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -120,6 +121,26 @@ def in_modes(hook):
 @pytest.mark.parametrize("hook", ["zero_overlap", "zero_overlap(mode=stepwise)"])
 def test_modes_of_ddp_unused_parameters_views_and_inner_hooks(ranks, hook):
     ranks(in_modes, 2, hook)
+
+
+class Staged:
+    """The plain average, but the first bucket takes ten messages more than the others."""
+
+    def reduce(self, bucket):
+        for _ in range(10 if bucket.index == 0 else 0):
+            yield commhub.AllReduce(bucket.flat.clone())
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def in_stages():
+    models, optimizers, _ = pair(adam, MANY, ZeroOverlap(inner=Staged(), mode="stepwise"))
+    for step in range(4):
+        assert step_both(models, optimizers, step) == (step > 0), "the first bucket is not waited for"
+        assert equal(values(models[0]), values(models[1])), step
+
+
+def test_stepwise_waits_for_every_bucket_whatever_order_they_end_in(ranks):
+    ranks(in_stages, 2)
 
 
 class Odd(nn.Module):

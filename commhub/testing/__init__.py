@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
     from commhub.testing._context import Rank, current
+    from commhub.testing._memory import Largest, Living, Watched
     from commhub.testing._models import Branches, EveryKind, Run, batches, mlp, train
     from commhub.testing._outcome import RankError, RankFailure, RankResult
     from commhub.testing._pool import RankPool
@@ -21,6 +22,8 @@ _HOMES = {
     "Branches": "_models",
     "CheckResult": "conformance._check",
     "EveryKind": "_models",
+    "Largest": "_memory",
+    "Living": "_memory",
     "Rank": "_context",
     "RankError": "_outcome",
     "RankFailure": "_outcome",
@@ -28,6 +31,7 @@ _HOMES = {
     "RankResult": "_outcome",
     "Run": "_models",
     "TemporaryPlugin": "plugins",
+    "Watched": "_memory",
     "assert_equal_across_ranks": "_compare",
     "batches": "_models",
     "bitwise_equal": "_compare",
@@ -43,6 +47,8 @@ __all__ = [
     "Branches",
     "CheckResult",
     "EveryKind",
+    "Largest",
+    "Living",
     "Rank",
     "RankError",
     "RankFailure",
@@ -50,6 +56,7 @@ __all__ = [
     "RankResult",
     "Run",
     "TemporaryPlugin",
+    "Watched",
     "assert_equal_across_ranks",
     "batches",
     "bitwise_equal",

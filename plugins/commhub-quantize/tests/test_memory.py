@@ -5,51 +5,9 @@ import torch
 from commhub_quantize import QuantizePerChannel, QuantizePerTensor
 from commhub_quantize._coding import Coding, coder
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import commhub
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor, in bytes, that an operation made and that shares no memory with what it was given."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {id_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for one in tree_leaves(out):
-            if isinstance(one, torch.Tensor) and id_of(one) not in given:
-                self.nbytes = max(self.nbytes, one.untyped_storage().nbytes())
-        return out
-
-
-def id_of(tensor):
-    return tensor.untyped_storage().data_ptr()
-
-
-class Watched:
-    """Looks at every operation of a step but the first, whose memory is kept."""
-
-    def __init__(self, hook):
-        self.hook, self.largest = hook, 0
-
-    def prepare(self, setup):
-        self.hook.prepare(setup)
-
-    def reduce(self, bucket):
-        exchange, value = self.hook.reduce(bucket), None
-        while True:
-            with Largest() as seen:
-                try:
-                    request = exchange.send(value)
-                except StopIteration:
-                    return
-                finally:
-                    if bucket.step:
-                        self.largest = max(self.largest, seen.nbytes)
-            value = yield request
+from commhub.testing import Largest, Watched
 
 
 @pytest.mark.parametrize("kind", [QuantizePerChannel, QuantizePerTensor])
@@ -60,8 +18,8 @@ def test_a_later_step_allocates_no_more_than_a_twentieth_of_the_bucket(kind, dty
     monkeypatch.setenv("COMMHUB_COMPILE", "0")
     coder.cache_clear()
     gradients = [torch.ones(1300, 1300, dtype=dtype) for _ in range(6)] + [torch.ones(9, dtype=dtype)]
-    result = commhub.simulate(Watched(kind(**options)), [gradients] * 2, steps=3)
-    assert 0 < result.hooks[0].largest <= 0.05 * 4 * sum(g.numel() for g in gradients)
+    result = commhub.simulate(Watched(kind(**options), Largest, since=1), [gradients] * 2, steps=3)
+    assert 0 < result.hooks[0].seen.nbytes <= 0.05 * 4 * sum(g.numel() for g in gradients)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -142,6 +142,13 @@ class Bucket:
         """Whether every part with a subgroup was taken up by a hook that keeps to it."""
         return self._finite.unentered <= 0
 
+    def to(self, dtype: torch.dtype) -> Bucket:
+        """The same bucket in another dtype, with memory of its own, for ``yield from inner.reduce(...)``.
+
+        What is reduced in it counts for this one's ``finite``; copy the result back into this one's ``flat``.
+        """
+        return attrs.evolve(self, flat=self.flat.to(dtype, copy=True))
+
     def part(self, parameters: Sequence[Tensor], group: Subgroup | None = None) -> Bucket:
         """A bucket over some adjacent parameters of this one, sharing its memory, for ``yield from inner.reduce(...)``.
 

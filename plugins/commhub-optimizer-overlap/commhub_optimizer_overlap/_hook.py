@@ -2,120 +2,48 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from commhub import RegistrationError, create
+from commhub import RegistrationError
 
-from ._flags import reduce_with_flags
+from ._masters import Loading, Masters, narrow, widen
+from ._overlap import Overlap
 from ._standin import Members, Update, step_some
-from ._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from commhub import Bucket, Exchange, Setup
 
-logger = logging.getLogger("commhub")
+    from ._watch import Watch
+
+_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
-class _Overlap:
-    """What both hooks are: an inner hook, the optimizers' watches, and the first step that only looks."""
-
-    inner: str = "allreduce"
-    _inner: Any = attrs.field(init=False, repr=False, default=None)
-    _watches: tuple[Watch, ...] = attrs.field(init=False, repr=False, default=())
-    _parameters: tuple[tuple[Tensor, ...], ...] = attrs.field(init=False, repr=False, default=())
-    _sends_flags: bool = attrs.field(init=False, repr=False, default=False)
-    _begun: bool = attrs.field(init=False, repr=False, default=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._inner = create(self.inner)
-        if isinstance(self._inner.made[1], _Overlap):
-            raise ValueError(f"inner is {self.inner!r}, which steps the optimizer itself. Give one that averages.")
-
-    def prepare(self, setup: Setup) -> None:
-        """Prepare the inner hook and watch the optimizers.
-
-        Raises:
-            RegistrationError: if an optimizer cannot be stepped bucket by bucket, or is not this model's.
-        """
-        self._check(setup)
-        self._inner.prepare(setup)
-        if setup.scaler is not None and setup.scaler.is_enabled():
-            if setup.rank == 0:
-                logger.info("with a loss scaler no parameter is updated before step(): nothing overlaps")
-            return
-        self._sends_flags = setup.unused
-        self._watches = tuple(self._watch(optimizer) for optimizer in setup.optimizers)
-        end = weakref.finalize(self, _release, self._watches)
-        end.atexit = False
-        setup.at_end(end)
-        setup.after_step(self._conclude)
-        mine = [{id(p) for group in o.param_groups for p in group["params"]} for o in setup.optimizers]
-        self._parameters = tuple(tuple(p for p in setup.parameters if id(p) in ids) for ids in mine)
-
-    def _watch(self, optimizer: torch.optim.Optimizer) -> Watch:
-        return Watch.on(optimizer)
-
-    def _check(self, setup: Setup) -> None:
-        if not setup.optimizers:
-            raise RegistrationError("no optimizer was given. Pass optimizer= to register().")
-        trained = {id(parameter) for parameter in setup.parameters}
-        seen: set[int] = set()
-        for optimizer in setup.optimizers:
-            kind = type(optimizer).__name__
-            if isinstance(getattr(optimizer, "optim", optimizer), torch.optim.LBFGS):
-                raise RegistrationError("LBFGS updates all parameters together, and cannot do so bucket by bucket.")
-            theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if not theirs & trained:
-                raise RegistrationError(f"the {kind} that was given updates no parameter of this model.")
-            if theirs & seen:
-                raise RegistrationError(f"a parameter is in two of the optimizers that were given, one a {kind}.")
-            seen |= theirs
-
-    def _conclude(self, _step: int) -> None:
-        self._begun = True
-        for watch, parameters in zip(self._watches, self._parameters, strict=True):
-            watch.conclude(parameters)
-
-    def _reduced(self, bucket: Bucket) -> Generator[Any, Any, tuple[bool, ...]]:
-        """Average the gradients; return which parameters to step, none in the first step."""
-        exchange = self._inner.reduce(bucket)
-        if not self._sends_flags:
-            yield from exchange
-            return (self._overlaps,) * len(bucket.parameters)
-        used = yield from reduce_with_flags(exchange, bucket)
-        return used if self._overlaps else (False,) * len(used)
-
-    @property
-    def _overlaps(self) -> bool:
-        """Whether to step early: not in the first step, where a loss scaler or clipping shows itself unharmed."""
-        return self._begun and bool(self._watches)
-
-
-def _release(watches: tuple[Watch, ...]) -> None:
-    for watch in watches:
-        watch.release()
-
-
-@attrs.define(eq=False, kw_only=True, slots=False)
-class OptimizerOverlap(_Overlap):
+class OptimizerOverlap(Overlap):
     """Average gradients with another hook, and step each bucket's parameters as soon as they are averaged.
 
     The user's ``optimizer.step()`` stays and does what is left. Parameters end up as they would without overlap.
+
+    For 16-bit parameters, ``master=True`` keeps them in float32 as well, steps those with state in float32, and
+    rounds (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1). ``reduce_dtype`` is what gradients are cast to
+    for the inner hook; a master is stepped with what the hook makes of them, in float32.
     """
 
+    master: bool = False
+    reduce_dtype: str | None = attrs.field(default=None, validator=attrs.validators.in_(_DTYPES))
     _optimizers: tuple[torch.optim.Optimizer, ...] = attrs.field(init=False, repr=False, default=())
     _members: Members | None = attrs.field(init=False, repr=False, default=None)
+    _masters: Masters | None = attrs.field(init=False, repr=False, default=None)
+    _first: dict[int, Tensor] = attrs.field(init=False, repr=False, factory=dict)
 
     def prepare(self, setup: Setup) -> None:
         """Prepare the inner hook and watch the optimizers.
@@ -126,31 +54,105 @@ class OptimizerOverlap(_Overlap):
         super().prepare(setup)
         self._optimizers = setup.optimizers
         self._members = Members(setup.optimizers)
+        if self.master:
+            self._masters = Masters(setup)
+            for optimizer, watch in zip(setup.optimizers, self._watches, strict=True):
+                self._serve_masters(setup, optimizer, watch)
+
+    def _prepare_inner(self, setup: Setup) -> None:
+        dtype = _DTYPES[self.reduce_dtype]
+        if dtype is not None:
+            setup = attrs.evolve(setup, dtypes=tuple(dtype if d.is_floating_point else d for d in setup.dtypes))
+        super()._prepare_inner(setup)
+
+    def _serve_masters(self, setup: Setup, optimizer: torch.optim.Optimizer, watch: Watch) -> None:
+        assert self._masters is not None
+        masters = self._masters
+        loading = Loading(optimizer, masters)
+        finish = weakref.WeakMethod(self._step_what_is_left)
+        watch.finishers.append(finish)
+        reference = weakref.ref(optimizer)
+
+        def end() -> None:
+            loading.end()
+            watch.finishers.remove(finish)
+            kept = reference()
+            if kept is not None and not watch.finishers:
+                for parameter in (p for group in kept.param_groups for p in group["params"] if p in masters):
+                    narrow(kept, parameter)
+
+        finalizer = weakref.finalize(self, end)
+        finalizer.atexit = False
+        setup.at_end(finalizer)
 
     def _check(self, setup: Setup) -> None:
         super()._check(setup)
         if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in setup.optimizers):
             raise RegistrationError("ZeroRedundancyOptimizer also sends parameters. Register 'zero_overlap' for it.")
 
+    def _needs_watches(self) -> bool:
+        return self.master
+
     def reduce(self, bucket: Bucket) -> Exchange:
         """Average with the inner hook, then step the parameters that some rank has used."""
-        chosen = yield from self._reduced(bucket)
+        dtype = _DTYPES[self.reduce_dtype]
+        is_cast = dtype not in (None, bucket.flat.dtype) and bucket.flat.is_floating_point()
+        wide: Bucket = bucket.to(dtype) if is_cast and dtype is not None else bucket
+        used = yield from self._reduced(wide)
+        if wide is not bucket:
+            bucket.flat.copy_(wide.flat)
         if self._watches:
-            self._step(bucket, chosen)
+            self._step(bucket, wide.gradients, used)
 
-    def _step(self, bucket: Bucket, chosen: Sequence[bool]) -> None:
+    def _step(self, bucket: Bucket, exact: Sequence[Tensor], used: Sequence[bool]) -> None:
         assert self._members is not None
         places = self._members()
         updates: list[list[Update]] = [[] for _ in self._optimizers]
         left: list[list[Tensor]] = [[] for _ in self._optimizers]
-        for parameter, gradient, is_chosen in zip(bucket.parameters, bucket.gradients, chosen, strict=True):
+        for parameter, gradient, wide, is_used in zip(bucket.parameters, bucket.gradients, exact, used, strict=True):
             place = places.get(id(parameter))
             if place is None:
                 continue  # no optimizer's, or that of one that is not overlapped
-            if is_chosen:
-                updates[place[0]].append(Update(place[1], parameter, gradient))
+            if is_used and self._overlaps:
+                updates[place[0]].append(self._update(place, parameter, gradient, wide))
             else:
                 left[place[0]].append(parameter)
+                self._keep(parameter, wide, is_used)
         for optimizer, watch, some, others in zip(self._optimizers, self._watches, updates, left, strict=True):
             watch.claim([(u.parameter, u.group) for u in some], others, took_part=any(bucket.used))
-            step_some(optimizer, some)
+            self._carry_out(optimizer, some)
+
+    def _update(self, place: tuple[int, int], parameter: Tensor, gradient: Tensor, wide: Tensor) -> Update:
+        master = None if self._masters is None else self._masters.of(parameter)
+        if master is None:
+            return Update(place[1], parameter, gradient)
+        widen(self._optimizers[place[0]], parameter)
+        return Update(place[1], parameter, wide.to(master.dtype), master)
+
+    def _carry_out(self, optimizer: torch.optim.Optimizer, updates: Sequence[Update]) -> None:
+        step_some(optimizer, updates)
+        for update in updates:
+            if update.master is not None and self._masters is not None:
+                self._masters.write(update.parameter)
+
+    def _keep(self, parameter: Tensor, wide: Tensor, is_used: bool) -> None:
+        """In the first step: what a master is to be stepped with is not in ``.grad``, which is rounded."""
+        self._first.pop(id(parameter), None)
+        if is_used and self._is_early and self._masters is not None and parameter in self._masters:
+            self._first[id(parameter)] = wide
+
+    def _step_what_is_left(self, optimizer: torch.optim.Optimizer, stepped: frozenset[int]) -> list[Tensor]:
+        """Step the masters of parameters that have gradients and were not stepped in backward; return those."""
+        assert self._members is not None
+        assert self._masters is not None
+        places, first, self._first = self._members(), self._first, {}
+        updates = []
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            place = places.get(id(parameter))
+            if place is None or parameter.grad is None or id(parameter) in stepped or parameter not in self._masters:
+                continue
+            wide = first.get(id(parameter), parameter.grad)
+            updates.append(self._update(place, parameter, parameter.grad, wide))
+        with torch.no_grad():
+            self._carry_out(optimizer, updates)
+        return [update.parameter for update in updates]

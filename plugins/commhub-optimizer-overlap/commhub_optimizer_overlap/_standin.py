@@ -16,11 +16,22 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class Update:
-    """A parameter, the number of its group in its optimizer, and the gradient to step it with."""
+    """A parameter, the number of its group in its optimizer, and the gradient to step it with.
+
+    Attributes:
+        group, parameter, gradient: as said.
+        master: what to step in the parameter's place, with the parameter's state; the parameter is not written then.
+    """
 
     group: int
     parameter: Tensor
     gradient: Tensor
+    master: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """What is stepped."""
+        return self.parameter if self.master is None else self.master
 
 
 def step_some(optimizer: torch.optim.Optimizer, updates: Sequence[Update]) -> None:
@@ -37,14 +48,16 @@ def step_some(optimizer: torch.optim.Optimizer, updates: Sequence[Update]) -> No
     stand_in._optimizer_step_pre_hooks = OrderedDict()
     stand_in._optimizer_step_post_hooks = OrderedDict()
     stand_in.param_groups = _groups(optimizer, updates)
-    kept = [update.parameter.grad for update in updates]
+    kept = [update.target.grad for update in updates]
     try:
         for update in updates:
-            update.parameter.grad = update.gradient
+            _move(optimizer.state, update.parameter, update.target)
+            update.target.grad = update.gradient
         _own_step(optimizer)(stand_in)
     finally:
         for update, gradient in zip(updates, kept, strict=True):
-            update.parameter.grad = gradient
+            _move(optimizer.state, update.target, update.parameter)
+            update.target.grad = gradient
     for name, value in vars(stand_in).items():
         if isinstance(value, bool) and vars(optimizer).get(name) is not value:  # "has checked", "has warned"
             setattr(optimizer, name, value)
@@ -57,8 +70,13 @@ def _groups(optimizer: torch.optim.Optimizer, updates: Sequence[Update]) -> list
         if update.group not in groups:
             groups[update.group] = {**optimizer.param_groups[update.group], "params": []}
             groups[update.group].pop("param_names", None)
-        groups[update.group]["params"].append(update.parameter)
+        groups[update.group]["params"].append(update.target)
     return [groups[number] for number in sorted(groups)]
+
+
+def _move(state: dict[Tensor, Any], source: Tensor, target: Tensor) -> None:
+    if target is not source and source in state:
+        state[target] = state.pop(source)
 
 
 def _own_step(optimizer: torch.optim.Optimizer) -> Callable[[object], object]:

@@ -30,7 +30,12 @@ class Watch:
     It holds neither the optimizer nor the model.
     """
 
+    finishers: list[weakref.WeakMethod[Any]]
+    """What steps parameters with masters in step() itself, given the ones stepped; returns those that it stepped."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.finishers = []
+        self._is_scaled = False
         self._optimizer = weakref.ref(optimizer)
         self._users = 0
         self._handles: list[Any] = []
@@ -47,13 +52,15 @@ class Watch:
         self._checked = False
 
     @classmethod
-    def on(cls, optimizer: torch.optim.Optimizer) -> Watch:
-        """The optimizer's watch, with one more user; ``release`` it."""
+    def on(cls, optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> Watch:
+        """The optimizer's watch, with one more user; ``release`` it. ``is_scaled``: a loss scaler may step it."""
         watch = _watches.get(optimizer)
         if watch is None:
             watch = _watches[optimizer] = cls(optimizer)
             watch._install(optimizer)
         watch._users += 1
+        watch._is_scaled = is_scaled
+        watch._take_scale(optimizer)
         return watch
 
     def release(self) -> None:
@@ -67,9 +74,16 @@ class Watch:
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
             optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         ]
-        # A loss scaler calls the step() of such an optimizer with the scale on it, instead of dividing before.
         self._amp_before = vars(optimizer).get(_AMP)
-        setattr(optimizer, _AMP, True)
+
+    def _take_scale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Be told of a loss scaler: it calls step() with the scale on the optimizer, instead of dividing before."""
+        if not self._is_scaled:
+            setattr(optimizer, _AMP, True)
+        elif self._amp_before is None:
+            vars(optimizer).pop(_AMP, None)
+        else:
+            setattr(optimizer, _AMP, self._amp_before)
 
     def _uninstall(self) -> None:
         for handle in self._handles:
@@ -79,10 +93,8 @@ class Watch:
         if optimizer is None or _watches.get(optimizer) is not self:
             return
         del _watches[optimizer]
-        if self._amp_before is None:
-            vars(optimizer).pop(_AMP, None)
-        else:
-            setattr(optimizer, _AMP, self._amp_before)
+        self._is_scaled = True
+        self._take_scale(optimizer)
 
     # While backward runs, by the hook.
 
@@ -116,12 +128,14 @@ class Watch:
 
     def conclude(self, parameters: Iterable[Tensor]) -> None:
         """Backward has ended, and the gradients of these parameters are what the user sees from now on."""
-        grads = ((id(p), p.grad) for p in parameters)
-        self._final = {key: _print(grad) for key, grad in grads if grad is not None and not grad.is_sparse}
-        self._complete = True
         if not self._in_closure and self._depth:  # the step() before ended in an exception
             self._depth = 0
             self._restore()
+        if self._is_scaled:
+            return
+        grads = ((id(p), p.grad) for p in parameters)
+        self._final = {key: _print(grad) for key, grad in grads if grad is not None and not grad.is_sparse}
+        self._complete = True
 
     @property
     def stepped(self) -> frozenset[int]:
@@ -185,6 +199,10 @@ class Watch:
             self._depth = 0
             self._forget()
             raise
+        for finisher in list(self.finishers):
+            finish = finisher()
+            if finish is not None:
+                self._stepped.update(map(id, finish(optimizer, self.stepped)))
         for parameter in parameters:
             if id(parameter) in self._stepped and parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
@@ -204,7 +222,7 @@ class Watch:
     # What an update in backward cannot know of.
 
     def _refuse_scaler(self, optimizer: Any) -> None:
-        if "found_inf" in vars(optimizer) or "grad_scale" in vars(optimizer):
+        if not self._is_scaled and ("found_inf" in vars(optimizer) or "grad_scale" in vars(optimizer)):
             for name in ("found_inf", "grad_scale"):
                 vars(optimizer).pop(name, None)
             self._depth = 0

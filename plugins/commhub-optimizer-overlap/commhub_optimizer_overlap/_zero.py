@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from commhub import AllReduce, Broadcast, RegistrationError
 
-from ._hook import _Overlap
+from ._overlap import Overlap
 from ._standin import Members, Update, step_some
 from ._watch import Watch
 
@@ -49,7 +49,7 @@ class ZeroWatch(Watch):
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
-class ZeroOverlap(_Overlap):
+class ZeroOverlap(Overlap):
     """Average gradients with another hook; each parameter's owner steps it and sends it, in backward.
 
     With ``torch.distributed.optim.ZeroRedundancyOptimizer`` (ZeRO stage 1; Rajbhandari et al. 2020, arXiv 1910.02054).
@@ -83,7 +83,7 @@ class ZeroOverlap(_Overlap):
         self._expected = len(setup.names)
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> Watch:
-        return ZeroWatch.on(optimizer)
+        return ZeroWatch.on(optimizer, is_scaled=not self._is_early)
 
     def _check(self, setup: Setup) -> None:
         if len(setup.optimizers) != 1 or not isinstance(setup.optimizers[0], ZeroRedundancyOptimizer):
@@ -104,7 +104,8 @@ class ZeroOverlap(_Overlap):
     def reduce(self, bucket: Bucket) -> Exchange:
         """Average with the inner hook, then step and send what is due."""
         is_last = self._is_last(bucket)
-        chosen = yield from self._reduced(bucket)
+        used = yield from self._reduced(bucket)
+        chosen = used if self._overlaps else (False,) * len(used)
         self._arrived += 1
         if not self._watches:
             return

@@ -13,7 +13,22 @@ def commhub_hooks() -> list[HookSpec]:
             name="optimizer_overlap",
             summary="Step the optimizer for each bucket as soon as it is reduced, while later ones travel.",
             factory="commhub_optimizer_overlap._hook:OptimizerOverlap",
-            options=(_INNER,),
+            options=(
+                _INNER,
+                Option(
+                    name="master",
+                    type=bool,
+                    default=False,
+                    help="Keep 16-bit parameters in float32 too, and step those.",
+                ),
+                Option(
+                    name="reduce_dtype",
+                    type=str,
+                    default=None,
+                    help="The dtype in which the inner hook averages; none: the gradients' own.",
+                    choices=("fp32", "bf16", "fp16"),
+                ),
+            ),
             needs=("optimizer",),
             exact=True,
             sent_bytes="inner",

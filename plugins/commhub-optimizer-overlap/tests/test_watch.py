@@ -1,5 +1,6 @@
 """Around the user's step(): what runs early, what an early update cannot know of, and that nothing stays behind."""
 
+import copy
 import gc
 import itertools
 import threading
@@ -466,8 +467,7 @@ def resumed():
     straight = []
     for step in range(6):
         if step == 3:
-            saved = model.module.state_dict(), optimizer.state_dict(), registration.state_dict()
-            saved = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, saved)
+            saved = copy.deepcopy([model.module.state_dict(), optimizer.state_dict(), registration.state_dict()])
         backward(model, step)
         optimizer.step()
     straight = values(model)

@@ -15,6 +15,7 @@ from ._bucket import Bucket, Span
 from ._callbacks import Callbacks, call_after
 from ._collectives import AllReduce
 from ._sparse import SparseMean
+from .drivers._failure import to_raise
 from .drivers._job import Scratch
 from .drivers._lane import Lane
 from .drivers._stats import Meter, Stats
@@ -71,13 +72,6 @@ class _Sum:
 
     def reduce(self, bucket: Bucket) -> Exchange:
         bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
-
-
-def _to_raise(failure: HookError) -> HookError:
-    """A copy: the traceback of the one that the driver keeps would keep the caller's frames alive, and the model."""
-    copy = type(failure)(*failure.args)
-    copy.__cause__ = failure.__cause__
-    return copy
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -189,11 +183,11 @@ class Engine:
         figures = self.driver.meter.take()
         lanes, self._lanes = self._lanes, []
         if lanes and self.driver.failure is None and self.driver.confirms and self.world_size > 1:
-            self._confirm(linger=linger)
+            self._confirm(lanes, linger=linger)
         self._open = False
         if self.driver.failure is not None:
             self.state.rollback()
-            return _to_raise(self.driver.failure)
+            return to_raise(self.driver.failure)
         finite = torch.stack([lane.bucket.finite for lane in lanes]).all() if lanes and self._watch else True
         self.state.commit(finite)
         self.stats.end_step(figures)
@@ -213,13 +207,18 @@ class Engine:
     def _call(self, function: Callable[[int], None]) -> HookError | None:
         return call_after(function, self.step - 1, type(self.hook).__name__, self.rank)
 
-    def _confirm(self, *, linger: bool) -> None:
+    def _confirm(self, lanes: list[Lane], *, linger: bool) -> None:
         """Hear from every rank that its step ended well, in a round of one element.
 
         A rank may fail after its last collective, when its peers need nothing more of it. Without this they would go
         on, a step ahead, and meet in different collectives. The figures leave it out.
+
+        A step that an averager makes local asks only those who met in it; the others hear at the next average.
         """
-        self._submit_sum(torch.zeros(1))
+        met = {group for lane in lanes for group in lane.groups}
+        local = self.timetable is not None and None not in met
+        for group in sorted(filter(None, met), key=lambda group: group.key) if local else [None]:
+            self._submit_sum(torch.zeros(1), group)
         self._lingering = True
         if linger:
             self.driver.end_round()
@@ -296,4 +295,4 @@ class Engine:
             self._submit_sum(torch.zeros(1), group)
             self.driver.wait()
             self.driver.meter.take()
-        return None if self.driver.failure is None else _to_raise(self.driver.failure)
+        return None if self.driver.failure is None else to_raise(self.driver.failure)

@@ -15,7 +15,7 @@ from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
 from ._engine import PlainMean
 from ._errors import RegistrationError
-from ._session import Ground, Session, at_work, start, stop
+from ._session import Ground, Session, at_work, latest, start, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -175,7 +175,7 @@ class Registration:
     def _replace(self, choose_one: Callable[[], Chosen]) -> None:
         former = self._session
         session = start(self._ground, choose_one, former.engine)
-        session.engine.step = former.engine.step
+        session.engine.step = latest(former.engine.step, session.engine, self._ground.device)
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
         self._level(former)

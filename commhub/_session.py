@@ -113,6 +113,15 @@ def at_work(hook: Hook) -> Hook | Averager:
     return hook.averager if isinstance(hook, LocalSteps) else hook
 
 
+def latest(step: int, engine: Engine, device: torch.device) -> int:
+    """The largest of the ranks' step counts: one that failed in a local step is behind; collective."""
+    steps = torch.zeros(engine.world_size, dtype=torch.float64, device=device)
+    steps[engine.rank] = step
+    largest = int(engine.sum(steps).max())
+    engine.driver.meter.take()  # no step's figures
+    return largest
+
+
 def stop(engine: Engine) -> None:
     """End a hook's work: its thread and groups are freed, and the object may be registered again."""
     worker = at_work(engine.hook)

@@ -44,3 +44,10 @@ def is_lost_connection(error: BaseException) -> bool:
         and not isinstance(error, HookError)
         and ("gloo" in text or "connection" in text)
     )
+
+
+def to_raise(failure: HookError) -> HookError:
+    """A copy: the traceback of the one that the driver keeps would keep the caller's frames alive, and the model."""
+    copy = type(failure)(*failure.args)
+    copy.__cause__ = failure.__cause__
+    return copy

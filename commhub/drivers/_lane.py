@@ -15,12 +15,15 @@ from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:
     from .._bucket import Bucket
+    from .._collectives import Subgroup
     from .._protocols import Hook
     from ._stats import Meter
 
 
 class Lane:
     """Drives ``hook.reduce(bucket)``: ``start``, then ``land`` the results of ``jobs`` until ``finished``.
+
+    ``groups`` are those among which it has communicated so far, ``None`` for all ranks.
 
     Args:
         hook: whose generator to drive.
@@ -46,6 +49,7 @@ class Lane:
     ) -> None:
         self.bucket = bucket
         self.jobs: tuple[Job, ...] = ()
+        self.groups: set[Subgroup | None] = set()
         self.finished = False
         self.started = False
         self.issued_at = 0.0
@@ -103,6 +107,7 @@ class Lane:
             self._single = not isinstance(request, tuple)
             requests = (request,) if self._single else request
             self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
+            self.groups.update(job.group for job in self.jobs)
         self._meter.spent("encode", began, time.monotonic())
 
     def _finish(self) -> None:

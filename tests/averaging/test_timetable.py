@@ -426,6 +426,70 @@ def test_a_failure_on_one_rank_is_heard_on_all(ranks, nproc, where):
     ranks(failing, nproc, where)
 
 
+class Halved:
+    """Gradients within a half of the ranks, or nowhere; parameters among all, every fourth step."""
+
+    def __init__(self, alone=False, fails_at=None):
+        self.alone, self.fails_at = alone, fails_at
+
+    def prepare(self, setup):
+        half = setup.world_size // 2
+        self.group = setup.partition([range(half), range(half, setup.world_size)])
+        setup.average(Now(4))
+
+    def reduce(self, bucket):
+        if bucket.step == self.fails_at and bucket.rank == 1:
+            raise ValueError("not this step")
+        if not self.alone:
+            bucket.flat.copy_((yield commhub.AllReduce(bucket.flat, group=self.group)))
+
+
+def ahead(alone):
+    """Half of the ranks take local steps while the others do not, which only an average needs."""
+    model, optimizer, registration = registered(Halved(alone))
+    first = dist.get_rank() < dist.get_world_size() / 2
+    step(model, optimizer, 0)
+    step(model, optimizer, 1)  # DDP itself agrees on its buckets here
+    if not first:
+        dist.barrier()
+    step(model, optimizer, 2)
+    if first:
+        dist.barrier()
+    assert not equal_everywhere(parameters(model))
+    step(model, optimizer, 3)
+    assert equal_everywhere(parameters(model))
+    return registration.step
+
+
+@pytest.mark.parametrize(("nproc", "alone"), [(2, True), (4, False), (4, True)])
+def test_local_steps_wait_for_no_other_rank(ranks, nproc, alone):
+    assert ranks(ahead, nproc, alone) == [4] * nproc
+
+
+def local_failure(alone):
+    """Rank 1 fails in a local step. Who meets it hears at once; all others with the next average."""
+    model, optimizer, registration = registered(Halved(alone, fails_at=1))
+    told = None
+    for number in range(4):
+        try:
+            step(model, optimizer, number)
+        except commhub.HookError as error:
+            told = number, str(error)
+            break
+    registration.swap("allreduce")
+    train(model, 2, optimizer=optimizer)
+    assert equal_everywhere({name: p.grad for name, p in model.named_parameters()})
+    return *told, registration.step
+
+
+def test_a_failure_in_a_local_step_is_heard_by_all_at_the_next_average(ranks):
+    for alone, heard in ((False, [1, 1, 3, 3]), (True, [3, 1, 3, 3])):
+        found = ranks(local_failure, 4, alone, timeout=60)
+        assert [number for number, *_ in found] == heard
+        assert all(text.endswith("ValueError: not this step") and "rank 1" in text for _, text, _ in found)
+        assert [steps for *_, steps in found] == [6] * 4  # whose step failed counts on with the others
+
+
 def joined(initial, find_unused):
     model = DistributedDataParallel(mlp(), find_unused_parameters=find_unused)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -17,7 +17,6 @@ from .matrix import (
     ONE,
     build,
     collectives,
-    communicates,
     drawn,
     give,
     name_of,
@@ -149,7 +148,7 @@ def one_rank_fails(hook, mode, buckets, step, first):
                 give(model, drawn(rank, at))
             except commhub.HookError as error:
                 told = error
-    if communicates(hook) or rank == last:  # who waits for nobody learns of nobody's failure
+    if collectives(hook) or rank == last:  # who waits for nobody learns of nobody's failure
         assert told is not None, f"{where}: no error on rank {rank}"
         for part in (name_of(hook), f"rank {last}"):
             assert part in str(told), f"{where}: {part!r} is missing from {told}"

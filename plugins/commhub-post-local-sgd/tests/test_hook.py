@@ -494,6 +494,23 @@ def test_a_bare_module_trains_alike(ranks):
     ranks(by_hand, 2)
 
 
+def uneven_inputs(initial):
+    """Each rank has two batches more than the one before it."""
+    model, optimizer, registration = registered("post_local_sgd(start_step=1, period=3)", (0, 0, 1, 1))
+    for _ in range(2):
+        with model.join(divide_by_initial_world_size=initial):
+            for number in range(2 + 2 * dist.get_rank()):
+                step(model, optimizer, number)
+    registration.remove()
+    assert equal_everywhere(parameters(model))
+    return registration.step
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_ranks_may_run_out_of_inputs(ranks, initial):
+    assert ranks(uneven_inputs, 4, initial) == [2 * 8] * 4
+
+
 class Normed(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))

@@ -28,7 +28,7 @@ class _WrongUsage(click.ClickException):
     metavar="PATH",
     help="Make the folder in this one.  [default: here]",
 )
-@click.option("--author", metavar="TEXT", help="Who owns it; several with commas between.  [default: its authors]")
+@click.option("--author", metavar="TEXT", help="Who owns it.  [default: the authors of commhub-NAME]")
 def new(name: str, averager: bool, directory: Path, author: str | None) -> None:
     """Start the plugin package commhub-NAME: a hook to edit, its spec, tests, README, licence and CI.
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
         ROOT / "README.md",
+        ROOT / "contrib/README.md",
         ROOT / "commhub/drivers/README.md",
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("plugins/*/README.md"),

@@ -3,6 +3,8 @@
 import os
 import re
 import stat
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def test_it_says_what_it_made_and_the_next_three_commands(here):
 def test_no_placeholder_is_left_and_every_name_follows_from_the_one(here, kind):
     assert new("odd-2-name", *(["--averager"] if kind == "averager" else [])).exit_code == 0
     files = {path: content.decode() for path, content in tree(here / "commhub-odd-2-name").items()}
-    assert {path: text for path, text in files.items() if re.search(r"\$(?!\{\{ matrix\.python \}\})", text)} == {}
+    assert {path for path, text in files.items() if re.search(r"\$(?!\{\{ matrix\.python \}\}| pip )", text)} == set()
     assert "class Odd2Name:" in files[f"commhub_odd_2_name/_{kind}.py"]
     assert 'name="odd_2_name"' in files["commhub_odd_2_name/spec.py"]
     assert not [path for path in files if path.endswith("-tpl") or "package" in path]
@@ -198,6 +200,14 @@ def test_it_is_made_in_the_directory_that_is_given(here, tmp_path):
     done = new("my-hook", "--directory", str(tmp_path))
     assert (tmp_path / "commhub-my-hook/pyproject.toml").exists(), done.output
     assert list(here.iterdir()) == []
+
+
+def test_it_loads_no_torch(here):
+    command = [sys.executable, "-X", "importtime", "-m", "commhub", "new", "my-hook"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "commhub.scaffold" in loaded
+    assert "torch" not in loaded
 
 
 @pytest.mark.parametrize(

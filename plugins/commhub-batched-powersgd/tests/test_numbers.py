@@ -90,7 +90,7 @@ def test_a_non_finite_step_reaches_all_ranks_and_leaves_no_trace(bad, where, buc
 @pytest.mark.parametrize("rank", [1, 2])
 def test_residuals_stay_bounded_when_ranks_pull_in_opposite_directions(rank):
     gradient = torch.randn(20, 20, generator=seeded(4))
-    for steps in (500, 2000):
+    for steps in (100, 400):
         result = run([[gradient], [-gradient]], rank=rank, steps=steps)
         for state in result.states:
             assert state.local("0")["residual"].norm() < 2 * 20 * gradient.norm()

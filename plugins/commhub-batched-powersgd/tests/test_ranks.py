@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.checkpoint import HookState
-from commhub.testing import Branches, EveryKind, assert_equal_across_ranks, bitwise_equal, mlp, train
+from commhub.testing import Branches, assert_equal_across_ranks, bitwise_equal, mlp, train
 
 KB = 1 / 1024
 
@@ -27,27 +25,23 @@ def tensors_of(registration):
     }
 
 
-def hundred_steps(hook, cap):
-    model = DistributedDataParallel(deep(), bucket_cap_mb=cap)
+def many_steps(hook, steps):
+    model = DistributedDataParallel(deep(), bucket_cap_mb=2 * KB)
     registration = commhub.register(model, hook)
-    run = train(model, 100)
+    run = train(model, steps)
     for gradients in (*run.gradients[:5], run.gradients[-1]):
         assert_equal_across_ranks(gradients)
     assert_equal_across_ranks(run.parameters)
     assert_equal_across_ranks({k: t for k, t in tensors_of(registration).items() if k.startswith("shared")})
-    squares = registration.hook._squares.made.values()
-    return registration.stats.compression, len(squares), run.losses
+    return registration.stats.compression, len(registration.hook._squares.made), run.losses
 
 
-@pytest.mark.parametrize(
-    ("iterations", "cap", "buckets", "nproc"),
-    [(2, 2 * KB, 12, 2), (2, 2 * KB, 12, 4), (1, 2 * KB, 12, 2), (1, 25, 1, 2), (2, 25, 1, 4)],
-)
-def test_a_hundred_steps_end_and_all_ranks_agree(ranks, nproc, cap, buckets, iterations):
-    hook = f"batched_powersgd_rank2(start_step=3, num_power_iterations={iterations})"
-    for compression, squares, losses in ranks(hundred_steps, nproc, hook, cap, timeout=120):
+def test_two_iterations_from_the_fourth_step_on_end_and_all_ranks_agree(ranks):
+    """In twelve buckets; one iteration from the first step on is in the table of all hooks."""
+    hook = "batched_powersgd_rank2(start_step=3, num_power_iterations=2)"
+    for compression, squares, losses in ranks(many_steps, 2, hook, 40):
         assert compression > 2
-        assert squares == buckets
+        assert squares == 12
         assert losses[-1] < losses[0]
 
 
@@ -130,60 +124,6 @@ def test_nothing_is_lost_of_a_parameter_that_some_ranks_did_not_use(ranks, nproc
         assert torch.equal(waiting[0], waiting[1]) == (not both_on)
 
 
-def keep_zero(cap):
-    model = DistributedDataParallel(deep(), bucket_cap_mb=cap)
-    commhub.register(model, "batched_powersgd_rank2", start_step=0)
-    names = dict(model.module.named_parameters())
-    zero = names["4.weight"]
-    zero.register_hook(torch.zeros_like)
-    for step in range(20):
-        model.zero_grad()
-        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(10 * step + torch.distributed.get_rank()))
-        model(x).square().mean().backward()
-        assert not zero.grad.any()
-        assert names["2.weight"].grad.any()
-
-
-@pytest.mark.parametrize("cap", [2 * KB, 25])
-@pytest.mark.parametrize("nproc", [2, 4])
-def test_a_gradient_that_is_always_zero_stays_zero(ranks, nproc, cap):
-    ranks(keep_zero, nproc, cap)
-
-
-def every_kind(steps):
-    model = DistributedDataParallel(EveryKind(), bucket_cap_mb=KB / 4)
-    commhub.register(model, "batched_powersgd", start_step=1, min_compression_rate=0.5)
-    run = train(model, steps, batch=EveryKind.batch, lr=0.01)
-    for found in run.gradients:
-        assert_equal_across_ranks(found)
-    return all(torch.isfinite(p.double() if not p.is_complex() else p.abs()).all() for p in run.parameters.values())
-
-
-def test_every_kind_of_parameter_trains_alike_on_all_ranks(ranks):
-    assert ranks(every_kind, 2, 4) == [True, True]
-
-
-def one_bad_step(cap):
-    model = DistributedDataParallel(deep(3), bucket_cap_mb=cap)
-    commhub.register(model, "batched_powersgd_rank2", start_step=0)
-    rank, finite = torch.distributed.get_rank(), []
-    for step in range(5):
-        model.zero_grad()
-        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(10 * step + rank))
-        if step == 2 and rank == 1:
-            x[0, 0] = float("inf")
-        model(x).square().mean().backward()
-        grads = {n: p.grad for n, p in model.named_parameters()}
-        assert_equal_across_ranks({n: g.nan_to_num(7.0) for n, g in grads.items()})
-        finite.append(all(g.isfinite().all() for g in grads.values()))
-    return finite
-
-
-@pytest.mark.parametrize("cap", [2 * KB, 25])
-def test_the_step_after_a_non_finite_one_is_clean(ranks, cap):
-    assert ranks(one_bad_step, 2, cap) == [[True, True, False, True, True]] * 2
-
-
 def half(path, cap, first):
     model = DistributedDataParallel(deep(), bucket_cap_mb=cap)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -205,25 +145,20 @@ def half(path, cap, first):
     return begun, {**run.parameters, **tensors_of(registration)}, run.losses
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
-def test_training_resumes_in_new_processes_bit_for_bit_with_the_same_buckets(ranks, tmp_path, nproc):
+def test_training_resumes_in_new_processes_bit_for_bit_with_the_same_buckets(ranks, tmp_path):
     """One bucket, whose parameters arrive in another order after DDP has rebuilt it."""
-    straight = ranks(half, nproc, str(tmp_path), 25, True)
-    resumed = ranks.fresh(half, nproc, str(tmp_path), 25, False)
+    straight = ranks(half, 2, str(tmp_path), 25, True)
+    resumed = ranks.fresh(half, 2, str(tmp_path), 25, False)
     for again, (began, ended, _) in zip(resumed, straight, strict=True):
         for mine, theirs in zip(again.value, (began, ended), strict=False):
             assert mine.keys() == theirs.keys()
             for name, tensor in mine.items():
-                if nproc == 2:
-                    assert bitwise_equal(tensor, theirs[name]), name
-                else:  # four summands are added in another order where the elements lie elsewhere
-                    torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+                assert bitwise_equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
-def test_with_other_buckets_state_is_loaded_as_it_was_and_the_factors_start_afresh(ranks, tmp_path, nproc):
-    straight = ranks(half, nproc, str(tmp_path), 2 * KB, True)
-    resumed = ranks.fresh(half, nproc, str(tmp_path), 25, False)
+def test_with_other_buckets_state_is_loaded_as_it_was_and_the_factors_start_afresh(ranks, tmp_path):
+    straight = ranks(half, 2, str(tmp_path), 2 * KB, True)
+    resumed = ranks.fresh(half, 2, str(tmp_path), 25, False)
     for again, (began, ended, _) in zip(resumed, straight, strict=True):
         state, end, losses = again.value
         assert state.keys() == began.keys()
@@ -233,43 +168,3 @@ def test_with_other_buckets_state_is_loaded_as_it_was_and_the_factors_start_afre
         assert len(groupings) == 1  # one bucket now
         assert len({int(t) for name, t in began.items() if name.endswith("grouping")}) == 12
         assert torch.tensor(losses).isfinite().all()
-
-
-def through_a_distributed_checkpoint(path, cap, save):
-    model = DistributedDataParallel(deep(), bucket_cap_mb=cap)
-    registration = commhub.register(model, "batched_powersgd_rank2", start_step=1)
-    if save:
-        train(model, 5)
-        dcp.save({"hook": HookState(registration)}, checkpoint_id=path)
-    else:
-        dcp.load({"hook": HookState(registration)}, checkpoint_id=path)
-    assert registration.step == 5
-    return tensors_of(registration)
-
-
-@pytest.mark.parametrize("nproc", [2, 4])
-def test_a_distributed_checkpoint_is_loaded_as_it_was_in_new_processes_with_other_buckets(ranks, tmp_path, nproc):
-    saved = ranks(through_a_distributed_checkpoint, nproc, str(tmp_path), 2 * KB, True)
-    loaded = ranks.fresh(through_a_distributed_checkpoint, nproc, str(tmp_path), 25, False)
-    for mine, theirs in zip(loaded, saved, strict=True):
-        assert mine.value.keys() == theirs.keys()
-        assert all(bitwise_equal(mine.value[name], tensor) for name, tensor in theirs.items())
-        assert any(t.any() for name, t in theirs.items() if name.endswith("residual"))
-
-
-def on_another_number_of_ranks(path, save):
-    model = DistributedDataParallel(deep(3), bucket_cap_mb=2 * KB)
-    registration = commhub.register(model, "batched_powersgd", start_step=0)
-    if save:
-        train(model, 3)
-        registration.save(path)
-    else:
-        registration.load(path)
-        run = train(model, 2, first_step=3)
-        assert_equal_across_ranks(run.parameters)
-    return registration.step
-
-
-def test_it_goes_on_on_another_number_of_ranks(ranks, tmp_path):
-    assert ranks(on_another_number_of_ranks, 4, str(tmp_path), True) == [3] * 4
-    assert ranks(on_another_number_of_ranks, 2, str(tmp_path), False) == [5] * 2

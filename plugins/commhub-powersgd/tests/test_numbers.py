@@ -171,7 +171,7 @@ def test_residuals_stay_bounded_when_ranks_pull_in_opposite_directions(rank):
     """The mean is zero and says nothing about where to look; a fixed look would let the rest grow for ever."""
     gradient = torch.randn(16, 24, generator=seeded(4))
     sizes = []
-    for steps in (500, 2000):
+    for steps in (100, 400):
         result = run([[gradient], [-gradient]], rank=rank, steps=steps)
         sizes += [state.local("0")["residual"].norm() / gradient.norm() for state in result.states]
         assert result.gradients[0][0].abs().max() < 1e-3

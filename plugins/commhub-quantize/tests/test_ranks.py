@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub.checkpoint import HookState
-from commhub.testing import Branches, EveryKind, assert_equal_across_ranks, bitwise_equal, mlp, train
+from commhub.testing import Branches, assert_equal_across_ranks, bitwise_equal, mlp, train
 
 KB = 1 / 1024
 ONE, MANY = 25, 6 * KB  # a layer is 6.4 KiB
@@ -35,18 +35,10 @@ def many_buckets(hook, steps):
     return registration.step, buckets, registration.stats.compression, run.losses
 
 
-@pytest.mark.parametrize(
-    ("nproc", "hook"),
-    [
-        (2, "quantize_per_channel"),
-        (2, "quantize_per_tensor"),
-        (2, "quantize_per_channel(bits=4)"),
-        (4, "quantize_per_channel(bits=4)"),
-    ],
-)
-def test_a_hundred_steps_of_twelve_buckets_end_and_agree(ranks, nproc, hook):
-    for steps, buckets, compression, losses in ranks(many_buckets, nproc, hook, 100, timeout=120):
-        assert steps == 100
+def test_many_steps_of_twelve_buckets_at_4_bits_end_and_agree(ranks):
+    """8 bits are in the table of all hooks."""
+    for steps, buckets, compression, losses in ranks(many_buckets, 2, "quantize_per_channel(bits=4)", 40):
+        assert steps == 40
         assert buckets == 12
         assert compression > 2
         assert losses[-1] < losses[0]
@@ -87,28 +79,6 @@ def test_real_ranks_and_virtual_ones_agree(ranks, nproc, hook):
     for mine, theirs in zip(real, virtual, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert bitwise_equal(a, b)
-
-
-def every_kind(hook):
-    model = DistributedDataParallel(EveryKind())
-    plain = DistributedDataParallel(EveryKind())
-    commhub.register(model, hook, dense_small=False)
-    mine, reference = (train(m, 2, batch=EveryKind.batch) for m in (model, plain))
-    assert_equal_across_ranks(mine.gradients[0])
-    return mine.gradients[0], reference.gradients[0]
-
-
-@pytest.mark.parametrize("hook", ["quantize_per_channel", "quantize_per_tensor"])
-def test_every_kind_of_parameter_is_averaged(ranks, hook):
-    for mine, reference in ranks(every_kind, 2, hook):
-        assert mine.keys() == reference.keys()
-        for name, gradient in mine.items():
-            other = reference[name]
-            assert (gradient.dtype, gradient.shape) == (other.dtype, other.shape)
-            if gradient.is_sparse:
-                gradient, other = gradient.to_dense(), other.to_dense()
-            difference = (gradient - other).abs().double().norm()
-            assert difference <= 0.05 * other.abs().double().norm() + 1e-7, name
 
 
 def unused(both_on):
@@ -156,13 +126,11 @@ def load(path, hook, weights, cap):
     return registration.state_dict(), train(model, 3).gradients
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
-@pytest.mark.parametrize(
-    "hook", ["quantize_per_channel(bits=4)", "quantize_per_tensor(bits=4)", "quantize_per_channel(error_feedback=true)"]
-)
-def test_it_resumes_in_new_processes_with_other_buckets(ranks, tmp_path, nproc, hook):
-    before = ranks(save, nproc, str(tmp_path), hook, fresh=True)
-    after = ranks(load, nproc, str(tmp_path), hook, before[0][1], ONE, fresh=True)
+def test_it_resumes_with_other_buckets_bit_for_bit_on_more_than_two_ranks(ranks, tmp_path):
+    """New processes, two ranks and 4 bits are in the table of all hooks."""
+    hook = "quantize_per_channel(error_feedback=true)"
+    before = ranks(save, 3, str(tmp_path), hook)
+    after = ranks(load, 3, str(tmp_path), hook, before[0][1], ONE)
     for rank, ((saved, _, went_on), (loaded, resumed)) in enumerate(zip(before, after, strict=True)):
         for name, table in saved["local"][f"rank{rank}"].items():
             assert table["residual"].any()
@@ -173,70 +141,11 @@ def test_it_resumes_in_new_processes_with_other_buckets(ranks, tmp_path, nproc, 
                     assert bitwise_equal(gradient, theirs[name]), name
 
 
-def three_worlds(states, steps):
-    model, registration = registered("quantize_per_channel(bits=4)", MANY)
-    if states is not None:
-        registration.load_state_dict(states)
-    if steps:
-        train(model, steps)
-    return registration.state_dict()
-
-
-def mean_residuals(states):
-    tables = [table for state in states for table in state["local"].values()]
-    return {n: sum(t[n]["residual"].double() for t in tables) / len(tables) for n in tables[0]}
-
-
-def test_another_number_of_ranks_keeps_the_mean_of_the_residuals(ranks):
-    two = ranks(three_worlds, 2, None, 4)
-    four = ranks(three_worlds, 4, two, 0)
-    four_later = ranks(three_worlds, 4, two, 2)
-    three = ranks(three_worlds, 3, four_later, 0)
-    for before, after in ((two, four), (four_later, three)):
-        a, b = mean_residuals(before), mean_residuals(after)
-        for name in a:
-            assert a[name].any()
-            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-9)
-    with pytest.raises(Exception, match="all 2 former ranks"):
-        ranks(three_worlds, 4, two[0], 0)
-
-
-def scaled(spoil):
-    torch.manual_seed(0)
-    model, registration = registered("quantize_per_channel(bits=4)", MANY), None
-    model, registration = model
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    registration = commhub.register(model, "quantize_per_channel(bits=4)", scaler=scaler)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    kept = []
-    for step in range(4):
-        optimizer.zero_grad()
-        x = torch.randn(4, 40, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
-        if spoil and step == 2 and dist.get_rank() == 1:
-            x[0, 0] = float("inf")
-        scaler.scale(model(x).square().mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        [table] = registration.state_dict()["local"].values()
-        kept.append({n: t["residual"].clone() for n, t in table.items()})
-    return kept, scaler.get_scale()
-
-
-def test_residuals_are_kept_unscaled_and_a_skipped_step_leaves_them(ranks):
-    for (kept, scale), (plain, _) in zip(ranks(scaled, 2, True), ranks(scaled, 2, False), strict=True):
-        assert scale == 512.0
-        for name in kept[0]:
-            assert bitwise_equal(kept[1][name], plain[1][name])
-            assert bitwise_equal(kept[1][name], kept[2][name])  # the step that was not finite
-            assert not bitwise_equal(kept[2][name], kept[3][name])
-            assert 0 < kept[3][name].abs().max() < 1  # in the gradients' own size, not 512 times that
-
-
 def grows(hook):
     model, _ = registered(hook, MANY)
     sizes = []
     for _ in range(3):
-        train(model, 20)
+        train(model, 10)
         gc.collect()
         sizes.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor)))
     return sizes

@@ -101,7 +101,9 @@ def temporary_plugin(
         f"{package}/__init__.py": textwrap.dedent(init),
         f"{package}/_spec.py": textwrap.dedent(spec),
         f"{package}/_hook.py": textwrap.dedent(source),
-        f"{info}/METADATA": "\n".join([*metadata, ""]),
+        f"{info}/METADATA": "\n".join(
+            [*metadata, "License: MIT", "", f"# {name}\n\nA plugin for one test, which is all.\n"]
+        ),
         f"{info}/entry_points.txt": "\n".join(sections),
     }
     record = [_record_line(path, text) for path, text in files.items()]

@@ -60,6 +60,7 @@ class Check:
     run: Callable[..., Any]
 
 
+_HERE = "commhub.testing.conformance"
 _MODULES = ("_static", "_numbers", "_on_ranks", "_modes", "_state", "_averagers")
 _checks: dict[str, Check] = {}
 
@@ -69,9 +70,7 @@ def rule(where: Where, *, kinds: tuple[str, ...] = ("hook",), after: tuple[str, 
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        unknown = [name for name in after if name not in _checks]
         assert summary, f"{function.__name__} has no docstring"
-        assert not unknown, f"{function.__name__} comes after {unknown}, which do not come before it"
         assert function.__name__ not in _checks, f"{function.__name__} is there twice"
         _checks[function.__name__] = Check(
             name=function.__name__, summary=summary, where=where, kinds=kinds, after=after, run=function
@@ -82,7 +81,8 @@ def rule(where: Where, *, kinds: tuple[str, ...] = ("hook",), after: tuple[str, 
 
 
 def all_checks() -> tuple[Check, ...]:
-    """Every check, basic ones first."""
+    """Every check, basic ones first: in the order of the modules, and in each from top to bottom."""
     for module in _MODULES:
-        import_module(f"commhub.testing.conformance.{module}")
-    return tuple(_checks.values())
+        import_module(f"{_HERE}.{module}")
+    places = {f"{_HERE}.{module}": place for place, module in enumerate(_MODULES)}
+    return tuple(sorted(_checks.values(), key=lambda c: (places[c.run.__module__], c.run.__code__.co_firstlineno)))

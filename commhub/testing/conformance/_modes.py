@@ -29,7 +29,7 @@ LEFT_OUT = ("tall", "vector")
 NEVER = "square"  # DDP warns where nothing is unused
 
 
-@rule("ranks", after=(*ALIKE, "ranks_agree"))
+@rule("ranks", after=(*ALIKE, "ranks_agree", "zeros_stay_zero"))
 def unused_parameters(subject: Subject) -> None:
     """With find_unused_parameters, what no rank used gets no gradient, and what one rank used gets one everywhere."""
     rank = dist.get_rank()
@@ -67,7 +67,7 @@ def accumulation(subject: Subject) -> None:
         assert registration.step == step + 1
 
 
-@rule("ranks", after=(*ALIKE, "ranks_agree"))
+@rule("ranks", after=(*ALIKE, "ranks_agree", "unused_parameters"))
 def uneven_inputs(subject: Subject) -> None:
     """Under join() ranks that have run out of inputs serve the others, which agree."""
     rank, p = dist.get_rank(), dist.get_world_size()
@@ -108,7 +108,7 @@ def subgroups(subject: Subject) -> None:
         assert_equal_across_ranks(found, groups[mine])
 
 
-@rule("ranks", after=ALIKE)
+@rule("ranks", after=(*ALIKE, "non_finite_reaches_all", "non_finite_is_forgotten"))
 def loss_scaler(subject: Subject) -> None:
     """A step that a loss scaler skips changes nothing that is remembered, and the scale leaves residuals alone."""
     import commhub

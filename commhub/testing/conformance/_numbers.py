@@ -215,7 +215,7 @@ def bytes_as_declared(subject: Subject) -> None:
         assert off <= 0.02 * said + 64, f"on {p} ranks a step sends {sent:.0f} bytes; the formula gives {said:.0f}"
 
 
-@rule("simulated", after=(*ALIKE, "bytes_as_declared"))
+@rule("simulated", after=(*ALIKE, "bytes_are_declared", "bytes_as_declared"))
 def bytes_stay_bounded(subject: Subject) -> None:
     """What a rank sends does not grow with their number, unless the formula says so."""
     if _declared(subject, 64) > 1.3 * _declared(subject, 8):
@@ -289,7 +289,7 @@ def tiny_gradients(subject: Subject) -> None:
             assert largest <= 100 * scale, f"{name} of about {scale} became {largest:.3g}"
 
 
-@rule("simulated", after=(*ALIKE, "mean"))
+@rule("simulated", after=(*ALIKE, "mean", "zeros_stay_zero"))
 def huge_gradients(subject: Subject) -> None:
     """1e5 on one rank of two, whose mean fits 16 bits, gives that mean: the division comes before any cast."""
     bound = promised_error(subject, torch.float32)

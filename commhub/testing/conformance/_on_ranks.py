@@ -12,7 +12,19 @@ import torch.distributed as dist
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
 from commhub.testing._models import batches, mlp, train
 from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import MANY, ONE, Given, Plain, build, couples, drawn, give, results
+from commhub.testing.conformance._material import (
+    MANY,
+    ONE,
+    Given,
+    Plain,
+    assert_mean,
+    build,
+    couples,
+    drawn,
+    give,
+    promised_error,
+    results,
+)
 from commhub.testing.conformance._numbers import ALIKE
 
 if TYPE_CHECKING:
@@ -22,21 +34,41 @@ LAYERS = [12] * 13
 PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS
 
 
-@rule("ranks", after=(*ALIKE, "ranks_agree"))
+@rule("ranks", after=(*ALIKE, "ranks_agree", "mean"))
 def many_buckets(subject: Subject) -> None:
-    """Twelve buckets in flight for thirty steps: no hang, no mix-up, the same on all ranks."""
+    """Twelve buckets in flight for thirty steps: no hang, no mix-up, the mean, the same on all ranks."""
     model, registration = build(subject, PER_LAYER, mlp(LAYERS))
+    alone = mlp(LAYERS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     draw = batches(LAYERS[0])
     for step in range(30):
-        optimizer.zero_grad()
-        model(*draw(dist.get_rank(), step)).square().mean().backward()
-        if subject.promises("agrees") is not False:
-            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and step % 10 == 9}
-            assert_equal_across_ranks({f"step {step}: {name}": g for name, g in found.items()})
+        looked_at = step % 10 in (1, 9)
+        alone.load_state_dict(model.module.state_dict())
+        for module in (model, alone) if looked_at else (model,):
+            module.zero_grad()
+            module(*draw(dist.get_rank(), step)).square().mean().backward()
+        if looked_at:
+            _compare(subject, model, alone, f"step {step}")
         optimizer.step()
     assert registration.step == registration.stats.steps == 30
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def _compare(subject: Subject, model: Any, alone: Any, where: str) -> None:
+    found = {f"{where}: {name}": p.grad for name, p in model.module.named_parameters()}
+    if subject.promises("agrees") is not False:
+        assert_equal_across_ranks(found)
+    try:
+        bound = promised_error(subject, torch.float32)
+    except NotApplicableError:
+        return
+    own = [p.grad for p in alone.parameters()]
+    flat = torch.cat([g.reshape(-1) for g in own])
+    every = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, flat)
+    parts = zip(*(one.split([g.numel() for g in own]) for one in every), strict=True)
+    for (name, got), ranks in zip(found.items(), parts, strict=True):
+        assert_mean(got.reshape(-1), ranks, bound, name)
 
 
 @rule("ranks", after=(*ALIKE, "many_buckets"))

@@ -29,10 +29,14 @@ class Examination:
         hook: a hook string.
         pool: runs functions on ranks.
         expected: by check, why it is expected to fail.
+        timeout: seconds after which a check has failed.
     """
 
-    def __init__(self, hook: str, pool: RankPool, expected: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, hook: str, pool: RankPool, expected: Mapping[str, str] | None = None, timeout: float = TIMEOUT
+    ) -> None:
         self.subject = Subject(str(hook))
+        self._timeout = timeout
         self.results: list[CheckResult] = []
         self._pool, self._expected = pool, dict(expected or {})
         refuse_unknown(self._expected)
@@ -78,7 +82,7 @@ class Examination:
             check.run(self.subject, self._pool, nproc)
         else:
             told = self._pool.run(
-                _guarded, max(nproc, 1), (check.name, self.subject), timeout=TIMEOUT, init=check.where == "ranks"
+                _guarded, max(nproc, 1), (check.name, self.subject), timeout=self._timeout, init=check.where == "ranks"
             )
             if reason := next(filter(None, told), None):
                 raise NotApplicableError(reason)
@@ -126,6 +130,7 @@ def check_hook(
     expected_failed_checks: Mapping[str, str] | None = None,
     minimum: int = 1,
     where: Sequence[str] = WHERE,
+    timeout: float = TIMEOUT,
     pool: RankPool | None = None,
 ) -> list[CheckResult]:
     """Run the conformance checks against a hook or averager.
@@ -136,6 +141,7 @@ def check_hook(
         expected_failed_checks: by check, the reason why it may fail; one that passes then is a failure.
         minimum: how many checks have to apply; fewer is an error, because nothing would have been shown.
         where: kinds of checks to run: ``"static"``, ``"simulated"``, ``"ranks"``, ``"processes"``.
+        timeout: seconds after which a check has failed: what it drove hangs.
         pool: ranks to run on, where there are some already.
 
     Raises:
@@ -149,7 +155,7 @@ def check_hook(
 
     with contextlib.ExitStack() as stack:
         ranks = pool or stack.enter_context(RankPool())
-        examination = Examination(hook, ranks, expected_failed_checks)
+        examination = Examination(hook, ranks, expected_failed_checks, timeout)
         kind = examination.subject.info.kind
         for check, number in plan(kind, nproc, where):
             examination.run(check, number)

@@ -56,7 +56,7 @@ def _flat(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-@rule("processes", after=ALIKE)
+@rule("processes", after=(*ALIKE, "rebuilt_buckets"))
 def resumes(subject: Subject, pool: RankPool, nproc: int) -> None:
     """A run goes on from its checkpoint in new processes, bit by bit, also with other buckets."""
     coupled = bool(pool.run(couples, 1, (subject,), init=False)[0])

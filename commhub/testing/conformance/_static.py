@@ -56,8 +56,10 @@ def spec_without_torch(subject: Subject) -> None:
 @rule("static", kinds=BOTH, after=("loads", "spec_without_torch"))
 def spec_is_quick(subject: Subject) -> None:
     """The spec module loads within 50 ms."""
-    took = min(_loaded_apart(subject)["import_ms"] or 0.0 for _ in range(3))
-    assert took < QUICK, f"loading the spec module took {took:.0f} ms at best: import less there"
+    took = [_loaded_apart(subject)["import_ms"] or 0.0]
+    while min(took) >= QUICK and len(took) < 5:  # a busy machine is no plugin's fault
+        took.append(_loaded_apart(subject)["import_ms"] or 0.0)
+    assert min(took) < QUICK, f"loading the spec module took {min(took):.0f} ms at best: import less there"
 
 
 @rule("static", kinds=BOTH, after=("loads",))
@@ -95,7 +97,7 @@ def distribution_is_complete(subject: Subject) -> None:
     """The distribution has a README, a licence and a valid version."""
     metadata = importlib_metadata.metadata(subject.info.distribution)
     text = metadata.get("Description") or metadata.json.get("description") or ""
-    assert len(str(text).strip()) > 40, "its metadata hold no README: set readme in pyproject.toml"
+    assert len(str(text).strip()) > 20, "its metadata hold no README: set readme in pyproject.toml"
     licence = metadata.get("License-Expression") or metadata.get("License") or metadata.get_all("License-File")
     assert licence, "its metadata name no licence: set license in pyproject.toml"
     Version(metadata["Version"])

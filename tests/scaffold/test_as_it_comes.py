@@ -20,32 +20,37 @@ ROOT = Path(__file__).parents[2]
 OFFLINE = ("--no-index", "--no-build-isolation", "--disable-pip-version-check")
 
 
-def new(folder, kind):
-    """The folder of a new package `commhub-my-<kind>`."""
-    options = ["--averager"] if kind == "averager" else []
-    done = CliRunner().invoke(main, ["new", f"my-{kind}", "--directory", str(folder), *options])
+def new(folder, name, *options):
+    """The folder of a new package `commhub-<name>`."""
+    done = CliRunner().invoke(main, ["new", name, "--directory", str(folder), *options])
     assert done.exit_code == 0, done.output
-    return folder / f"commhub-my-{kind}"
+    return folder / f"commhub-{name}"
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with one new package of each kind, and `site`, where both are installed."""
     folder = tmp_path_factory.mktemp("made")
-    packages = [new(folder, kind) for kind in ("hook", "averager")]
+    packages = [new(folder, "my-hook"), new(folder, "my-averager", "--averager")]
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", *OFFLINE, "--target", folder / "site"]
     subprocess.run([*command, *packages], check=True)
     return folder
 
 
-def test_a_new_hook_builds_installs_is_listed_and_passes_its_tests_in_an_empty_environment(clean):
+def test_a_new_hook_builds_installs_is_listed_and_passes_its_tests_in_an_empty_environment(clean, tmp_path):
     clean.run("commhub", "new", "as-it-comes", "--author", "Ada Lovelace")
+    from_wheel, from_source = files(clean.work / "commhub-as-it-comes"), files(new(tmp_path, "as-it-comes"))
+    assert from_wheel == from_source  # nothing is missing from the core's wheel
     clean.pip("wheel", "--no-deps", "--wheel-dir", "dist", "./commhub-as-it-comes")
     (wheel,) = clean.work.glob("dist/*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        files = archive.namelist()
-    assert {name.partition("/")[0] for name in files} == {"commhub_as_it_comes", "commhub_as_it_comes-0.1.0.dist-info"}
-    assert "commhub_as_it_comes/py.typed" in files
+        inside = archive.namelist()
+    assert {name.partition("/")[0] for name in inside} == {"commhub_as_it_comes", "commhub_as_it_comes-0.1.0.dist-info"}
+    assert "commhub_as_it_comes/py.typed" in inside
     clean.pip("install", f"{wheel}[test]")
     (row,) = json.loads(clean.run("commhub", "list", "as_it_comes", "--json"))
     assert (row["name"], row["kind"], row["distribution"], row["version"], row["status"], row["error"]) == (

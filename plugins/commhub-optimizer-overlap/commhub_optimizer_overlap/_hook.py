@@ -54,7 +54,7 @@ class OptimizerOverlap(Overlap):
         super().prepare(setup)
         self._optimizers = setup.optimizers
         self._members = Members(setup.optimizers)
-        if self.master:
+        if self.master and setup.parameters:
             self._masters = Masters(setup)
             for optimizer, watch in zip(setup.optimizers, self._watches, strict=True):
                 self._serve_masters(setup, optimizer, watch)

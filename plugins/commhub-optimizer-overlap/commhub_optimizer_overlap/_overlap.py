@@ -47,6 +47,9 @@ class Overlap:
         Raises:
             RegistrationError: if an optimizer cannot be stepped bucket by bucket, or is not this model's.
         """
+        if not setup.parameters:  # a simulation, which has gradients only: there is nothing to step
+            self._prepare_inner(setup)
+            return
         self._check(setup)
         self._prepare_inner(setup)
         self._is_early = setup.scaler is None or not setup.scaler.is_enabled()

@@ -78,6 +78,8 @@ class ZeroOverlap(Overlap):
             RegistrationError: if it is no ZeroRedundancyOptimizer of this model's ranks, or cannot be overlapped.
         """
         super().prepare(setup)
+        if not setup.parameters:
+            return
         (self._zero,) = setup.optimizers
         self._local, self._all = Members([self._zero.optim]), Members([self._zero])
         self._expected = len(setup.names)
@@ -103,6 +105,9 @@ class ZeroOverlap(Overlap):
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """Average with the inner hook, then step and send what is due."""
+        if self._zero is None:
+            yield from self._simulate(bucket)
+            return
         is_last = self._is_last(bucket)
         used = yield from self._reduced(bucket)
         chosen = used if self._overlaps else (False,) * len(used)
@@ -117,6 +122,11 @@ class ZeroOverlap(Overlap):
             yield from self._all_there(bucket)
             yield from self._update(sorted(self._awaiting, key=lambda pair: pair[0].index))
             self._awaiting.clear()
+
+    def _simulate(self, bucket: Bucket) -> Exchange:
+        """Without parameters, send as many bytes as they would be."""
+        yield from self._reduced(bucket)
+        yield from _send([(bucket.index % bucket.world_size, [bucket.flat.clone()])], bucket.rank)
 
     def _is_last(self, bucket: Bucket) -> bool:
         """Whether all parameters have come with this bucket. Buckets come in order, and end in any."""

@@ -48,7 +48,7 @@ def commhub_hooks() -> list[HookSpec]:
                     choices=("interleaved", "stepwise"),
                 ),
             ),
-            needs=("optimizer",),
+            needs=("optimizer", "zero_redundancy_optimizer"),
             exact=True,
             sent_bytes="inner + (p-1)/p * numel * itemsize",
             reference="https://arxiv.org/abs/1910.02054",

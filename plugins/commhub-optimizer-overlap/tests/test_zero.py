@@ -225,3 +225,11 @@ def refused():
 
 def test_what_cannot_overlap_is_refused_at_registration(ranks):
     ranks(refused, 2)
+
+
+def test_a_simulation_sends_what_training_would():
+    gradients = [[torch.full((6, 4), rank + 1.0)] for rank in range(4)]
+    plain, zero = (commhub.simulate(hook, gradients) for hook in ("optimizer_overlap", "zero_overlap"))
+    assert plain.gradients[0][0].unique().tolist() == zero.gradients[0][0].unique().tolist() == [2.5]
+    assert plain.sent_bytes[0] == pytest.approx(2 * 3 / 4 * 96)
+    assert zero.sent_bytes[0] == pytest.approx(3 * 3 / 4 * 96)

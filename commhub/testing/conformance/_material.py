@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,28 +114,48 @@ class Given(nn.Module):
         return total
 
 
-def optimizer_for(subject: Subject, parameters: Any, group: Any = None) -> torch.optim.Optimizer | None:
-    """An optimizer where the spec asks for one; it does not move what it steps."""
-    needs = subject.spec.needs
-    if "zero_redundancy_optimizer" in needs:
+def optimizer_for(subject: Subject | None, parameters: Any, lr: float, group: Any = None) -> torch.optim.Optimizer:
+    """An optimizer of the kind that the spec asks for, else SGD."""
+    if subject is not None and "zero_redundancy_optimizer" in subject.spec.needs:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, process_group=group, lr=0.0)
-    return torch.optim.SGD(parameters, lr=0.0) if "optimizer" in needs else None
+        return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, process_group=group, lr=lr)
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+_optimizers: weakref.WeakKeyDictionary[nn.Module, torch.optim.Optimizer] = weakref.WeakKeyDictionary()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``build`` made."""
+    return _optimizers[model]
 
 
 def build(
-    subject: Subject | None, cap: float = ONE, module: nn.Module | None = None, **ddp: Any
+    subject: Subject | None,
+    cap: float = ONE,
+    module: nn.Module | None = None,
+    *,
+    lr: float = 0.0,
+    group: Any = None,
+    scaler: Any = None,
+    **ddp: Any,
 ) -> tuple[DistributedDataParallel, Registration]:
-    """A DDP model with the subject registered, and its registration; without a subject, with ``allreduce``'s mean."""
+    """A DDP model with the subject registered, and its registration; without a subject, with the plain mean.
+
+    The model has an optimizer, which ``give`` steps; with ``lr=0`` it moves nothing.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     import commhub
 
-    model = DistributedDataParallel(Given() if module is None else module, bucket_cap_mb=cap, **ddp)
+    model = DistributedDataParallel(
+        Given() if module is None else module, process_group=group, bucket_cap_mb=cap, **ddp
+    )
     hook: Any = Plain() if subject is None else subject.hook
-    optimizer = None if subject is None else optimizer_for(subject, model.parameters())
-    return model, commhub.register(model, hook, optimizer=optimizer, timeout=30)
+    optimizer = _optimizers[model] = optimizer_for(subject, model.parameters(), lr, group)
+    needed = subject is not None and any("optimizer" in need for need in subject.spec.needs)
+    return model, commhub.register(model, hook, optimizer=optimizer if needed else None, scaler=scaler, timeout=30)
 
 
 class Plain:
@@ -151,7 +172,9 @@ def give(model: DistributedDataParallel, gradients: Mapping[str, Tensor]) -> dic
     """One backward with these gradients on this rank; copies of what came of them, by name."""
     model.zero_grad()
     model(gradients).backward()
-    return results(model)
+    found = results(model)
+    optimizer_of(model).step()
+    return found
 
 
 def results(model: DistributedDataParallel) -> dict[str, Tensor]:

@@ -12,11 +12,10 @@ from commhub.testing.conformance._check import rule
 from commhub.testing.conformance._material import (
     MANY,
     ONE,
-    Given,
     build,
     drawn,
     give,
-    optimizer_for,
+    optimizer_of,
     results,
     state_of,
 )
@@ -64,6 +63,7 @@ def accumulation(subject: Subject) -> None:
         whole = give(twin, {name: first[name] + second[name] for name in first})
         for name, found in results(model).items():
             assert bitwise_equal(found, whole[name]), f"step {step}: {name}"
+        optimizer_of(model).step()
         assert registration.step == step + 1
 
 
@@ -92,15 +92,11 @@ def uneven_inputs(subject: Subject) -> None:
 @rule("ranks", after=ALIKE)
 def subgroups(subject: Subject) -> None:
     """A model on some of the ranks is averaged among those, also where that is one alone."""
-    import commhub
-
     rank, p = dist.get_rank(), dist.get_world_size()
     halves = [list(range(p // 2)), list(range(p // 2, p))]
     groups = [dist.new_group(half) for half in halves]
     mine = 0 if rank in halves[0] else 1
-    model = torch.nn.parallel.DistributedDataParallel(Given(), process_group=groups[mine])
-    optimizer = optimizer_for(subject, model.parameters(), groups[mine])
-    commhub.register(model, subject.hook, optimizer=optimizer, timeout=30)
+    model, _ = build(subject, group=groups[mine])
     for step in range(2):
         found = give(model, drawn(rank, step))
     assert all(g.isfinite().all() for g in found.values())
@@ -111,14 +107,10 @@ def subgroups(subject: Subject) -> None:
 @rule("ranks", after=(*ALIKE, "non_finite_reaches_all", "non_finite_is_forgotten"))
 def loss_scaler(subject: Subject) -> None:
     """A step that a loss scaler skips changes nothing that is remembered, and the scale leaves residuals alone."""
-    import commhub
-
     rank = dist.get_rank()
-    model, _ = build(None, ONE)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    needed = optimizer_for(subject, model.parameters())
-    optimizer = needed or torch.optim.SGD(model.parameters(), lr=0.0)
-    registration = commhub.register(model, subject.hook, scaler=scaler, optimizer=needed, timeout=30)
+    model, registration = build(subject, scaler=scaler)
+    optimizer = optimizer_of(model)
     for step in range(5):
         optimizer.zero_grad()
         own = drawn(rank, step)

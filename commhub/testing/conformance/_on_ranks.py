@@ -22,6 +22,7 @@ from commhub.testing.conformance._material import (
     couples,
     drawn,
     give,
+    optimizer_of,
     promised_error,
     results,
 )
@@ -37,9 +38,8 @@ PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS
 @rule("ranks", after=(*ALIKE, "ranks_agree", "mean"))
 def many_buckets(subject: Subject) -> None:
     """Twelve buckets in flight for thirty steps: no hang, no mix-up, the mean, the same on all ranks."""
-    model, registration = build(subject, PER_LAYER, mlp(LAYERS))
+    model, registration = build(subject, PER_LAYER, mlp(LAYERS), lr=0.05)
     alone = mlp(LAYERS)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     draw = batches(LAYERS[0])
     for step in range(30):
         looked_at = step % 10 in (1, 9)
@@ -49,7 +49,7 @@ def many_buckets(subject: Subject) -> None:
             module(*draw(dist.get_rank(), step)).square().mean().backward()
         if looked_at:
             _compare(subject, model, alone, f"step {step}")
-        optimizer.step()
+        optimizer_of(model).step()
     assert registration.step == registration.stats.steps == 30
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -94,9 +94,9 @@ def trains(subject: Subject) -> None:
     """A small model learns with it: its loss falls to less than half."""
     if subject.promises("agrees") is False:
         raise NotApplicableError("it declares that ranks do not agree")
-    model, _ = build(subject, PER_LAYER, mlp([8, 16, 16, 4]))
+    model, _ = build(subject, PER_LAYER, mlp([8, 16, 16, 4]), lr=0.3)
     x = batches(8, rows=16)(dist.get_rank(), 0)
-    run = train(model, 60, batch=lambda _rank, _step: x, lr=0.3)
+    run = train(model, 60, batch=lambda _rank, _step: x, optimizer=optimizer_of(model))
     assert run.losses[-1] < 0.5 * run.losses[0], f"the loss went from {run.losses[0]:.3g} to {run.losses[-1]:.3g}"
 
 

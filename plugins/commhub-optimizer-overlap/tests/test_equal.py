@@ -15,7 +15,7 @@ import commhub
 from commhub.testing import bitwise_equal
 
 STEPS = 20
-ONE, MANY = 25.0, 1e-6  # bucket_cap_mb
+ONE, SOME, MANY = 25.0, 1e-4, 1e-6  # bucket_cap_mb: one bucket, four, one for each parameter
 
 
 class Mixture(nn.Module):
@@ -172,11 +172,13 @@ def with_each(names, cap):
                 pair.update()
                 assert pair.differences() == [], f"{name}, step {step}"
                 assert not bitwise_equal(pair.models[1].module.first.detach(), before[name]), f"{name} does nothing"
+        buckets = pair.models[1]._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")
+        assert len(buckets) == {ONE: 1, SOME: 4, MANY: 6}[cap]
 
 
-@pytest.mark.parametrize(("nproc", "cap"), [(2, MANY), (4, MANY), (2, ONE)])
+@pytest.mark.parametrize(("nproc", "cap"), [(2, SOME), (4, MANY), (2, ONE)])
 def test_every_optimizer_with_groups_and_schedulers(ranks, nproc, cap):
-    names = list(OPTIMIZERS) if (nproc, cap) == (2, MANY) else ["SGD", "Adam, fused", "Muon and AdamW"]
+    names = list(OPTIMIZERS) if cap == SOME else ["SGD", "Adam, fused", "Muon and AdamW"]
     ranks(with_each, nproc, names, cap)
 
 

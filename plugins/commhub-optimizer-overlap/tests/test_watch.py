@@ -289,6 +289,27 @@ def test_after_a_failed_step_every_parameter_is_stepped_again(ranks):
     ranks(after_a_failed_step, 2)
 
 
+def shared():
+    """One optimizer over two models, with a backward for each before its step; and each in turn."""
+    found = []
+    for hook in ("allreduce", "optimizer_overlap"):
+        models = [DistributedDataParallel(mlp(seed=seed), bucket_cap_mb=MANY) for seed in (0, 1)]
+        optimizer = torch.optim.SGD([*models[0].parameters(), *models[1].parameters()], lr=0.1, momentum=0.9)
+        for model in models:
+            commhub.register(model, hook, optimizer=optimizer, timeout=20)
+        for step in range(4):
+            for model in models if step % 2 else models[:1]:
+                backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([value for model in models for value in values(model)])
+    assert all(map(bitwise_equal, *found))
+
+
+def test_an_optimizer_of_two_models(ranks):
+    ranks(shared, 2)
+
+
 # Loss scalers.
 
 

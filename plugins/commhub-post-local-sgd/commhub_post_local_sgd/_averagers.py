@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from commhub import Bucket, Exchange, Setup, Subgroup
 
 
-def _is_period(_owner: object, _field: attrs.Attribute[int | None], value: object) -> None:
+def _is_period(_owner: object, _field: attrs.Attribute[int], value: object) -> None:
     if not _is_count(value):
         raise ValueError(f"period is {value!r}; give a number of steps of at least 1, such as period=8.")
 
@@ -49,7 +49,7 @@ class Periodic:
         optimizer_state: average the optimizer's tensors that have a parameter's shape too, such as momentum.
     """
 
-    period: int | None = attrs.field(default=None, validator=_is_period)
+    period: int = attrs.field(default=8, validator=_is_period)
     warmup_steps: int = attrs.field(default=0, validator=_is_warmup)
     buffers: bool = False
     optimizer_state: bool = False
@@ -61,7 +61,6 @@ class Periodic:
 
     def due(self, step: int) -> Subgroup | None:
         """All ranks, every ``period`` steps."""
-        assert self.period is not None
         since = step - self.warmup_steps
         return self._group if since >= 0 and since % self.period == 0 else None
 

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("commhub")
 
-PERIOD = 8
-"""Steps between two averages where neither a period nor an averager is given."""
-
 
 @attrs.define(kw_only=True)
 class PostLocalSGD:
@@ -57,7 +54,7 @@ class PostLocalSGD:
     def _periodic(self) -> Averager:
         made = commhub.create(
             "periodic",
-            period=PERIOD if self.period is None else self.period,
+            **({} if self.period is None else {"period": self.period}),
             warmup_steps=self.start_step,
             buffers=self.buffers,
             optimizer_state=self.optimizer_state,

@@ -56,7 +56,7 @@ def commhub_averagers() -> list[AveragerSpec]:
             summary="Average parameters over all ranks every few steps.",
             factory="commhub_post_local_sgd._averagers:Periodic",
             options=(
-                Option(name="period", type=int, help="Steps from one average to the next; must be given."),
+                Option(name="period", type=int, default=8, help="Steps from one average to the next."),
                 _WARMUP,
                 *_MORE,
             ),

@@ -103,7 +103,6 @@ def test_both_average_when_pytorch_s_do(ranks):
 
 
 WRONG = {
-    "periodic": "period is None",
     "periodic(period=0)": "at least 1",
     "periodic(period=2.5)": "not an int",
     "periodic(period=2, warmup_steps=-1)": "0 or more",

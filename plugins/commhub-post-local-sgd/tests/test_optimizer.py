@@ -95,7 +95,7 @@ def test_it_is_an_optimizer_and_shares_everything_with_the_one_it_wraps():
 WRONG = {
     "a hook": ("allreduce", TypeError, "averages no parameters"),
     "another object": (object(), TypeError, "commhub.create"),
-    "no period": ("periodic", commhub.HookOptionError, "period is None"),
+    "no periods": ("hierarchical", commhub.HookOptionError, "periods is None"),
     "no such name": ("perodic(period=2)", commhub.UnknownHookError, "perodic"),
     "buffers": ("periodic(period=2, buffers=true)", ValueError, "knows no buffers"),
 }

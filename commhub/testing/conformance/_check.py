@@ -61,7 +61,7 @@ class Check:
 
 
 _HERE = "commhub.testing.conformance"
-_MODULES = ("_static", "_numbers", "_on_ranks", "_modes", "_state", "_averagers")
+_MODULES = ("_static", "_numbers", "_feedback", "_bytes", "_on_ranks", "_modes", "_state", "_averagers")
 _checks: dict[str, Check] = {}
 
 

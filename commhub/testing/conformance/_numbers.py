@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from commhub._formula import evaluate
 from commhub.testing._compare import bitwise_equal
-from commhub.testing.conformance._check import NotApplicableError, rule
+from commhub.testing.conformance._check import rule
 from commhub.testing.conformance._material import (
     ROUNDING,
     SHAPES,
@@ -23,7 +22,7 @@ from commhub.testing.conformance._material import (
 from commhub.testing.conformance._static import LOADED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from commhub.testing.conformance._subject import Subject
 
@@ -126,104 +125,6 @@ def every_kind_has_its_mean(subject: Subject) -> None:
         assert_mean(tensor, own, promised_error(subject, tensor.dtype), name)
 
 
-def _residuals(subject: Subject, gradients: Mapping[int, Mapping[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:
-    """Per rank, what it still has to send of each parameter, by the parameter's place."""
-    outcome = simulate(subject, lambda rank, _step: gradients[rank], len(gradients), steps=steps)
-    tables = [state.export("local") for state in outcome.states]
-    return [
-        {name: table[key] for name, table in every.items() for key in table if key.endswith("residual")}
-        for every in tables
-    ]
-
-
-def _shapes_with_residuals(subject: Subject) -> Mapping[str, tuple[int, ...]]:
-    """Small parameters if it keeps residuals of them, because little of a large one is sent in a step."""
-    for shapes in ({"matrix": (12, 8), "vector": (9,)}, SHAPES):
-        if any(_residuals(subject, {rank: drawn(rank, 0, shapes) for rank in range(2)}, 1)):
-            return shapes
-    raise NotApplicableError("it keeps no residual")
-
-
-@rule("simulated", after=ALIKE)
-def residuals_stay_bounded(subject: Subject) -> None:
-    """Residuals do not grow with the steps where ranks' gradients are opposite for ever."""
-    base = drawn(0, 0, _shapes_with_residuals(subject))
-    opposite = {0: base, 1: {name: -g for name, g in base.items()}}
-    norms = []
-    for steps in (60, 240):
-        kept = _residuals(subject, opposite, steps)
-        norms.append(max(float(tensor.norm()) for every in kept for tensor in every.values()))
-    few, many = norms
-    assert many <= max(2.0 * few, 1e-3), f"the largest residual is {few:.3g} after 60 steps, {many:.3g} after 240"
-
-
-@rule("simulated", after=(*ALIKE, "residuals_stay_bounded"))
-def feedback_sums_up(subject: Subject) -> None:
-    """Nothing is lost: all results and the mean of what is still kept add up to all mean gradients."""
-    steps, p = 10, 3
-    shapes = _shapes_with_residuals(subject)
-    own = {rank: drawn(rank, 7, shapes) for rank in range(p)}
-    kept = _residuals(subject, own, steps)
-    totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    for count in range(1, steps + 1):
-        outcome = simulate(subject, lambda rank, _step: own[rank], p, steps=count)
-        for total, tensor in zip(totals.values(), outcome.gradients[0], strict=True):
-            total += tensor.double()
-    for place, (name, total) in enumerate(totals.items()):
-        unsent = [every[str(place)].double() for every in kept if str(place) in every]
-        whole = torch.stack([own[rank][name].double() for rank in range(p)]).mean(0) * steps
-        missing = whole - total - (torch.stack(unsent).sum(0) / p if unsent else 0.0)
-        lost, size = float(missing.norm()), float(whole.norm())
-        assert lost <= 2e-3 * size + 1e-6, f"{name}: {lost:.3g} of {size:.3g} is lost"
-
-
-FORMULA = {"rows": 256, "cols": 256}
-"""The formula of sent bytes is compared for one float32 matrix of this shape."""
-
-
-def _declared(subject: Subject, p: int) -> float:
-    """The formula's value; of a hook inside, its own where the formula names ``inner``."""
-    from commhub.testing.conformance._subject import Subject as Another
-
-    values: dict[str, object] = {"p": p, "h": p, **FORMULA, "numel": FORMULA["rows"] * FORMULA["cols"], "itemsize": 4}
-    for name, value in subject.options.items():
-        option = subject.spec.option(name)
-        nested = option is not None and option.type == "hook" and isinstance(value, str)
-        values[name] = _declared(Another(value), p) if nested else value
-    try:
-        return evaluate(subject.spec.sent_bytes, values)
-    except ValueError as error:
-        raise AssertionError(f"sent_bytes cannot be evaluated: {error}") from error
-
-
-def _measured(subject: Subject, p: int) -> float:
-    shapes = {"matrix": tuple(FORMULA.values())}
-    steps = 2
-    both = [
-        simulate(subject, lambda rank, step: drawn(rank, step, shapes), p, steps=count).sent_bytes[0]
-        for count in (steps, 2 * steps)
-    ]
-    return (both[1] - both[0]) / steps
-
-
-@rule("simulated", after=(*ALIKE, "bytes_are_declared"))
-def bytes_as_declared(subject: Subject) -> None:
-    """It sends what its formula says, for one 256 x 256 float32 matrix, within 2 %."""
-    for p in (2, 4, 8):
-        said, sent = _declared(subject, p), _measured(subject, p)
-        off = abs(sent - said)
-        assert off <= 0.02 * said + 64, f"on {p} ranks a step sends {sent:.0f} bytes; the formula gives {said:.0f}"
-
-
-@rule("simulated", after=(*ALIKE, "bytes_are_declared", "bytes_as_declared"))
-def bytes_stay_bounded(subject: Subject) -> None:
-    """What a rank sends does not grow with their number, unless the formula says so."""
-    if _declared(subject, 64) > 1.3 * _declared(subject, 8):
-        raise NotApplicableError("its formula says that it grows with the number of ranks")
-    few, many = _measured(subject, 8), _measured(subject, 64)
-    assert many <= 1.3 * few + 64, f"a rank sends {few:.0f} bytes among 8 and {many:.0f} among 64"
-
-
 @rule("simulated", after=ALIKE)
 def zeros_stay_zero(subject: Subject) -> None:
     """A parameter whose gradient has always been zero stays zero."""
@@ -238,7 +139,7 @@ def zeros_stay_zero(subject: Subject) -> None:
             assert not found[name].any(), f"{name} has become {found[name].abs().max():.3g}"
 
 
-def _struck(value: float, step: int) -> Callable[[int, int], dict[str, Tensor]]:
+def struck(value: float, step: int) -> Callable[[int, int], dict[str, Tensor]]:
     def gradients(rank: int, at: int) -> dict[str, Tensor]:
         made = drawn(rank, at)
         if at == step and rank == 1:
@@ -254,25 +155,10 @@ def non_finite_reaches_all(subject: Subject) -> None:
     """A gradient that is not finite on one rank is not finite on any: a loss scaler decides alike everywhere."""
     require_agreement(subject)
     for value in (float("inf"), float("nan")):
-        outcome = simulate(subject, _struck(value, 1), 3, steps=2)
+        outcome = simulate(subject, struck(value, 1), 3, steps=2)
         for rank in range(3):
             for name, tensor in by_name(outcome, rank).items():
                 assert not tensor.isfinite().all(), f"{value} in {name} on rank 1 is finite on rank {rank}"
-
-
-@rule("simulated", after=(*ALIKE, "residuals_stay_bounded"))
-def non_finite_is_forgotten(subject: Subject) -> None:
-    """A step that is not finite leaves nothing behind: state stays finite, and the next step's result is."""
-    for value in (float("inf"), float("nan")):
-        outcome = simulate(subject, _struck(value, 1), 3, steps=3)
-        for rank, state in enumerate(outcome.states):
-            for tables in (state.export("local"), state.export("shared")):
-                for name, table in tables.items():
-                    for key, tensor in table.items():
-                        assert tensor.isfinite().all(), f"after {value} {key} of {name} is not finite on rank {rank}"
-            if rank != 1 or subject.promises("agrees") is not False:
-                for name, tensor in by_name(outcome, rank).items():
-                    assert tensor.isfinite().all(), f"the step after {value} is not finite in {name}"
 
 
 @rule("simulated", after=ALIKE)

@@ -32,7 +32,7 @@ def belongings(optimizer: Any) -> dict[str, object]:
     """What an optimizer keeps besides its parameters' state; booleans only say that something was looked at once."""
     local = getattr(optimizer, "optim", optimizer)
     found = {f"the attribute {k!r}": v for k, v in settings(vars(local)).items() if not isinstance(v, bool)}
-    for number, group in enumerate(local.param_groups):
+    for number, group in enumerate(optimizer.param_groups):
         found.update((f"{k!r} of group {number}", v) for k, v in settings(group).items())
     return found
 

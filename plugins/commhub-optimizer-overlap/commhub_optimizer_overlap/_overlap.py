@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from commhub import RegistrationError, create
 
@@ -83,8 +84,11 @@ class Overlap:
         seen: set[int] = set()
         for optimizer in setup.optimizers:
             kind = type(optimizer).__name__
-            if isinstance(getattr(optimizer, "optim", optimizer), torch.optim.LBFGS):
+            inside = next((v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None)
+            if isinstance(optimizer if inside is None else inside, torch.optim.LBFGS):
                 raise RegistrationError("LBFGS updates all parameters together, and cannot do so bucket by bucket.")
+            if inside is not None and not isinstance(optimizer, ZeroRedundancyOptimizer):
+                raise RegistrationError(f"the {kind} that was given wraps a {type(inside).__name__}. Give that one.")
             theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if not theirs & trained:
                 raise RegistrationError(f"the {kind} that was given updates no parameter of this model.")

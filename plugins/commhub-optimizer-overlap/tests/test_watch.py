@@ -353,6 +353,14 @@ def test_with_a_loss_scaler_step_does_all_and_may_be_skipped(ranks):
 # Refused at registration.
 
 
+class Wrapping(torch.optim.Optimizer):
+    """Has another optimizer do the work."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+
 def at_registration():
     model = DistributedDataParallel(mlp())
     mine, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(mlp().parameters(), lr=0.1)
@@ -361,13 +369,16 @@ def at_registration():
         ({"optimizer": torch.optim.LBFGS(model.parameters())}, RegistrationError, "LBFGS updates all parameters"),
         ({"optimizer": other}, RegistrationError, "the SGD that was given updates no parameter of this model"),
         ({"optimizer": [mine, torch.optim.Adam(model.parameters())]}, RegistrationError, "in two of the optimizers"),
+        ({"optimizer": Wrapping(mine)}, RegistrationError, "the Wrapping that was given wraps a SGD. Give that one"),
         ({"optimizer": mine, "max_norm": 1.0}, HookOptionError, "max_norm"),
         ({"optimizer": mine, "inner": "optimizer_overlap"}, HookOptionError, "steps the optimizer itself"),
     ):
-        untouched = dict(vars(mine))
         with pytest.raises(error, match=text):
             commhub.register(model, "optimizer_overlap", **given)
-        assert vars(mine) == untouched
+        assert left_on(mine) == (0, None)
+    with pytest.raises(RegistrationError, match=r"updates no parameter|rank 1"):  # on one rank only
+        commhub.register(model, "optimizer_overlap", optimizer=other if dist.get_rank() else mine)
+    assert left_on(mine) == (0, None)
     with pytest.raises(RegistrationError, match="no optimizer was given"):
         commhub.register(model, OptimizerOverlap())
     zero = torch.distributed.optim.ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)

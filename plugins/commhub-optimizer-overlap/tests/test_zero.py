@@ -72,7 +72,7 @@ def against_plain(hook):
     for make in (adam, momentum):
         for cap in (MANY, ONE):
             models, optimizers, registration = pair(make, cap, hook, grouped=True)
-            schedulers = [torch.optim.lr_scheduler.StepLR(o, step_size=4, gamma=0.5) for o in optimizers]
+            schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda n: 0.5 ** (1 + n // 4)) for o in optimizers]
             sent = []
             for step in range(20):
                 early = step_both(models, optimizers, step)

@@ -9,8 +9,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from commhub import _registry
-from commhub.cli import _doctor, main
+from commhub import _probe, _registry, main
 
 
 def run(*args):
@@ -227,7 +226,7 @@ def test_doctor_says_no_and_shows_the_traceback(site):
 
 def test_doctor_gives_up_on_a_plugin_that_never_ends(site, monkeypatch):
     site.add("slow-dist", "slow", source="import time; time.sleep(60)")
-    monkeypatch.setattr(_doctor, "_LIMIT", 1)
+    monkeypatch.setattr(_probe, "_LIMIT", 1)
     done = run("doctor")
     assert done.exit_code == 1
     assert "longer than 1 s" in done.output

@@ -9,7 +9,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from commhub import _probe, _registry, main
+from commhub import _probe, _registry
+from commhub.cli import main
 
 
 def run(*args):

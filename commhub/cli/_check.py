@@ -20,10 +20,13 @@ def _ranks(_context: object, _option: object, text: str) -> tuple[int, ...]:
 @click.command()
 @click.argument("name", shell_complete=complete_names)
 @click.option("--nproc", default="2,4", callback=_ranks, show_default=True, help="Numbers of ranks to train on.")
+@click.option("--quick", is_flag=True, help="Leave out the checks on real ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @click.option("--expect-failure", "expected", multiple=True, metavar="CHECK=REASON", help="A check that may fail.")
 @click.option("--minimum", default=1, show_default=True, help="How many checks have to apply.")
-def check(name: str, nproc: tuple[int, ...], as_json: bool, expected: tuple[str, ...], minimum: int) -> None:
+def check(
+    name: str, nproc: tuple[int, ...], quick: bool, as_json: bool, expected: tuple[str, ...], minimum: int
+) -> None:
     """Run the conformance checks against NAME, a hook string or averager. Exits with 1 if one fails.
 
     The checks follow from what the plugin declares. They look at the distribution, drive the hook in a simulator on
@@ -31,7 +34,7 @@ def check(name: str, nproc: tuple[int, ...], as_json: bool, expected: tuple[str,
     """
     try:
         from commhub.testing import check_hook
-        from commhub.testing.conformance._run import summary
+        from commhub.testing.conformance._run import WHERE, summary
     except ImportError as error:
         raise click.ClickException(f"the conformance kit cannot be loaded: {error}") from error
     reasons = {}
@@ -41,7 +44,8 @@ def check(name: str, nproc: tuple[int, ...], as_json: bool, expected: tuple[str,
             raise click.BadParameter(f"{text!r}: write CHECK=REASON.", param_hint="--expect-failure")
         reasons[key] = reason
     try:
-        results = check_hook(name, nproc=nproc, expected_failed_checks=reasons, minimum=minimum)
+        where = WHERE[:2] if quick else WHERE
+        results = check_hook(name, nproc=nproc, expected_failed_checks=reasons, minimum=minimum, where=where)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if as_json:

@@ -283,8 +283,17 @@ def _check_alike(label: str, lanes: list[Lane]) -> None:
         jobs = (f"{j.kind.__name__}[{j.payload.numel()} {j.payload.dtype} among {j.p}]" for j in lane.jobs)
         return "its end" if lane.finished else " and ".join(jobs) or "nothing"
 
-    first = shown(lanes[0])
+    def differ(rank: int, other: int) -> HookError:
+        told = f"asked for {shown(lanes[rank])} where rank {other} asked for {shown(lanes[other])}. Kinds, shapes and "
+        told = f"rank {rank} {told}dtypes must not depend on a rank's own values."
+        return own_error(label, lanes[rank].bucket, HookError(told))
+
     for rank, lane in enumerate(lanes):
-        if shown(lane) != first:
-            told = f"asked for {shown(lane)} where rank 0 asked for {first}. Kinds, shapes and dtypes must not "
-            raise own_error(label, lane.bucket, HookError(f"rank {rank} {told}depend on a rank's own values."))
+        if (lane.finished, len(lane.jobs)) != (lanes[0].finished, len(lanes[0].jobs)):
+            raise differ(rank, 0)
+    for stage in zip(*(lane.jobs for lane in lanes), strict=True):
+        asked = [(job.kind, job.payload.numel(), job.payload.dtype, job.group) for job in stage]
+        for rank, job in enumerate(stage):
+            for other in range(len(stage)) if job.group is None else job.group.ranks:
+                if asked[other] != asked[rank]:
+                    raise differ(other, rank)

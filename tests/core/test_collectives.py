@@ -311,3 +311,26 @@ class WithoutDefault:
 def test_a_hook_object_that_cannot_be_copied_is_told_so_by_the_simulator():
     with pytest.raises(TypeError, match="Give fields that prepare sets a default"):
         commhub.simulate(WithoutDefault(), [[torch.ones(2)], [torch.ones(2)]])
+
+
+class Sorted:
+    """Sums within groups of unequal size, in one stage on every rank; `wrong` ranks ask for something else."""
+
+    def __init__(self, groups, wrong=()):
+        self._groups, self._wrong, self._mine, self._rank = groups, wrong, None, 0
+
+    def prepare(self, setup):
+        self._mine, self._rank = setup.partition(self._groups), setup.rank
+
+    def reduce(self, bucket):
+        payload = torch.cat([bucket.flat] * (len(self._mine) + (self._rank in self._wrong)))
+        total = yield commhub.AllReduce(payload, op="sum", group=self._mine)
+        bucket.flat.copy_(total[: bucket.flat.numel()])
+
+
+def test_the_simulator_takes_groups_of_unequal_size_and_compares_within_each():
+    own = [[torch.tensor([float(2**rank)])] for rank in range(4)]
+    found = commhub.simulate(Sorted([[0, 2, 3], [1]]), own).gradients
+    assert [float(mine[0]) for mine in found] == [13, 2, 13, 13]
+    with pytest.raises(commhub.HookError, match=r"rank 3 asked for .*\[4 .* where rank 0 asked for .*\[3 "):
+        commhub.simulate(Sorted([[0, 2, 3], [1]], wrong=[3]), own)

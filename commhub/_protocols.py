@@ -126,7 +126,8 @@ class Averager(Protocol):
 
     It may also have ``prepare(setup: Setup) -> None``, called once at registration, and two attributes that ask for
     more than the parameters, in buckets of their own: ``buffers`` (floating-point buffers) and ``optimizer_state``
-    (the optimizers' tensors that have a parameter's shape; in a bucket they are named ``"parameter:key"``).
+    (the optimizers' tensors that have a parameter's shape; in a bucket they are named ``"parameter:key"``). A third,
+    ``partial``, says that an average that is due leaves parameters out; the last one, among all ranks, must not.
     """
 
     def due(self, step: int) -> Subgroup | None:

@@ -159,7 +159,8 @@ class Timetable:
             return None
         step, group = due
         failure = self._average(step, group)
-        self._even = failure is None and step == self._last and len(group) == self._world_size
+        whole = len(group) == self._world_size and not getattr(self._averager, "partial", False)
+        self._even = failure is None and step == self._last and whole
         return failure
 
     # What the hooks on the module and the optimizers call.

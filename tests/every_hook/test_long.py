@@ -20,6 +20,7 @@ from .matrix import (
     give,
     on_ranks,
     one_of_each_factory,
+    one_of_each_promise,
     promised_error,
     state_of,
 )
@@ -52,6 +53,7 @@ def long_runs(hooks, cap, steps):
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_a_hundred_steps_of_twelve_buckets_end_and_ranks_agree(ranks, nproc):
     hooks = one_of_each_factory(HOOKS)
+    hooks = one_of_each_promise(hooks) if nproc == 4 else hooks
     assert ranks(long_runs, nproc, hooks, PER_LAYER, 100, timeout=120) == [dict.fromkeys(hooks, 12)] * nproc
     assert ranks(long_runs, nproc, hooks, ONE, 10) == [dict.fromkeys(hooks, 1)] * nproc
 

@@ -1,8 +1,8 @@
-"""What every hook has to keep. `commhub check sign` runs all of it; here what one process can tell, and two ranks."""
+"""What every hook has to keep, in one process; `commhub check sign` runs the same on real ranks too."""
 
 from commhub.testing import parametrize_with_checks
 
 
-@parametrize_with_checks(["sign"], where=("static", "simulated", "ranks"))
+@parametrize_with_checks(["sign"], where=("static", "simulated"))
 def test_conformance(check):
     check()

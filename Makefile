@@ -9,7 +9,7 @@ demo: .venv/installed
 	.venv/bin/commhub bench --model tiny --steps 40 --bandwidth 100mbit --report commhub-bench.html
 
 test: .venv/installed
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 3 --dist worksteal tests plugins
 
 lint: .venv/installed
 	.venv/bin/ruff check .

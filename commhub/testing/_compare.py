@@ -1,11 +1,15 @@
 """Bit equality of tensors, here and between ranks: `==` lets -0.0 pass for 0.0 and refuses NaN."""
 
+import ctypes
+import pickle
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 
 
@@ -21,8 +25,7 @@ def assert_equal_across_ranks(tensors: Tensors, group: dist.ProcessGroup | None 
     each rank has there.
     """
     mine = {name: _frozen(tensor) for name, tensor in _named(tensors).items()}
-    everyone: list[dict[str, tuple[str, tuple[int, ...], bytes]]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = gathered(mine, group)
     first = everyone[0]
     if any(list(theirs) != list(first) for theirs in everyone):
         names = "\n".join(f"rank {rank}: {list(theirs)}" for rank, theirs in enumerate(everyone))
@@ -50,7 +53,27 @@ def _frozen(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
         indices, values = _frozen(tensor.indices()), _frozen(tensor.values())
         return f"sparse {values[0]}", tuple(tensor.shape), indices[2] + values[2]
     data = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return str(tensor.dtype), tuple(tensor.shape), bytes(data.numpy())
+    return str(tensor.dtype), tuple(tensor.shape), _bytes(data)
+
+
+def _bytes(flat: Tensor) -> bytes:
+    """The content of a contiguous uint8 tensor in host memory. NumPy, which may be missing, is not asked."""
+    return ctypes.string_at(flat.data_ptr(), flat.numel()) if flat.numel() else b""
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order, without NumPy, which torch's own gathering of objects needs. Collective."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    count = dist.get_world_size(group)
+    sizes = torch.empty(count, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([mine.numel()], device=device), group=group)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: mine.numel()] = mine
+    every = torch.empty(count * padded.numel(), dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(every, padded.to(device), group=group)
+    rows = zip(every.cpu().view(count, -1), sizes.tolist(), strict=True)
+    return [pickle.loads(_bytes(row[:size].contiguous())) for row, size in rows]  # noqa: S301 - from ranks of this test
 
 
 def _where(values: list[tuple[str, tuple[int, ...], bytes]]) -> str:

@@ -58,7 +58,7 @@ def reset(surroundings: Surroundings) -> None:
     set_debug_level_from_env()
     torch.manual_seed(0)
     random.seed(0)
-    if "numpy" in sys.modules:
+    if sys.modules.get("numpy") is not None:
         sys.modules["numpy"].random.seed(0)
 
 

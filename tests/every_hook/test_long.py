@@ -15,13 +15,14 @@ from .matrix import (
     ONE,
     agrees,
     build,
+    collectives,
     drawn,
     feeds_back,
     give,
     on_ranks,
     one_of_each_factory,
-    one_of_each_promise,
     promised_error,
+    spec_of,
     state_of,
 )
 
@@ -50,10 +51,12 @@ def long_runs(hooks, cap, steps):
     return told
 
 
+# On four ranks by one hook for each number of collectives that build on one another, exact or not.
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_a_hundred_steps_of_twelve_buckets_end_and_ranks_agree(ranks, nproc):
     hooks = one_of_each_factory(HOOKS)
-    hooks = one_of_each_promise(hooks) if nproc == 4 else hooks
+    if nproc == 4:
+        hooks = list({(collectives(hook), spec_of(hook).tolerance is None): hook for hook in reversed(hooks)}.values())
     assert ranks(long_runs, nproc, hooks, PER_LAYER, 100, timeout=120) == [dict.fromkeys(hooks, 12)] * nproc
     assert ranks(long_runs, nproc, hooks, ONE, 10) == [dict.fromkeys(hooks, 1)] * nproc
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
+from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal, gathered
 from commhub.testing.conformance._check import rule
 from commhub.testing.conformance._material import (
     MANY,
@@ -78,8 +78,7 @@ def uneven_inputs(subject: Subject) -> None:
             for step in range(2 + rank):
                 seen.append(give(model, drawn(rank, step)))
         assert registration.step == p + 1
-        everyone: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(p)]
-        dist.all_gather_object(everyone, seen)
+        everyone = gathered(seen)
         if subject.promises("agrees") is False:
             continue
         for step in range(p + 1):

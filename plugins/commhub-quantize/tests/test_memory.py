@@ -12,7 +12,7 @@ from commhub.testing import Largest, Watched
 
 @pytest.mark.parametrize("kind", [QuantizePerChannel, QuantizePerTensor])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 4, "symmetric": False}, {"stochastic_rounding": True}])
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "symmetric": False}, {"stochastic_rounding": True}])
 def test_a_later_step_allocates_no_more_than_a_twentieth_of_the_bucket(kind, dtype, options, monkeypatch):
     """Uncompiled: what a compiled kernel allocates, a dispatch mode does not see."""
     monkeypatch.setenv("COMMHUB_COMPILE", "0")

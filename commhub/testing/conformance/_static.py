@@ -97,7 +97,7 @@ def distribution_is_complete(subject: Subject) -> None:
     """The distribution has a README, a licence and a valid version."""
     metadata = importlib_metadata.metadata(subject.info.distribution)
     text = metadata.get("Description") or metadata.json.get("description") or ""
-    assert len(str(text).strip()) > 20, "its metadata hold no README: set readme in pyproject.toml"
+    assert len(str(text).strip()) > 40, "its metadata hold no README: set readme in pyproject.toml"
     licence = metadata.get("License-Expression") or metadata.get("License") or metadata.get_all("License-File")
     assert licence, "its metadata name no licence: set license in pyproject.toml"
     Version(metadata["Version"])

@@ -115,7 +115,7 @@ class StreamDriver:
             result = payload
         elif job.kind is AllGather:
             result = payload.new_empty(job.p * payload.numel())
-            work = dist.all_gather_into_tensor(
+            work = dist.all_gather_single(
                 result.view(torch.uint8), payload.view(torch.uint8), group=group, async_op=True
             )
         elif job.kind is AllToAll:
@@ -125,7 +125,7 @@ class StreamDriver:
             )
         else:
             result = payload.new_empty(payload.numel() // job.p)
-            work = dist.reduce_scatter_tensor(result, payload, group=group, async_op=True)
+            work = dist.reduce_scatter_single(result, payload, group=group, async_op=True)
         work.wait()  # the side stream waits; subgroups' communicators are never in flight together
         return result
 

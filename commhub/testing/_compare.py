@@ -67,11 +67,11 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     count = dist.get_world_size(group)
     sizes = torch.empty(count, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([mine.numel()], device=device), group=group)
+    dist.all_gather_single(sizes, torch.tensor([mine.numel()], device=device), group=group)
     padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
     padded[: mine.numel()] = mine
     every = torch.empty(count * padded.numel(), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(every, padded.to(device), group=group)
+    dist.all_gather_single(every, padded.to(device), group=group)
     rows = zip(every.cpu().view(count, -1), sizes.tolist(), strict=True)
     return [pickle.loads(_bytes(row[:size].contiguous())) for row, size in rows]  # noqa: S301 - from ranks of this test
 

@@ -39,11 +39,11 @@ class Rank:
         client = TCPStore(HOST, self.port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
         return PrefixStore(f"{self.prefix}/{name}", client)
 
-    def meet(self, store: Store) -> None:
-        """Wait until every rank came here."""
-        if store.add("met", 1) == self.world_size:
-            store.set("all met", "")
-        store.wait(["all met"])
+    def meet(self, store: Store, place: str) -> None:
+        """Wait until every rank came to this `place`."""
+        if store.add(f"at {place}", 1) == self.world_size:
+            store.set(f"all at {place}", "")
+        store.wait([f"all at {place}"])
 
 
 _current: Rank | None = None

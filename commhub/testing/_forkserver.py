@@ -1,6 +1,7 @@
 """The parent's end of the fork server: start it, have it fork and signal ranks, learn how they ended."""
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -81,7 +82,9 @@ class ForkServer:
     def fork(self, *, fresh: bool) -> RankProcess:
         """A new rank process: for one order if `fresh`, else for many, until its channel closes."""
         ours, theirs = Pipe()
-        output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed with the process
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        # Else a rank would go on at its old position after the file was emptied, behind a gap of zeros.
+        fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
         self._count += 1
         with theirs:
             try:

@@ -104,8 +104,9 @@ def _membership(order: Order) -> Iterator[None]:
     store = rank.connect("group") if order.init else None
     if store is not None:
         dist.init_process_group("gloo", store=store, rank=order.rank, world_size=order.world_size)
+        rank.meet(store, "the start")  # a rank that dies at once would break a peer that still connects
     yield
     if order.destroy and dist.is_initialized():
         if store is not None:
-            rank.meet(store)  # a group that ends while a peer still connects or receives breaks that peer
+            rank.meet(store, "the end")  # a group that ends while a peer still connects or receives breaks that peer
         dist.destroy_process_group()

@@ -121,6 +121,33 @@ def test_a_death_in_native_code_is_named_at_once(ranks, how, name):
         assert "in die" in str(caught.value)  # faulthandler's stack
 
 
+def connect_in_two_parts():
+    connect = dist.init_process_group
+
+    def patched(*args, **kwargs):
+        connect(*args, **kwargs)
+        if dist.get_rank() == 1:
+            patched.under_way = dist.isend(torch.ones(1), 0)
+        else:
+            time.sleep(0.3)
+            dist.recv(torch.ones(1), 1)
+
+    dist.init_process_group = patched
+
+
+def die_at_once():
+    if dist.get_rank() == 1:
+        os._exit(3)
+    time.sleep(100)
+
+
+def test_a_rank_that_dies_at_once_does_not_break_a_peer_that_still_connects(ranks):
+    ranks(connect_in_two_parts, 2)
+    with pytest.raises(RankError) as caught:
+        ranks(die_at_once, 2)
+    assert list(caught.value.errors) == [1]
+
+
 def leave():
     sys.exit("enough")
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PROJECTS := $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/installed
 	.venv/bin/commhub bench --model tiny --steps 40 --bandwidth 100mbit --report commhub-bench.html
@@ -12,12 +12,14 @@ test: .venv/installed
 	$(PY) -m pytest -n 3 --dist worksteal tests plugins
 
 lint: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/commhub enum --documented --check commhub/_names.py
 	$(PY) docs/generate_catalogue.py --check
+
+docs: .venv/installed
+	$(PY) docs/build_site.py
 
 .venv/installed: pyproject.toml $(PROJECTS) constraints.txt
 	@echo "Setting up .venv: downloads torch once, takes a minute or more."

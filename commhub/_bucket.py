@@ -70,7 +70,8 @@ class Bucket:
         index: place of the bucket in the order of arrival within the step, from 0.
         step: synchronised backward passes before this one, from 0.
         divisor: what a mean divides by: the number of ranks, or of those still active under ``join``.
-        rank, world_size: of this process in the group that averages.
+        rank: of this process in the group that averages.
+        world_size: of that group.
         loss_scale: what the loss was multiplied by (``scaler=``); residuals are kept divided by it.
         group: the subgroup of a ``part``; ``None`` is all ranks.
         divides: whether a mean divides, as DDP does under ``batched_grad_copy``, or multiplies by 1/divisor, as it
@@ -114,14 +115,14 @@ class Bucket:
 
     @property
     def segments(self) -> tuple[Tensor, ...]:
-        """Views of ``flat``, one per parameter, 1-D: the elements in memory order."""
+        """Views of ``flat``, one per parameter, 1-D, their elements in memory order."""
         if self._segments is None or self._segments[0] is not self.flat:
             self._segments = (self.flat, self.flat.split([s.numel for s in self._spans]))
         return self._segments[1]
 
     @property
     def finite(self) -> Tensor:
-        """0-dim bool on the bucket's device: whether all that was reduced so far is finite, equal on all ranks.
+        """Whether all that was reduced so far is finite, equal on all ranks; 0-dim bool on the bucket's device.
 
         The core keeps it for hooks that hold state, from the results of floating-point reductions. A hook that
         sends codes instead of numbers adds its own finding: ``bucket.finite = bucket.finite & mine``.

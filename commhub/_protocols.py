@@ -25,10 +25,14 @@ class Setup:
     """What ``prepare`` is given, once, at registration, on every rank. All state is allocated there.
 
     Attributes:
-        names, shapes, dtypes, strides: of the model's trainable parameters, in the model's order.
+        names: of the model's trainable parameters, in the model's order.
+        shapes: theirs.
+        dtypes: theirs.
+        strides: theirs.
         parameters: the parameters themselves, in that order; none in a simulation, which has gradients only.
         device: where gradients lie.
-        rank, world_size: of this process in the group that averages.
+        rank: of this process in the group that averages.
+        world_size: of that group.
         hosts: for each rank, the number of its host, counted from 0 in rank order.
         unused: whether backward may leave parameters out (``find_unused_parameters``, ``static_graph``).
         optimizers: those given to ``register``.

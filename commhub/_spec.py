@@ -106,7 +106,7 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        """The type as a reader writes it: `int`, `float`, `bool`, `str`, `dict` or `hook`."""
+        """The type as a reader writes it, which is `int`, `float`, `bool`, `str`, `dict` or `hook`."""
         return self.type if isinstance(self.type, str) else self.type.__name__
 
     def convert(self, value: object) -> object:
@@ -189,7 +189,7 @@ class HookSpec(_Spec):
     * `name`: what users write; lowercase snake_case.
     * `summary`: one line, for `commhub list`.
     * `factory`: `"package.module:Class"`; imported at the first use, called with the options as keywords.
-    * `options`: the `Option`s it takes.
+    * `options`: what it takes, each an `Option`.
     * `preset`: options that this name fixes (`powersgd_rank2` presets `rank=2`); users cannot override them.
     * `needs`: what must be given at register besides the model, such as `"optimizer"`.
     * `devices`: where its tensors may live.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub.bench._sizes import SIZES
+from commhub.bench._sizes import OPTIMIZERS, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,9 +54,10 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 class Settings:
     """What one bench does; every field is a flag of `commhub bench`.
 
-    `bandwidth` and `latency` are texts such as "100mbit" and "1ms" and emulate a link when given. `threads`
-    is per rank, None means the cores divided among the ranks. `report` None writes `DEFAULT_REPORT` into the
-    current folder if matplotlib is there, "" writes none. Raises BenchError for a value that cannot work.
+    `learning_rate` is the highest one, None means the model's own. `bandwidth` and `latency` are texts such as
+    "100mbit" and "1ms" and emulate a link when given. `threads` is per rank, None means the cores divided among the
+    ranks. `report` None writes `DEFAULT_REPORT` into the current folder if matplotlib is there, "" writes none.
+    Raises BenchError for a value that cannot work.
     """
 
     hooks: tuple[str, ...] = attrs.field(default=DEFAULT_HOOKS, converter=_strings, validator=_some)
@@ -65,6 +66,8 @@ class Settings:
     warmup: int = attrs.field(default=5, validator=_at_least(0))
     batch: int = attrs.field(default=8, validator=_at_least(1))
     model: str = attrs.field(default="tiny", validator=_one_of(tuple(SIZES)))
+    optimizer: str = attrs.field(default="adamw", validator=_one_of(OPTIMIZERS))
+    learning_rate: float | None = attrs.field(default=None, validator=_above_zero)
     seed: int = attrs.field(default=0, validator=_at_least(0))
     data: str | None = None
     bandwidth: str | None = None

@@ -99,7 +99,7 @@ def headline(settings: Settings, setup: dict[str, Any]) -> str:
         f"{settings.model} transformer, {_format.count(setup['parameters'])} parameters; "
         f"{text}, {_format.size(setup['text_bytes'])}\n"
         f"{setup['world_size']} ranks on {setup['device']} ({setup['backend']}, {threads}); "
-        f"{settings.batch} x {size.context} bytes per rank and step; link {link}"
+        f"{settings.batch} x {size.context} bytes per rank and step, {settings.optimizer}; link {link}"
     )
 
 

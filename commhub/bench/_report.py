@@ -135,6 +135,7 @@ def _how(outcome: Outcome) -> Iterable[tuple[str, str]]:
         threads = f"{setup['threads']} thread{'s' if setup['threads'] > 1 else ''}"
         yield "Each rank", escape(f"{setup['device']}, {threads}, torch {setup['torch']}")
     yield "Batch", f"{settings['batch']} windows per rank and step, seed {settings['seed']}"
+    yield "Optimizer", escape(settings["optimizer"])
     yield "Link", escape(f"emulated: {outcome.link}" if outcome.link else "as it is, nothing emulated")
     yield "Machine", escape(f"{machine['system']}, {machine['cores']} cores")
     yield "Versions", escape(f"commhub {machine['commhub']}, Python {machine['python']}")

@@ -7,22 +7,31 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class ModelSize:
-    """The shape of one transformer, and the learning rate that suits it.
+    """The shape of one transformer, and the learning rates that suit it.
 
-    `width` is the model dimension, `context` the number of bytes in a training window.
+    `width` is the model dimension, `context` the number of bytes in a training window, `adamw` and `sgd` the highest
+    learning rate under that optimizer.
     """
 
     width: int
     layers: int
     heads: int
     context: int
-    learning_rate: float
+    adamw: float
+    sgd: float = 0.1
 
+    def learning_rate(self, optimizer: str) -> float:
+        """The one for this of the `OPTIMIZERS`."""
+        return self.adamw if optimizer == "adamw" else self.sgd
+
+
+OPTIMIZERS = ("adamw", "sgd")
+"""Those that `--optimizer` knows: AdamW, and SGD with Nesterov's momentum."""
 
 SIZES = {
     # Parameters: 0.8 M, 4.8 M, 25 M, 85 M.
-    "tiny": ModelSize(width=128, layers=4, heads=4, context=128, learning_rate=2e-3),
-    "small": ModelSize(width=256, layers=6, heads=8, context=256, learning_rate=1e-3),
-    "medium": ModelSize(width=512, layers=8, heads=8, context=256, learning_rate=6e-4),
-    "large": ModelSize(width=768, layers=12, heads=12, context=512, learning_rate=4e-4),
+    "tiny": ModelSize(width=128, layers=4, heads=4, context=128, adamw=2e-3),
+    "small": ModelSize(width=256, layers=6, heads=8, context=256, adamw=1e-3),
+    "medium": ModelSize(width=512, layers=8, heads=8, context=256, adamw=6e-4),
+    "large": ModelSize(width=768, layers=12, heads=12, context=512, adamw=4e-4),
 }

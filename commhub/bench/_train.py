@@ -57,12 +57,13 @@ def train(
         device_ids=[device.index] if device.type == "cuda" else None,
         bucket_cap_mb=settings.bucket_cap_mb,
     )
-    optimizer = torch.optim.AdamW(ddp.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = _optimizer(settings.optimizer, ddp)
+    rate = settings.learning_rate or size.learning_rate(settings.optimizer)
     registration = _hooks.attach(ddp, hook, optimizer=optimizer, link=_hooks.network(settings))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = size.learning_rate * _pace(step, settings.steps)
+            group["lr"] = rate * _pace(step, settings.steps)
         windows = text.batch(step, rank=rank, world_size=world_size, size=settings.batch, seed=settings.seed).to(device)
         _synchronize(device)
         start = time.perf_counter()
@@ -75,6 +76,13 @@ def train(
         on_step(_average(step, loss.detach(), seconds, registration))
     registration.remove()  # also where ranks have drifted apart: they end with the same parameters
     return _validate(model, text, device, rank, world_size)
+
+
+def _optimizer(name: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
+    """The optimizer `name`; each step sets its learning rate."""
+    if name == "sgd":  # as in Vogels et al. 2019: linear in the gradient, so that error feedback loses nothing
+        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def _pace(step: int, steps: int) -> float:

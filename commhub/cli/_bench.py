@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from commhub.bench._options import DEFAULT_HOOKS, DEFAULT_REPORT
-from commhub.bench._sizes import SIZES
+from commhub.bench._sizes import OPTIMIZERS, SIZES
 
 
 @click.command()
@@ -23,6 +23,10 @@ from commhub.bench._sizes import SIZES
 @click.option("--warmup", type=int, default=5, show_default=True, help="First steps that are not timed.")
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows of text per rank and step.")
 @click.option("--model", default="tiny", show_default=True, metavar="|".join(SIZES), help="The model's size.")
+@click.option(
+    "--optimizer", default="adamw", show_default=True, metavar="|".join(OPTIMIZERS), help="SGD has momentum 0.9."
+)
+@click.option("--learning-rate", type=float, help="The highest.  [default: the model's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial weights and batches.")
 @click.option("--data", metavar="PATH", help="File or folder of text.  [default: Python's standard library]")
 @click.option("--bandwidth", metavar="RATE", help="Emulate a link of this speed, such as 100mbit.")

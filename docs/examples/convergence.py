@@ -1,6 +1,6 @@
 """Train under every compressing hook with several seeds and numbers of ranks, and compare the loss with allreduce's.
 
-    python docs/examples/convergence.py [--steps 500] [--seeds 3] [--ranks 2,4] [--keep FOLDER]
+    python docs/examples/convergence.py [--optimizer adamw] [--steps 500] [--seeds 3] [--ranks 2,4] [--keep FOLDER]
 
 Runs `commhub bench` on its default text once for each seed and number of ranks, the same 8 windows of text a step
 whatever the ranks, and prints a table in Markdown. What is in FOLDER already is not run again.
@@ -34,19 +34,18 @@ def hooks(steps: int) -> list[str]:
         f"powersgd(num_power_iterations=2, rank=4, start_step={start})",
         f"powersgd_rank2(start_step={start})",
         f"powersgd(start_step={start})",
-        f"powersgd(alternating=true, rank=4, start_step={start})",
         f"batched_powersgd_rank2(start_step={start})",
     ]
 
 
-def bench(ranks: int, seed: int, steps: int, folder: Path) -> dict[str, dict[str, float]]:
+def bench(ranks: int, seed: int, steps: int, optimizer: str, folder: Path) -> dict[str, dict[str, float]]:
     """By hook string: loss, validation loss and compression of one run."""
-    path = folder / f"ranks{ranks}-seed{seed}-steps{steps}.json"
+    path = folder / f"{optimizer}-ranks{ranks}-seed{seed}-steps{steps}.json"
     if not path.exists():
         command = [
             sys.executable, "-m", "commhub", "bench", "--no-report", "--json", str(path), "--nproc", str(ranks),
             "--batch", str(WINDOWS // ranks), "--steps", str(steps), "--seed", str(seed),
-            "--hooks", ",".join(hooks(steps)),
+            "--optimizer", optimizer, "--hooks", ",".join(hooks(steps)),
         ]  # fmt: skip
         subprocess.run(command, check=True)  # noqa: S603 - our own command
     return {run["hook"]: run for run in json.loads(path.read_text())["hooks"]}
@@ -55,6 +54,7 @@ def bench(ranks: int, seed: int, steps: int, folder: Path) -> dict[str, dict[str
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", default="2,4")
@@ -64,7 +64,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as passing:
         folder = given.keep or Path(passing)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = {n: [bench(n, seed, given.steps, folder) for seed in range(given.seeds)] for n in counts}
+        runs = {
+            n: [bench(n, seed, given.steps, given.optimizer, folder) for seed in range(given.seeds)] for n in counts
+        }
     titles = [f"{n} ranks: {what}" for n in counts for what in ("loss", "against allreduce", "bytes")]
     print("| hook | " + " | ".join(titles) + " |\n|---|" + "---|" * len(titles))
     for hook in runs[counts[0]][0]:

@@ -10,7 +10,7 @@ from commhub.bench._data import Text
 from commhub.bench._model import Transformer, loss_of
 from commhub.bench._sizes import SIZES, ModelSize
 
-SMALL = ModelSize(width=32, layers=2, heads=4, context=32, learning_rate=3e-3)
+SMALL = ModelSize(width=32, layers=2, heads=4, context=32, adamw=3e-3)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_it_begins_without_an_opinion(model):
 
 def test_its_loss_falls_on_real_text_within_a_few_steps(model):
     text = Text.cut(inspect.getsource(json.decoder).encode() * 2, context=SMALL.context)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL.adamw)
     losses = []
     for step in range(20):
         optimizer.zero_grad()

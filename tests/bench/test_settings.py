@@ -40,6 +40,8 @@ def no_launch(monkeypatch):
         (["--threads", "0"], ["--threads"]),
         (["--bucket-cap-mb", "0"], ["--bucket-cap-mb is 0.0, but must be above zero"]),
         (["--model", "huge"], ["--model", "tiny, small, medium, large"]),
+        (["--optimizer", "adam"], ["--optimizer", "adamw, sgd"]),
+        (["--learning-rate", "0"], ["--learning-rate is 0.0, but must be above zero"]),
         (["--device", "tpu"], ["--device", "auto, cpu, cuda"]),
         (["--report", "no/such/folder/report.html"], ["--report", "its folder does not exist"]),
         (["--json", "."], ["--json", "it is a folder"]),

@@ -29,11 +29,9 @@ def hooks(steps: int) -> list[str]:
         "quantize_per_tensor",
         "quantize_per_channel",
         "quantize_per_channel(bits=4)",
-        "quantize_per_channel(bits=2)",
         f"powersgd(rank=4, start_step={start})",
         f"powersgd(num_power_iterations=2, rank=4, start_step={start})",
         f"powersgd_rank2(start_step={start})",
-        f"powersgd(start_step={start})",
         f"batched_powersgd_rank2(start_step={start})",
     ]
 

@@ -98,6 +98,10 @@ def one_of_each_factory(hooks):
     return list({spec_of(hook).factory: hook for hook in reversed(hooks)}.values())[::-1]
 
 
+EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
+"""Whether four ranks too see every hook and every step; `.ci/run` asks for it, `make test` has no time for it."""
+
+
 def one_of_each_promise(hooks):
     """The first hook of each method (the paper it refers to) and kind of promise: exact, local, feeding back."""
 
@@ -111,10 +115,10 @@ def one_of_each_promise(hooks):
 def on_ranks(holds=lambda hook: True):
     """Parametrise a test by each hook that `holds` on two ranks, and on four by one hook of each promise.
 
-    With COMMHUB_EVERY_CHECK set, by each hook on four ranks too.
+    With `EVERYTHING`, by each hook on four ranks too.
     """
     chosen = [hook for hook in HOOKS if holds(hook)]
-    on_four = chosen if os.environ.get("COMMHUB_EVERY_CHECK") else one_of_each_promise(chosen)
+    on_four = chosen if EVERYTHING else one_of_each_promise(chosen)
     return pytest.mark.parametrize(("hook", "nproc"), [*((hook, 2) for hook in chosen), *((h, 4) for h in on_four)])
 
 

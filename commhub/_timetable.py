@@ -135,18 +135,6 @@ class Timetable:
             failure = self._average(self._last, None)
         return failure
 
-    def average(self) -> None:
-        """Average among all ranks now.
-
-        Raises:
-            HookError: what went wrong.
-        """
-        self.settle()
-        failure = self._average(self._last, None)
-        if failure is not None:
-            raise failure
-        self._even = True
-
     def close(self) -> None:
         """Listen no more."""
         for handle in self._handles:

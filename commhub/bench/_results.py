@@ -32,11 +32,6 @@ class StepRecord:
     sent_bytes: float
     reference_bytes: float
 
-    @property
-    def compute(self) -> float:
-        """The seconds of the step that no communication held up."""
-        return max(0.0, self.seconds - self.encode - self.wait - self.decode)
-
 
 @attrs.frozen(kw_only=True)
 class HookResult:

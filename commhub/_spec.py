@@ -160,6 +160,7 @@ class _Spec:
     devices: tuple[str, ...] = attrs.field(default=("cpu", "cuda"), converter=_words)
     sent_bytes: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
     reference: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    example: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
 
     def __attrs_post_init__(self) -> None:
         declared: dict[str, Option] = {}
@@ -167,15 +168,21 @@ class _Spec:
             if option.name in declared:
                 raise ValueError(f"{self.kind} {self.name!r} declares the option {option.name!r} twice.")
             declared[option.name] = option
-        preset = {}
-        for name, value in self.preset.items():
+        object.__setattr__(self, "preset", self._converted("preset", self.preset, declared))
+        if both := self.preset.keys() & self.example:
+            raise ValueError(f"{self.kind} {self.name!r} presets {min(both)!r}, which its example cannot give.")
+        object.__setattr__(self, "example", self._converted("example", self.example, declared))
+
+    def _converted(self, field: str, values: Mapping[str, object], declared: Mapping[str, Option]) -> dict[str, object]:
+        converted = {}
+        for name, value in values.items():
             if name not in declared:
-                raise ValueError(f"{self.kind} {self.name!r} presets {name!r}, which is none of its options.")
+                raise ValueError(f"{self.kind} {self.name!r}: its {field} has {name!r}, which is none of its options.")
             try:
-                preset[name] = declared[name].convert(value)
+                converted[name] = declared[name].convert(value)
             except ValueError as err:
-                raise ValueError(f"{self.kind} {self.name!r} has a preset of the wrong type: {err}.") from err
-        object.__setattr__(self, "preset", preset)
+                raise ValueError(f"{self.kind} {self.name!r} has a value of the wrong type in {field}: {err}.") from err
+        return converted
 
     def option(self, name: str) -> Option | None:
         """Return the declared option of this name, or None."""
@@ -197,12 +204,13 @@ class HookSpec(_Spec):
       arithmetic with `min`, `max`, `ceil`, `sqrt`, `log2` over `p` (ranks), `h` (ranks on one host), `rows` and `cols`
       of the matrix, `numel`, `itemsize`, and the options by name; a nested hook's name stands for its own bytes.
     * `reference`: the paper or document that defines the method.
+    * `example`: options for the line that `commhub info` shows as an example, where the defaults would not do.
     * `exact`: whether the result is the mean up to rounding in the gradient's dtype.
     * `agrees`: whether the result is identical on all ranks, bit by bit.
     * `tolerance`: the bound on the relative error of one step; None where no single step promises one.
 
-    Raises ValueError when a field is malformed, an option is declared twice or a preset names no option, and
-    TypeError when a field that takes a tuple was given something else.
+    Raises ValueError when a field is malformed, an option is declared twice or a preset or example names no option,
+    and TypeError when a field that takes a tuple was given something else.
     """
 
     kind: ClassVar[str] = "hook"

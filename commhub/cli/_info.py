@@ -8,6 +8,7 @@ import click
 
 from commhub import _documented, _registry
 from commhub._hookstring import HookString
+from commhub._spec import RESERVED
 from commhub.cli._output import complete_names, plugins_print_to_stderr, print_json, print_table
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def _details(spec: HookSpec | AveragerSpec, example: str) -> dict[str, object]:
 
 
 def _example(row: _registry.HookInfo) -> str:
-    """Return a line that registers it, with the first option that can be given spelled out."""
+    """Return a line that registers it, with its example's options, or the first one that has a default."""
     assert row.spec is not None
     free = [x for x in row.spec.options if x.name not in row.spec.preset and x.default is not None]
-    options = {option.name: option.default for option in free[:1]}
+    options = row.spec.example or {option.name: option.default for option in free[:1]}
     distribution = None if row.status == "ok" else row.distribution
-    return f'commhub.register(model, "{HookString(name=row.name, distribution=distribution, options=options)}")'
+    needs = "".join(f", {need}={need}" for need in row.spec.needs if need in RESERVED)
+    return f'commhub.register(model, "{HookString(name=row.name, distribution=distribution, options=options)}"{needs})'

@@ -93,6 +93,13 @@ def test_the_list_in_the_readme_is_what_the_command_prints():
     ]
 
 
+@pytest.mark.parametrize("name", sorted(commhub.hooks()))
+def test_the_example_that_info_shows_makes_the_hook(name):
+    printed = CliRunner().invoke(main, ["info", name]).stdout
+    shown = re.search(r'commhub.register\(model, "([^"]*)"', printed)[1]
+    commhub.create(shown)
+
+
 def test_the_example_trains_on_two_ranks():
     launch = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
     command = [sys.executable, *launch.split(), "--local-addr", "127.0.0.1", "docs/examples/train.py"]

@@ -117,7 +117,7 @@ def test_info_describes_a_hook(site):
         "optimizer",
         "2 n",
         "A paper.",
-        'commhub.register(model, "some(mode=a)")',
+        'commhub.register(model, "some(mode=a)", optimizer=optimizer)',
     ]:
         assert text in output
 

@@ -105,8 +105,19 @@ def test_an_option_is_declared_once():
 
 
 def test_a_preset_names_a_declared_option():
-    with pytest.raises(ValueError, match="presets 'rank'"):
+    with pytest.raises(ValueError, match="its preset has 'rank', which is none of its options"):
         spec(preset={"rank": 2})
+
+
+def test_an_example_gives_declared_options_of_their_types_and_none_that_is_preset():
+    rank = (Option(name="rank", type=int),)
+    assert spec(options=rank, example={"rank": 2}).example == {"rank": 2}
+    with pytest.raises(ValueError, match="its example has 'size', which is none of its options"):
+        spec(options=rank, example={"size": 2})
+    with pytest.raises(ValueError, match="wrong type in example"):
+        spec(options=rank, example={"rank": "two"})
+    with pytest.raises(ValueError, match="presets 'rank', which its example cannot give"):
+        spec(options=rank, preset={"rank": 1}, example={"rank": 2})
 
 
 def test_a_preset_has_the_options_type():

@@ -78,5 +78,6 @@ def commhub_averagers() -> list[AveragerSpec]:
             ),
             sent_bytes="2 * (p-1)/p * numel * itemsize / min(periods)",
             reference="https://arxiv.org/abs/2010.12998",
+            example={"periods": {2: 2, 8: 4}},
         ),
     ]

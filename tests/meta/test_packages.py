@@ -119,6 +119,13 @@ def test_a_plugin_imports_only_what_commhub_exports(folder):
 
 
 @EVERY
+def test_a_package_requires_what_it_imports(folder):
+    required = {Requirement(line).name.replace("-", "_") for line in project(folder)["dependencies"]}
+    used = {module.partition(".")[0] for path in package(folder).rglob("*.py") for module, _ in imports(path)}
+    assert used - set(sys.stdlib_module_names) - {package(folder).name} <= required
+
+
+@EVERY
 def test_a_spec_module_loads_no_torch(folder):
     modules = sorted(set(claims(folder).values()))
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"

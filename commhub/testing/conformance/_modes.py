@@ -8,20 +8,26 @@ import torch
 import torch.distributed as dist
 
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal, gathered
-from commhub.testing.conformance._check import rule
+from commhub.testing.conformance._check import NotApplicableError, rule
 from commhub.testing.conformance._material import (
     MANY,
     ONE,
+    assert_mean,
     build,
     drawn,
     give,
     optimizer_of,
+    promised_error,
     results,
     state_of,
 )
 from commhub.testing.conformance._numbers import ALIKE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from commhub.testing.conformance._subject import Subject
 
 LEFT_OUT = ("tall", "vector")
@@ -69,8 +75,12 @@ def accumulation(subject: Subject) -> None:
 
 @rule("ranks", after=(*ALIKE, "ranks_agree", "unused_parameters"))
 def uneven_inputs(subject: Subject) -> None:
-    """Under join() ranks that have run out of inputs serve the others, which agree."""
+    """Under join() ranks that have run out of inputs serve the others, which agree on the mean of what there is."""
     rank, p = dist.get_rank(), dist.get_world_size()
+    try:
+        bound = promised_error(subject, torch.float32)
+    except NotApplicableError:
+        bound = float("inf")
     for initial in (True, False):
         model, registration = build(subject, MANY)
         seen = []
@@ -83,8 +93,11 @@ def uneven_inputs(subject: Subject) -> None:
             continue
         for step in range(p + 1):
             active = [r for r in range(p) if step < 2 + r]
-            for other in active[1:]:
-                for name, g in everyone[active[0]][step].items():
+            divisor = p if initial else len(active)
+            for name, g in everyone[active[0]][step].items():
+                where = f"step {step}: {name}, divided by {divisor},"
+                assert_mean(g, [drawn(r, step)[name] for r in active], bound, where, divisor)
+                for other in active[1:]:
                     assert bitwise_equal(g, everyone[other][step][name]), f"step {step}: {name} on rank {other}"
 
 
@@ -108,14 +121,17 @@ def loss_scaler(subject: Subject) -> None:
     """A step that a loss scaler skips changes nothing that is remembered, and the scale leaves residuals alone."""
     rank = dist.get_rank()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    model, registration = build(subject, scaler=scaler)
+    (model, registration), (unscaled, twin) = build(subject, scaler=scaler), build(subject)
     optimizer = optimizer_of(model)
     for step in range(5):
         optimizer.zero_grad()
         own = drawn(rank, step)
+        if step < 2:
+            give(unscaled, own)
         if step == 2:
             own = {name: g * float("inf") for name, g in own.items()}
             before = state_of(registration)
+            _assert_like(before, state_of(twin))
         scaler.scale(model(own)).backward()
         if step == 2:
             for key, tensor in state_of(registration).items():
@@ -124,3 +140,11 @@ def loss_scaler(subject: Subject) -> None:
         scaler.update()
     assert scaler.get_scale() == 512.0
     assert all(tensor.isfinite().all() for tensor in state_of(registration).values())
+
+
+def _assert_like(scaled: Mapping[str, Tensor], unscaled: Mapping[str, Tensor]) -> None:
+    """Raise unless residuals are what they are without a scale; what else is remembered may have it."""
+    for key, tensor in unscaled.items():
+        if key.partition(" of ")[0].endswith("residual"):
+            off, size = float((scaled[key] - tensor).norm()), float(tensor.norm())
+            assert off <= 0.1 * size + 1e-6, f"{key} is off by {off:.3g} of {size:.3g} when the loss is scaled"

@@ -170,7 +170,7 @@ def a_failing_peer(subject: Subject) -> None:
 
 @rule("ranks", after=ALIKE)
 def swapped(subject: Subject) -> None:
-    """Swapped in and out between steps, it works as if it had always been there, bit by bit."""
+    """Swapped in, out and in again between steps, it works as if it had always been there, bit by bit."""
     import commhub
 
     if subject.spec.needs:
@@ -179,18 +179,20 @@ def swapped(subject: Subject) -> None:
     (model, registration), (twin, _), (plain, _) = (build(None, ONE) for _ in range(3))
     for one in (model, twin, plain):  # a first step, so that DDP rebuilds the buckets of all three
         give(one, drawn(rank, 0))
-    registration.swap(subject.hook)
-    anew = commhub.register(twin, subject.hook, timeout=30)
-    # A registration counts its steps from 0, a swap goes on; a hook may do in each step something else.
-    anew.load_state_dict({**anew.state_dict(), "step": registration.step})
-    for step in range(3):
-        own = drawn(rank, step)
-        _assert_same_bits(give(model, own), give(twin, own), "that of a model registered with it")
-        _assert_same_bits(state_of(registration), state_of(anew), "that of a model registered with it")
-    assert registration.step == 4
-    registration.swap(Plain())
-    own = drawn(rank, 9)
-    _assert_same_bits(give(model, own), give(plain, own), "the mean, after it was swapped out")
+    for stay, other in enumerate((twin, plain)):  # the second time it finds what the first has left behind
+        registration.swap(subject.hook)
+        anew = commhub.register(other, subject.hook, timeout=30)
+        # A registration counts its steps from 0, a swap goes on; a hook may do in each step something else.
+        anew.load_state_dict({**anew.state_dict(), "step": registration.step})
+        for step in range(3):
+            own = drawn(rank, step)
+            _assert_same_bits(give(model, own), give(other, own), "that of a model registered with it")
+            _assert_same_bits(state_of(registration), state_of(anew), "that of a model registered with it")
+        if stay == 0:
+            assert registration.step == 4
+            registration.swap(Plain())
+            own = drawn(rank, 9)
+            _assert_same_bits(give(model, own), give(plain, own), "the mean, after it was swapped out")
 
 
 def _assert_same_bits(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], whose: str) -> None:

@@ -14,10 +14,28 @@ from commhub.testing.conformance._material import MANY, ONE, build, couples, dra
 from commhub.testing.conformance._numbers import ALIKE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from commhub.testing._pool import RankPool
     from commhub.testing.conformance._subject import Subject
 
 Saved = tuple[bytes, dict[str, torch.Tensor]]
+Resumed = tuple[dict[str, torch.Tensor], str | None]
+"""What came of the step, and what was not restored."""
+
+
+@rule("ranks", after=ALIKE)
+def state_is_by_parameter(subject: Subject) -> None:
+    """Its state says what it belongs to: the same entries, whatever the buckets."""
+    entries = []
+    for cap in (ONE, MANY):
+        model, registration = build(subject, cap)
+        for step in range(3):
+            give(model, drawn(dist.get_rank(), step))
+        entries.append({key: (tensor.shape, tensor.dtype) for key, tensor in state_of(registration).items()})
+    if not entries[0] and not entries[1]:
+        raise NotApplicableError("it remembers nothing")
+    assert entries[0] == entries[1], f"in one bucket it keeps {sorted(entries[0])}, in many {sorted(entries[1])}"
 
 
 def first_half(subject: Subject, cap: float) -> Saved:
@@ -30,8 +48,12 @@ def first_half(subject: Subject, cap: float) -> Saved:
     return file.getvalue(), give(model, drawn(dist.get_rank(), 4))
 
 
-def second_half(subject: Subject, cap: float, saved: list[Saved]) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The same step in a new process, from the checkpoint. The text says what was not restored."""
+def second_half(subject: Subject, caps: Sequence[float], saved: list[Saved]) -> list[Resumed]:
+    """The same step in a new process, from the checkpoint, once for each size of buckets."""
+    return [_resumed(subject, cap, saved) for cap in caps]
+
+
+def _resumed(subject: Subject, cap: float, saved: list[Saved]) -> Resumed:
     mine = torch.load(io.BytesIO(saved[dist.get_rank()][0]), weights_only=True)
     model, registration = build(subject, cap)
     for step in range(2):  # buckets are made, and what was before counts no more
@@ -56,14 +78,15 @@ def _flat(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-@rule("processes", after=(*ALIKE, "rebuilt_buckets"))
+@rule("processes", after=(*ALIKE, "rebuilt_buckets", "state_is_by_parameter"))
 def resumes(subject: Subject, pool: RankPool, nproc: int) -> None:
     """A run goes on from its checkpoint in new processes, bit by bit, also with other buckets."""
-    coupled = bool(pool.run(couples, 1, (subject,), init=False)[0])
-    before = [_value(result) for result in pool.run_fresh(first_half, nproc, (subject, ONE), timeout=60)]
-    for cap in (ONE,) if coupled else (ONE, MANY):
-        after = [_value(r) for r in pool.run_fresh(second_half, nproc, (subject, cap, before), timeout=60)]
-        for rank, ((_, expected), (found, problem)) in enumerate(zip(before, after, strict=True)):
+    caps = (ONE,) if pool.run(couples, 1, (subject,), init=False)[0] else (ONE, MANY)
+    before = pool.run(first_half, nproc, (subject, ONE))
+    after = [_value(result) for result in pool.run_fresh(second_half, nproc, (subject, caps, before), timeout=60)]
+    for place, cap in enumerate(caps):
+        for rank, ((_, expected), resumed) in enumerate(zip(before, after, strict=True)):
+            found, problem = resumed[place]
             where = f"rank {rank}, {'the same' if cap == ONE else 'other'} buckets"
             assert problem is None, f"{where}: {problem}"
             for name, tensor in expected.items():
@@ -78,17 +101,3 @@ def resumes(subject: Subject, pool: RankPool, nproc: int) -> None:
 def _value(result: Any) -> Any:
     assert result.error is None, f"{result.error.type_name}: {result.error.message}\n{result.error.traceback}"
     return result.value
-
-
-@rule("ranks", after=ALIKE)
-def state_is_by_parameter(subject: Subject) -> None:
-    """Its state says what it belongs to: the same entries, whatever the buckets; and it survives no_grad and copies."""
-    entries = []
-    for cap in (ONE, MANY):
-        model, registration = build(subject, cap)
-        for step in range(3):
-            give(model, drawn(dist.get_rank(), step))
-        entries.append({key: (tensor.shape, tensor.dtype) for key, tensor in state_of(registration).items()})
-    if not entries[0] and not entries[1]:
-        raise NotApplicableError("it remembers nothing")
-    assert entries[0] == entries[1], f"in one bucket it keeps {sorted(entries[0])}, in many {sorted(entries[1])}"

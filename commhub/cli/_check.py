@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from commhub.cli._output import complete_names, print_json, print_table
+from commhub.cli._output import complete_names, print_json, print_row
+
+if TYPE_CHECKING:
+    from commhub.testing import CheckResult
+
+_COLUMNS = {"check": 25, "on": 8, "result": 16, "took": 7}
+"""With their widths, which are fixed: a row is printed as its check ends."""
 
 
 def _ranks(_context: object, _option: object, text: str) -> tuple[int, ...]:
@@ -15,6 +23,21 @@ def _ranks(_context: object, _option: object, text: str) -> tuple[int, ...]:
     if not all(1 <= number <= 64 for number in numbers):
         raise click.BadParameter(f"{text!r}: give numbers of ranks, such as 2,4.")
     return numbers
+
+
+class _Table:
+    """Prints results as they come; nothing where none comes, because the command was wrong."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def show(self, result: CheckResult) -> None:
+        if not self._begun:
+            print_row((*_COLUMNS, "why"), tuple(_COLUMNS.values()))
+            self._begun = True
+        on = f"{result.nproc} ranks" if result.nproc else ""
+        why = result.reason.partition("\n")[0]
+        print_row((result.check, on, result.status, f"{result.seconds:.1f} s", why), tuple(_COLUMNS.values()))
 
 
 @click.command()
@@ -45,7 +68,14 @@ def check(
         reasons[key] = reason
     try:
         where = WHERE[:2] if quick else WHERE
-        results = check_hook(name, nproc=nproc, expected_failed_checks=reasons, minimum=minimum, where=where)
+        results = check_hook(
+            name,
+            nproc=nproc,
+            expected_failed_checks=reasons,
+            minimum=minimum,
+            where=where,
+            report=None if as_json else _Table().show,
+        )
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -53,17 +83,6 @@ def check(
 
         print_json([attrs.asdict(result) for result in results])
     else:
-        rows = [
-            (
-                result.check,
-                f"{result.nproc} ranks" if result.nproc else "",
-                result.status,
-                f"{result.seconds:.1f} s",
-                result.reason.partition("\n")[0],
-            )
-            for result in results
-        ]
-        print_table(rows, ("check", "on", "result", "took", "why"))
         for result in results:
             if result.status == "failed" and "\n" in result.reason:
                 click.echo(f"\n{result.check}: {result.reason}")

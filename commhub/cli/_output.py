@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["complete_names", "plugins_print_to_stderr", "print_json", "print_table"]
+__all__ = ["complete_names", "plugins_print_to_stderr", "print_json", "print_row", "print_table"]
 
 
 def plugins_print_to_stderr() -> redirect_stdout[TextIO]:
@@ -25,6 +25,11 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
     click.echo("\n".join(lines))
+
+
+def print_row(row: Sequence[str], widths: Sequence[int]) -> None:
+    """Print one row of a table that is not complete yet; the last column takes what it needs."""
+    click.echo("  ".join(map(str.ljust, row, (*widths, 0))).rstrip())
 
 
 def print_json(rows: Sequence[object]) -> None:

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from commhub._formula import evaluate
+from commhub.cli._check import _COLUMNS, check
 from commhub.testing import CheckResult, check_hook
+from commhub.testing.conformance._check import all_checks
 from commhub.testing.conformance._run import summary
 
 QUICK = ("static", "simulated")
@@ -58,6 +60,42 @@ def test_the_command_prints_a_table_or_json_and_says_no_by_its_exit_code(tmp_pat
         assert run("allreduce", *wrong).returncode == 2
     unknown = run("no_such_hook")
     assert (unknown.returncode, len(unknown.stderr.strip().splitlines())) == (1, 1)
+
+
+def test_each_row_is_printed_as_its_check_ends_and_the_columns_stand(monkeypatch, capsys):
+    printed = []
+
+    def checks_two(name, *, report, **_):
+        results = [
+            CheckResult(check="loads", nproc=0, status="passed", reason="", seconds=0.04),
+            CheckResult(check="trains", nproc=64, status="expected failure", reason="too slow\nby far", seconds=9.96),
+        ]
+        for result in results:
+            report(result)
+            printed.append(capsys.readouterr().out)
+        return results
+
+    monkeypatch.setattr("commhub.testing.check_hook", checks_two)
+    check.main(["fp16"], standalone_mode=False)
+    header, first = printed[0].splitlines()
+    assert first.split() == ["loads", "passed", "0.0", "s"]
+    assert printed[1].splitlines() == [printed[1].rstrip()], "one row"
+    for title, cell in {"on": "64 ranks", "result": "expected failure", "took": "10.0 s", "why": "too slow\n"}.items():
+        assert printed[1].index(cell) == header.index(title)
+    assert max(len(one.name) for one in all_checks()) <= _COLUMNS["check"]
+
+
+def test_each_result_is_reported_before_the_next_check_begins(ranks):
+    told = []
+
+    def stop(result):
+        told.append(result.check)
+        if result.check == "spec_without_torch":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_hook("allreduce", where=("static",), pool=ranks.pool, report=stop)
+    assert told == ["loads", "name_is_its_own", "spec_without_torch"]
 
 
 def test_formulas_are_arithmetic_and_nothing_else():

@@ -13,7 +13,7 @@ from commhub.testing.conformance._check import Check, CheckResult, NotApplicable
 from commhub.testing.conformance._subject import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from commhub.testing._pool import RankPool
 
@@ -132,6 +132,7 @@ def check_hook(
     where: Sequence[str] = WHERE,
     timeout: float = TIMEOUT,
     pool: RankPool | None = None,
+    report: Callable[[CheckResult], object] | None = None,
 ) -> list[CheckResult]:
     """Run the conformance checks against a hook or averager.
 
@@ -143,6 +144,7 @@ def check_hook(
         where: kinds of checks to run: ``"static"``, ``"simulated"``, ``"ranks"``, ``"processes"``.
         timeout: seconds after which a check has failed: what it drove hangs.
         pool: ranks to run on, where there are some already.
+        report: called with each result as its check ends.
 
     Raises:
         UnknownHookError, HookConflictError: if no plugin has that name.
@@ -158,7 +160,9 @@ def check_hook(
         examination = Examination(hook, ranks, expected_failed_checks, timeout)
         kind = examination.subject.info.kind
         for check, number in plan(kind, nproc, where):
-            examination.run(check, number)
+            result = examination.run(check, number)
+            if report is not None:
+                report(result)
     applied = sum(result.status != "not applicable" for result in examination.results)
     if applied < minimum:
         raise ValueError(f"{hook}: {applied} checks applied, and at least {minimum} were asked for.")

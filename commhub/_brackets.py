@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["closing", "malformed", "pieces"]
 
 _CLOSES: Final = {"(": ")", "[": "]", "{": "}"}
+_DEEPEST: Final = 100
+"""Brackets within brackets: more is a mistake, and found before Python's own stack ends."""
 
 
 def malformed(text: str, position: int, what: str) -> HookOptionError:
@@ -62,6 +64,8 @@ def _outside_quotes(text: str, start: int, stop: int) -> Iterator[tuple[int, int
             continue
         if character in _CLOSES:
             opened.append(position)
+            if len(opened) > _DEEPEST:
+                raise malformed(text, position, "it is nested too deeply")
         elif character in ")]}":
             if not opened or _CLOSES[text[opened[-1]]] != character:
                 raise malformed(text, position, f"{character!r} closes nothing")

@@ -6,6 +6,7 @@ written gives the same again. This module knows the notation only: not which hoo
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -135,12 +136,18 @@ def _read(text: str, start: int, stop: int) -> object:
         literal: object = ast.literal_eval(value)
     except (ValueError, TypeError, SyntaxError, MemoryError) as err:
         if _NESTED.match(value):
-            return str(_parse(value))
+            return _nested(value)
         what = f"the value {value!r} cannot be read; put text in quotes" if value else "a value is missing"
         raise malformed(text, start, what) from err
     if not _is_plain(literal):
         raise malformed(text, start, f"the value {value!r} is none of number, boolean, text, list, tuple, dict")
     return literal
+
+
+@functools.lru_cache(maxsize=256)
+def _nested(text: str) -> str:
+    """Return a nested hook string in canonical form. Writing one reads what is inside it again: remembered, once."""
+    return str(_parse(text))
 
 
 def _is_plain(value: object) -> bool:

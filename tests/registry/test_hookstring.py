@@ -95,6 +95,14 @@ def test_deep_nesting_is_an_error_and_not_a_crash():
         parse("a(b=" * 5000 + "1" + ")" * 5000)
 
 
+def test_each_level_of_nesting_is_read_a_few_times_and_not_twice_as_often_as_the_one_around_it(monkeypatch):
+    read, parse_one = [], _hookstring._parse
+    monkeypatch.setattr(_hookstring, "_parse", lambda text: read.append(text) or parse_one(text))
+    text = "a( b =" * 12 + "'x y'" + ")" * 12
+    assert str(parse(text)) == "a(b=" * 12 + "'x y'" + ")" * 12
+    assert len(read) < 60
+
+
 def test_options_are_written_sorted_and_dicts_alike_however_they_were_built():
     one = HookString(name="a", options={"z": {2: 1, 1: 2}, "b": 1})
     other = HookString(name="a", options={"b": 1, "z": {1: 2, 2: 1}})

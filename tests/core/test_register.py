@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub import AllReduce, HookMismatchError, HookOptionError, RegistrationError, UnknownHookError
-from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, mlp, train
+from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, current, mlp, train
 
 MANY = 1 / 1024
 
@@ -252,13 +252,15 @@ def test_a_registration_or_swap_that_fails_leaves_the_former_hook_at_work(ranks)
 
 
 def late(who):
-    ddp = model()
+    ddp, store = model(), current().store
     if dist.get_rank() == who:
-        time.sleep(4)
+        store.wait([f"rank {rank} gave up" for rank in range(3) if rank != who])
         return None, "", 0.0
     started = time.monotonic()
     told = error_of(commhub.register, ddp, "allreduce", timeout=1)
-    return *told, time.monotonic() - started
+    seconds = time.monotonic() - started
+    store.set(f"rank {dist.get_rank()} gave up", "")
+    return *told, seconds
 
 
 @pytest.mark.parametrize("who", [0, 1])

@@ -22,6 +22,7 @@ def helper_and_self():
     return os.getpid(), subprocess.Popen(["sleep", "100"]).pid
 
 def busy():
+    print("busy", file=open(f"busy-{os.getpid()}", "w"))
     time.sleep(100)
 
 if __name__ == "__main__":
@@ -47,14 +48,11 @@ def wait_until_gone(pids, seconds=10):
     return [pid for pid in pids if alive(pid)]
 
 
-def test_closing_the_pool_ends_its_processes_and_a_later_call_starts_new_ones():
-    with RankPool() as pool:
-        pids = pool.run(os.getpid, 2)
-        server = pool._server.pid
-        assert all(map(alive, [*pids, server]))
-        pool.close()
-        assert not any(map(alive, [*pids, server]))
-        assert pool.run(os.getpid, 1) != pids[:1]
+def wait_for_files(folder, pattern, count, seconds=60):
+    deadline = time.monotonic() + seconds
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, f"there are not {count} {pattern}"
+        time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -70,12 +68,15 @@ def test_a_session_that_is_ended_from_outside_leaves_no_process(tmp_path, state,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with session:
         pids = [int(word) for word in session.stdout.readline().split()]
-        time.sleep(0.2)
+        assert len(pids) == 5  # two ranks, what each started, and the server
         assert all(map(alive, pids))
+        if state == "busy":
+            wait_for_files(tmp_path, "busy-*", 2)
         session.send_signal(signum)
     assert wait_until_gone(pids) == []
 
@@ -84,21 +85,35 @@ def sleep():
     time.sleep(100)
 
 
-def test_the_servers_own_death_ends_the_ranks_and_the_next_call_starts_another():
+@pytest.fixture(scope="module")
+def pool():
+    """One pool for what follows, which starts servers again: importing torch in one takes seconds."""
     with RankPool() as pool:
-        pids = pool.run(os.getpid, 2)
-        threading.Timer(0.5, os.kill, (pool._server.pid, signal.SIGKILL)).start()
-        with pytest.raises(RuntimeError, match="the fork server ended"):
-            pool.run(sleep, 2)
-        assert wait_until_gone(pids) == []
-        assert len(pool.run(os.getpid, 2)) == 2
+        yield pool
 
 
-def test_an_interrupted_call_ends_its_ranks():
-    with RankPool() as pool:
-        pids = pool.run(os.getpid, 2)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            pool.run(sleep, 2)
-        assert not any(map(alive, pids))
-        assert len(pool.run(os.getpid, 2)) == 2
+def test_an_interrupted_call_ends_its_ranks(pool):
+    pids = pool.run(os.getpid, 2)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(sleep, 2)
+    assert not any(map(alive, pids))
+    assert len(pool.run(os.getpid, 2)) == 2
+
+
+def test_the_servers_own_death_ends_the_ranks_and_the_next_call_starts_another(pool):
+    pids = pool.run(os.getpid, 2)
+    threading.Timer(0.5, os.kill, (pool._server.pid, signal.SIGKILL)).start()
+    with pytest.raises(RuntimeError, match="the fork server ended"):
+        pool.run(sleep, 2)
+    assert wait_until_gone(pids) == []
+    assert len(pool.run(os.getpid, 2)) == 2
+
+
+def test_closing_the_pool_ends_its_processes_and_a_later_call_starts_new_ones(pool):
+    pids = pool.run(os.getpid, 2)
+    server = pool._server.pid
+    assert all(map(alive, [*pids, server]))
+    pool.close()
+    assert not any(map(alive, [*pids, server]))
+    assert pool.run(os.getpid, 1) != pids[:1]

@@ -41,12 +41,11 @@ def test_the_ranks_communicate(ranks):
     assert all(t.tolist() == [3.0, 6.0] for t in ranks(all_reduced, 3, torch.tensor([1.0, 2.0])))
 
 
-def test_two_hundred_calls_in_a_row_are_quick_and_right(ranks):
-    ranks(all_reduced, 2, torch.ones(3))
+def test_sixty_calls_in_a_row_are_right(ranks):
     start = time.monotonic()
-    for _ in range(200):
-        assert ranks(all_reduced, 2, torch.ones(3))[1].tolist() == [2.0] * 3
-    print(f"{(time.monotonic() - start) / 200 * 1000:.0f} ms per call")
+    for call in range(60):
+        assert ranks(all_reduced, 2, torch.full((3,), float(call)))[1].tolist() == [2.0 * call] * 3
+    print(f"{(time.monotonic() - start) / 60 * 1000:.0f} ms per call")
 
 
 def echo(value):

@@ -73,7 +73,7 @@ def accumulation(subject: Subject) -> None:
         assert registration.step == step + 1
 
 
-@rule("ranks", after=(*ALIKE, "ranks_agree", "unused_parameters"))
+@rule("ranks", after=(*ALIKE, "ranks_agree", "mean", "zeros_stay_zero", "unused_parameters"))
 def uneven_inputs(subject: Subject) -> None:
     """Under join() ranks that have run out of inputs serve the others, which agree on the mean of what there is."""
     rank, p = dist.get_rank(), dist.get_world_size()

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LAYERS = [12] * 13
 PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS
+LOOKS = 8
+"""Steps in a row after which memory is looked at."""
 
 
 @rule("ranks", after=(*ALIKE, "ranks_agree", "mean"))
@@ -110,12 +112,14 @@ def memory_is_flat(subject: Subject) -> None:
     """Two hundred steps need no more memory than sixty."""
     model, _ = build(subject, PER_LAYER, Given({"matrix": (48, 32), "vector": (9,)}))
     own = drawn(dist.get_rank(), 0, {"matrix": (48, 32), "vector": (9,)})
-    held = []
-    for step in range(200):
+    held: dict[int, list[tuple[int, int]]] = {60: [], 200: []}
+    for step in range(1, 201):
         give(model, own)
-        if step in (59, 199):
-            held.append(_held())
-    (tensors, objects), (more_tensors, more_objects) = held
+        for end, looks in held.items():
+            if end - LOOKS < step <= end:
+                looks.append(_held())
+    # The least of several looks: a thread of Gloo's may have yet to let go of the last step's payloads.
+    (tensors, objects), (more_tensors, more_objects) = (map(min, zip(*looks, strict=True)) for looks in held.values())
     assert more_tensors <= tensors * 1.02 + 4096, (
         f"tensors hold {tensors} bytes after 60 steps, {more_tensors} after 200"
     )

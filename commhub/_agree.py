@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
 from ._errors import HookMismatchError, RegistrationError
 from .drivers._board import own_connection
+from .drivers._errand import within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,9 +44,10 @@ class Meeting:
         """
         rank = dist.get_rank(group)
         try:
-            base = own_connection(dist.distributed_c10d._get_process_group_store(group), timeout)
-            number = base.add(f"commhub/meetings of rank {rank}", 1)
-        except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+            given = dist.distributed_c10d._get_process_group_store(group)
+            base = within(timeout, lambda: own_connection(given, timeout))
+            number = within(timeout, lambda: base.add(f"commhub/meetings of rank {rank}", 1))
+        except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
             text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
             raise RegistrationError(text) from error
         return cls(PrefixStore(f"commhub/{number}", base), rank, dist.get_world_size(group), timeout)
@@ -96,6 +98,17 @@ def agree(
 
 def _gathered(meeting: Meeting, topic: str, mine: str) -> str:
     """The list of what every rank brought, as JSON; or, as a JSON string, why there is none."""
+    longest = 2 * meeting.timeout + 5.0  # what is waited for within ends before
+    try:
+        return within(longest, lambda: _brought(meeting, topic, mine))
+    except TimeoutError as error:
+        text = (
+            f"the process group's store does not answer ({error}); the machine that holds it is gone, or the network."
+        )
+        raise RegistrationError(text) from error
+
+
+def _brought(meeting: Meeting, topic: str, mine: str) -> str:
     store = meeting.branch(topic)
     if meeting.rank > 0:
         store.set(str(meeting.rank), mine)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from ._errand import Errand, within
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
 class Board:
-    """One message, the first that any rank posts, in the registration's store."""
+    """One message, the first that any rank posts, in the registration's store.
+
+    The store may be gone, or say nothing more; neither is a second error, and nobody waits for it.
+    """
 
     _KEY = "failed"
+    _ANSWERS_WITHIN = 0.05  # seconds; it takes less than one of them in a thousand where the store is alive
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._rank = store, rank
+        self._look: Errand[tuple[int, str] | None] | None = None
 
     def post(self, text: str) -> None:
-        """Tell the peers why this rank stopped. A store that is gone is no second error."""
-        try:
-            self._store.compare_set(self._KEY, "", f"{self._rank}:{text}")
-        except (RuntimeError, ValueError):
-            return
+        """Tell the peers why this rank stopped."""
+        with contextlib.suppress(RuntimeError, ValueError, TimeoutError):
+            within(2.0, lambda: self._store.compare_set(self._KEY, "", f"{self._rank}:{text}"))
 
     def read(self) -> tuple[int, str] | None:
         """The first failing peer's rank and message, if one failed. Asks the store, so call it seldom."""
+        self._look = self._look or Errand(self._read)
+        if not self._look.wait(self._ANSWERS_WITHIN):
+            return None  # a later call takes the answer
+        look, self._look = self._look, None
+        return look.result()
+
+    def _read(self) -> tuple[int, str] | None:
         try:
             if not self._store.check([self._KEY]):
                 return None

@@ -1,0 +1,51 @@
+"""A call that may never return, such as a question to a store whose machine is gone: who asks waits only so long."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+class Errand(Generic[T]):
+    """``function()`` in a thread of its own, begun at once. A thread that never returns ends with the process."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._over = threading.Event()
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="commhub-errand", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._value.append(self._function())
+        except BaseException as error:  # noqa: BLE001 - whoever asked raises it
+            self._error = error
+        self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; whether it is over."""
+        return self._over.wait(seconds)
+
+    def result(self) -> T:
+        """What the function returned or raised, once it is over."""
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """What ``function()`` returns or raises.
+
+    Raises:
+        TimeoutError: if it does neither in so many seconds.
+    """
+    errand = Errand(function)
+    if not errand.wait(seconds):
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return errand.result()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ._protocols import Hook
+    from ._spec import Option
 
 _WIRES = {
     "fp16": torch.float16,
@@ -42,6 +43,7 @@ class Chosen:
         distribution, version: whose hook it is; empty for a hook object.
         needs, devices: what its spec asks for.
         kind: ``"hook"`` or ``"averager"``.
+        nested: the hook strings among its options.
     """
 
     name: str
@@ -55,6 +57,18 @@ class Chosen:
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     kind: str = "hook"
+    nested: tuple[str, ...] = ()
+
+    def packages(self) -> dict[str, str]:
+        """The distributions that its hook strings lead to, its own included, with their versions.
+
+        Raises:
+            UnknownHookError, HookConflictError, PluginError, HookOptionError: for a nested hook that cannot be had.
+        """
+        found = {self.distribution: self.version} if self.distribution else {}
+        for text in self.nested:
+            found |= choose(text, {}).packages()
+        return found
 
     @property
     def label(self) -> str:
@@ -102,7 +116,12 @@ def choose(hook: object, options: Mapping[str, Any]) -> Chosen:
         needs=choice.spec.needs,
         devices=choice.spec.devices,
         kind=choice.kind,
+        nested=tuple(str(choice.options[o.name]) for o in choice.spec.options if _is_nested(o, choice.options)),
     )
+
+
+def _is_nested(option: Option, options: Mapping[str, object]) -> bool:
+    return option.type == "hook" and options[option.name] is not None
 
 
 def _of_object(hook: object, options: Mapping[str, Any]) -> Chosen:

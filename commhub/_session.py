@@ -9,6 +9,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from . import __version__
 from ._agree import Meeting, agree, number_hosts
 from ._averaging import Averaging
 from ._bucket import lay_out
@@ -234,11 +235,17 @@ def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str
     return {
         "hook": chosen.name,
         "version": f"{chosen.distribution} {chosen.version}".strip(),
+        **{f"version of {name}": version for name, version in _others(chosen).items()},
         **{f"option {key}": _shown(value) for key, value in chosen.options.items()},
         "wire": None if wire is None else short_dtype(wire),
         "parameters": described,
         **ground.traits,
     }
+
+
+def _others(chosen: Chosen) -> dict[str, str]:
+    """The versions of what else takes part: the core, and the packages of nested hooks."""
+    return {n: v for n, v in {**chosen.packages(), "commhub": __version__}.items() if n != chosen.distribution}
 
 
 def _shown(value: object) -> str:

@@ -5,6 +5,8 @@ import logging
 import pickle
 import re
 import time
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub import AllReduce, HookMismatchError, HookOptionError, RegistrationError, UnknownHookError
-from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, current, mlp, train
+from commhub.testing import (
+    assert_equal_across_ranks,
+    batches,
+    bitwise_equal,
+    current,
+    mlp,
+    temporary_plugin,
+    train,
+)
 
 MANY = 1 / 1024
 
@@ -139,6 +149,34 @@ def test_an_option_that_differs_is_named_with_ranks_and_values(ranks, levelled):
         assert told[0] == "HookMismatchError"
         assert 'option level (ranks 0, 2: "1"; ranks 1, 3: "2")' in told[1]
         assert text == "levelled(level=3)"
+
+
+def other_versions(folder):
+    """Rank 1 has another version of a package that is only named within another hook."""
+    rank = dist.get_rank()
+    place = Path(folder) / str(rank)
+    with temporary_plugin(place, "commhub-inside", hooks={"inside": "Inside"}, source=INSIDE, version=f"1.{rank}"):
+        return error_of(commhub.register, model(), "levelled(inner=inside)")
+
+
+INSIDE = "class Inside:\n    def reduce(self, bucket):\n        return ()"
+
+
+def test_a_nested_hook_of_another_version_is_named(ranks, levelled, tmp_path):
+    for name, text in ranks(other_versions, 2, str(tmp_path)):
+        assert name == "HookMismatchError"
+        assert 'version of commhub-inside (rank 0: "1.0"; rank 1: "1.1")' in text
+
+
+def other_core():
+    with patch("commhub._session.__version__", mine("0.1.0", "0.1.1")):
+        return error_of(commhub.register, model(), "fp16")
+
+
+def test_another_version_of_the_core_is_named(ranks):
+    for name, text in ranks(other_core, 2):
+        assert name == "HookMismatchError"
+        assert 'version of commhub (rank 0: "0.1.0"; rank 1: "0.1.1")' in text
 
 
 def unverified():

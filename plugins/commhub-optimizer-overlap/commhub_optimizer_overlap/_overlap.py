@@ -41,6 +41,8 @@ class Overlap:
         self._inner = create(self.inner)
         if isinstance(self._inner.made[1], Overlap):
             raise ValueError(f"inner is {self.inner!r}, which steps the optimizer itself. Give one that averages.")
+        if callable(getattr(self._inner, "due", None)):
+            raise ValueError(f"inner is {self.inner!r}, which averages parameters. Name a hook such as 'fp16'.")
 
     def prepare(self, setup: Setup) -> None:
         """Prepare the inner hook and watch the optimizers.

@@ -372,6 +372,7 @@ def at_registration():
         ({"optimizer": Wrapping(mine)}, RegistrationError, "the Wrapping that was given wraps a SGD. Give that one"),
         ({"optimizer": mine, "max_norm": 1.0}, HookOptionError, "max_norm"),
         ({"optimizer": mine, "inner": "optimizer_overlap"}, HookOptionError, "steps the optimizer itself"),
+        ({"optimizer": mine, "inner": "periodic"}, HookOptionError, "averages parameters"),
     ):
         with pytest.raises(error, match=text):
             commhub.register(model, "optimizer_overlap", **given)

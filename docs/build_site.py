@@ -55,7 +55,8 @@ def assemble(folder: Path) -> None:
     listed = [name for names in CONTENTS.values() for name in names]
     listed += [name for name in known.values() if name.startswith("packages/")] + ["index", "contrib"]
     if sorted(listed) != sorted(known.values()):
-        raise ValueError(f"CONTENTS and the pages differ: {sorted(set(listed) ^ set(known.values()))}")
+        there, named = set(known.values()), set(listed)
+        raise ValueError(f"in CONTENTS, but no file: {sorted(named - there)}; not in CONTENTS: {sorted(there - named)}")
     shutil.copytree(DOCS / "examples", folder / "examples")
 
 
@@ -76,7 +77,9 @@ def _follow(link: re.Match[str], *, path: Path, name: str, known: dict[Path, str
 def _contents() -> str:
     """The tables of contents, for the side of every page."""
     packages = sorted(name for name in pages().values() if name.startswith("packages/"))
-    groups = CONTENTS | {"Packages": [*packages, "contrib"]}
+    ours = {f"packages/{path.parent.name}" for path in ROOT.glob("plugins/*/README.md")}
+    theirs = [name for name in packages if name not in ours]
+    groups = CONTENTS | {"Plugins": [name for name in packages if name in ours], "Contrib": ["contrib", *theirs]}
     return "".join(
         f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
         for caption, names in groups.items()

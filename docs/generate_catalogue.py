@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 CATALOGUE = Path(__file__).with_name("hooks.md")
 
 HEAD = """\
-# The hooks
+<!-- Generated from the plugins' own declarations by docs/generate_catalogue.py: do not edit. -->
 
-Generated from the plugins' own declarations by `docs/generate_catalogue.py`: do not edit.
+# The hooks
 
 `commhub list` shows what is installed on your machine, third parties' hooks included, and `commhub info NAME` prints
 what stands here. Every hook is chosen by its name: `commhub.register(model, "NAME")`, or with options
 `commhub.register(model, "NAME(option=value)")`. Upper and lower case, `-` and `_` are the same to the look-up.
 
-In the formulas p is the number of ranks, n a bucket's bytes. *Exact* means the mean up to rounding in the gradients'
+The formulas give the bytes that one rank sends in a step for one parameter: p is the number of ranks, h that of the
+ranks on one host, `rows`, `cols` and `numel` are the gradient's sizes, `itemsize` its element's bytes, and other names
+are options. *Exact* means the mean up to rounding in the gradients'
 own dtype; *same on all ranks* means bit by bit. All hooks take `wire="fp16"` or `wire="bf16"` as well, which casts
 their floating payloads for the way.
 """

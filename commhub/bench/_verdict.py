@@ -14,6 +14,8 @@ _WORSE_LOSS = 0.02
 _TELLING = 0.2
 """Where the middle half of the step times spreads wider than this share of the median, equal medians mean little:
 on a machine that does nothing else it is below 0.05."""
+_FEW = 10
+"""With fewer timed steps than this, the middle halves of scattered times lie apart by chance too."""
 _COMPRESSES = 1.05
 """From this compression on, a hook claims to save bytes."""
 
@@ -24,9 +26,8 @@ def verdict(outcome: Outcome) -> str:
     others = [x for x in outcome.results if x is not base and x.status == "done" and not x.silent]
     if base is None or base.status != "done" or not others:
         return ""
-    faster = [x for x in others if outcome.faster(x, base)]
-    alike = [x for x in others if x not in faster and not outcome.faster(base, x)]
-    unclear = [x for x in alike if max(x.scatter, base.scatter) > _TELLING]
+    unclear = [x for x in others if _is_unclear(outcome, x, base)]
+    faster = [x for x in others if x not in unclear and outcome.faster(x, base)]
     rest = [x for x in others if x not in faster and x not in unclear]
     in_vain = [x for x in rest if (x.compression or 1.0) >= _COMPRESSES]
     parts = []
@@ -43,6 +44,14 @@ def verdict(outcome: Outcome) -> str:
     if not parts:
         parts.append(f"no hook is measurably faster than {base.hook}")
     return f"On this {_link(outcome)} {'; '.join(parts)}."
+
+
+def _is_unclear(outcome: Outcome, x: HookResult, base: HookResult) -> bool:
+    """Whether the times scatter, and so much, or are so few, that no difference shows."""
+    if max(x.scatter, base.scatter) <= _TELLING:
+        return False
+    apart = outcome.faster(x, base) or outcome.faster(base, x)
+    return not apart or min(len(x.timed), len(base.timed)) < _FEW
 
 
 def _link(outcome: Outcome) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 import commhub
@@ -27,3 +29,4 @@ def main() -> None:
 
     Exit codes: 0 done, 1 the answer is no, 2 wrong usage.
     """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, and no concern of ours

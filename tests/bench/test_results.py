@@ -105,9 +105,16 @@ def test_a_speed_up_within_the_scatter_is_not_called_one(make_result, make_outco
 
 
 def test_a_slow_down_beyond_the_scatter_is_one_all_the_same(make_result, make_outcome):
-    base = make_result(times=(0.2, 0.2, 0.15, 0.25, 0.15, 0.25, 0.2))
-    other = make_result("fp16", (0.2, 0.2, 0.35, 0.45, 0.35, 0.45, 0.40), compression=2.0)
+    base = make_result(times=(0.2, 0.2, *(0.15, 0.25, 0.15, 0.25, 0.2) * 2))
+    other = make_result("fp16", (0.2, 0.2, *(0.35, 0.45, 0.35, 0.45, 0.40) * 2), compression=2.0)
     assert "fp16 is 0.50x as fast as allreduce: compression does not pay" in verdict(make_outcome(base, other))
+
+
+@pytest.mark.parametrize("slow", [0.6, 0.05])
+def test_of_a_few_scattered_steps_nothing_is_concluded(make_result, make_outcome, slow):
+    base = make_result(times=(0.2, 0.2, 0.15, 0.25, 0.15, 0.25, 0.2))
+    other = make_result("fp16", (slow,) * 7, compression=2.0)
+    assert "the step times of fp16 scatter too much to tell" in verdict(make_outcome(base, other))
 
 
 def test_a_faster_hook_with_a_worse_loss_is_called_so(make_result, make_outcome):

@@ -34,9 +34,11 @@ PAGES = sorted(
         *ROOT.glob("contrib/*/README.md"),
     ]
 )
-_BLOCK = re.compile(r"(?P<not_run><!-- not run: [^>]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
+_BLOCK = re.compile(
+    r"(?P<not_run><!-- not run: [^>]+ -->\n)?^```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.S | re.M
+)
 _RUN = ("python", "pycon")
-_SHOWN = ("", "bash", "console", "diff", "text", "toml", "yaml")
+_SHOWN = ("", "bash", "console", "diff", "text", "toml", "yaml", "{eval-rst}")
 
 
 def blocks(page):

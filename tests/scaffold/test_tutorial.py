@@ -52,6 +52,12 @@ def test_the_tutorial_works_from_its_first_command_to_its_last(clean):
             edit(clean.work, block)
         elif "class MyHook" in block:
             assert (clean.work / "commhub-my-hook/commhub_my_hook/_hook.py").read_text().endswith(block)
+        else:
+            assert clean.run("python", "-c", block).split("\n")[0] in block
+    readme = (clean.work / "commhub-my-hook/README.md").read_text()
+    (example,) = re.findall(r"^```pycon\n(.*?)^```$", readme, re.S | re.M)
+    (clean.work / "example.txt").write_text(f">>> import commhub\n{example}")
+    clean.run("python", "-m", "doctest", "example.txt")
     (table,) = [text for command, text in printed.items() if command.startswith("commhub bench")]
     assert re.search(r"^my_hook .* 2\.00x ", table, re.M)
     assert sorted(path.suffix for path in clean.work.glob("commhub-my-hook/dist/*")) == [".gz", ".whl"]

@@ -36,7 +36,7 @@ def commhub_hooks() -> list[HookSpec]:
         ),
         HookSpec(
             name="zero_overlap",
-            summary="The same with ZeroRedundancyOptimizer: owners step a bucket and send its parameters at once.",
+            summary="Step ZeroRedundancyOptimizer for each reduced bucket: owners send its parameters at once.",
             factory="commhub_optimizer_overlap._zero:ZeroOverlap",
             options=(
                 _INNER,

@@ -25,7 +25,7 @@ _OPTIONS = (
         name="batch_same_shapes",
         type=bool,
         default=None,
-        help="Work on matrices of one shape together; none means where it is faster: everywhere.",
+        help="Work on matrices of one shape together; none decides by device (today: yes).",
     ),
     Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
     Option(

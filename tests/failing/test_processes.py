@@ -68,8 +68,12 @@ class Stuck:
         bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
 
 
+_kept = []  # as a script's globals are: only the interpreter's end lets go of them
+
+
 def exit_in_a_step(how):
     model, registration = make(Stuck() if how == "stuck" else TwoSteps(), timeout=600)
+    _kept.extend([model, registration])
     for _ in range(2):
         backward(model)
     if how == "idle":

@@ -49,12 +49,18 @@ def in_steady_state(text: str) -> str:
     """Return the hook string to train with in place of `text`.
 
     A hook that begins with a dense phase (`start_step`, a thousand steps in real training) would be measured
-    as a plain all-reduce, so `start_step` becomes 0 where it was not given.
+    as a plain all-reduce, so `start_step` becomes 0 where it was not given, in hooks inside another one too.
     """
     chosen, spec = _resolve(text)
-    if spec.option(_DENSE_PHASE) is None or _DENSE_PHASE in {*chosen.options, *spec.preset}:
-        return str(chosen)
-    return str(attrs.evolve(chosen, options={**chosen.options, _DENSE_PHASE: 0}))
+    free = [option for option in spec.options if option.name not in spec.preset]
+    options = dict(chosen.options)
+    for option in free:
+        inner = options.get(option.name, option.default)
+        if option.type == "hook" and inner is not None and in_steady_state(str(inner)) != in_canonical_form(str(inner)):
+            options[option.name] = in_steady_state(str(inner))
+        if option.name == _DENSE_PHASE:
+            options.setdefault(_DENSE_PHASE, 0)
+    return str(attrs.evolve(chosen, options=options))
 
 
 def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:

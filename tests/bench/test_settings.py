@@ -109,8 +109,14 @@ def test_hook_strings_are_brought_into_one_form_and_may_hold_a_wire():
 
 def test_a_dense_phase_is_skipped_unless_it_was_asked_for(tmp_path):
     options = [{"name": "start_step", "type": int, "default": 1000}, {"name": "rank", "type": int, "default": 1}]
-    with temporary_plugin(tmp_path, hooks={"late": {"options": options}}):
+    inner = [{"name": "inner", "type": "hook", "default": "late"}]
+    hooks = {"late": {"options": options}, "outer": {"options": inner}}
+    with temporary_plugin(tmp_path, hooks=hooks):
         assert in_canonical_form("late(rank=2)") == "late(rank=2)"
         assert in_steady_state("late(rank=2)") == "late(rank=2, start_step=0)"
         assert in_steady_state("late(start_step=3)") == "late(start_step=3)"
+        assert in_steady_state("outer") == "outer(inner=late(start_step=0))"
+        assert in_steady_state("outer(inner=outer(inner=late))") == "outer(inner=outer(inner=late(start_step=0)))"
+        assert in_steady_state("outer(inner=late(start_step=3))") == "outer(inner=late(start_step=3))"
+        assert in_steady_state("outer(inner=fp16)") == "outer(inner=fp16)"
     assert in_steady_state("fp16(wire=bf16)") == "fp16(wire=bf16)"

@@ -29,7 +29,6 @@ def list_(pattern: str | None, as_json: bool) -> None:
         print_table((_cells(row) for row in rows), _COLUMNS)
     elif pattern is not None:
         click.echo(f"No installed name or package matches {pattern!r}.", err=True)
-        raise SystemExit(1)
     else:
         click.echo("No plugin is installed: pip install 'commhub[all]'", err=True)
 

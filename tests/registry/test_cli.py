@@ -99,6 +99,13 @@ def test_list_of_nothing_says_what_to_do(site):
     assert "pip install 'commhub[all]'" in done.stderr
 
 
+def test_list_says_that_nothing_matches(site):
+    site.add("some-dist", "some")
+    done = run("list", "nosuch")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr == "No installed name or package matches 'nosuch'.\n"
+
+
 # info
 
 FIELDS = """options=(

@@ -28,13 +28,13 @@ class ErrorFeedback:
     """
 
     def __init__(self, setup: Setup, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        self._state = setup.state
         described = dict(zip(setup.names, zip(setup.shapes, setup.strides, setup.dtypes, strict=True), strict=True))
-        for name in names:
+        self._entries = {name: setup.state.local(name) for name in names}
+        for name, entries in self._entries.items():
             shape, stride, own = described[name]
             kept = torch.promote_types(own, torch.float32) if dtype is None else dtype
             residual = torch.empty_strided(shape, stride, dtype=kept, device=setup.device).zero_()
-            self._state.local(name)["residual"] = residual
+            entries["residual"] = residual
 
     def compensated(self, bucket: Bucket, i: int) -> Tensor:
         """Gradient plus residual of the bucket's i-th parameter: 1-D, in memory order, in float32 or wider.
@@ -73,7 +73,7 @@ class ErrorFeedback:
                 residual.copy_(error)
             return
         # A loss scaler skips the step if any bucket is not finite, so the end of the step decides, not this bucket.
-        entries = self._state.local(bucket.names[i])
+        entries = self._entries[bucket.names[i]]
         kept = entries["residual"]
         unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale).to(residual.dtype), residual)
         entries["residual"] = unscaled.as_strided(kept.shape, kept.stride())
@@ -83,7 +83,7 @@ class ErrorFeedback:
 
         For a rank that owes more than its own gradient, and may not have used the parameter in this step.
         """
-        entries = self._state.local(bucket.names[i])
+        entries = self._entries[bucket.names[i]]
         if bucket.loss_scale != 1.0:
             kept = entries["residual"]
             entries["residual"] = kept.clone(memory_format=torch.preserve_format)
@@ -103,5 +103,5 @@ class ErrorFeedback:
         return None
 
     def _residual(self, bucket: Bucket, i: int) -> Tensor:
-        residual = self._state.local(bucket.names[i])["residual"]
+        residual = self._entries[bucket.names[i]]["residual"]
         return residual.as_strided((residual.numel(),), (1,))

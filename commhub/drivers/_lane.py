@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
+import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,24 +66,24 @@ class Lane:
         """Run the hook up to its first collective."""
         self.started = True
         began = time.monotonic()
-        with torch.no_grad(), torch.autocast(self._flat.device.type, enabled=False):
+        with torch.no_grad(), self._no_autocast():
             exchange = self._hook.reduce(self.bucket)
-        if not isinstance(exchange, Generator):
-            raise HookError(
-                f"reduce() returned {type(exchange).__name__}. Write it as a generator: yield the collectives, "
-                "leave the result in bucket.flat."
-            )
-        self._exchange = exchange
-        self._send(None, began)
+            if not isinstance(exchange, Generator):
+                raise HookError(
+                    f"reduce() returned {type(exchange).__name__}. Write it as a generator: yield the collectives, "
+                    "leave the result in bucket.flat."
+                )
+            self._exchange = exchange
+            self._send(None, began)
 
     def land(self, raws: Sequence[Tensor]) -> None:
         """Give the hook the results of ``jobs``, as they travelled, and run it up to its next collectives."""
         began = time.monotonic()
-        with torch.no_grad():
+        with torch.no_grad(), self._no_autocast():
             results = tuple(job.finish(raw) for job, raw in zip(self.jobs, raws, strict=True))
             if self._watch:
                 self._note_finite(results)
-        self._send(results[0] if self._single else results, began)
+            self._send(results[0] if self._single else results, began)
 
     def settle(self) -> None:
         """Say that this bucket is done with, however it ended."""
@@ -97,18 +99,21 @@ class Lane:
 
     def _send(self, value: Any, began: float) -> None:
         assert self._exchange is not None
-        with torch.no_grad(), torch.autocast(self._flat.device.type, enabled=False):
-            try:
-                request = self._exchange.send(value)
-            except StopIteration:
-                self._finish()
-                self._meter.spent("decode", began, time.monotonic())
-                return
-            self._single = not isinstance(request, tuple)
-            requests = (request,) if self._single else request
-            self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
-            self.groups.update(job.group for job in self.jobs)
+        try:
+            request = self._exchange.send(value)
+        except StopIteration:
+            self._finish()
+            self._meter.spent("decode", began, time.monotonic())
+            return
+        self._single = not isinstance(request, tuple)
+        requests = (request,) if self._single else request
+        self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
+        self.groups.update(job.group for job in self.jobs)
         self._meter.spent("encode", began, time.monotonic())
+
+    def _no_autocast(self) -> contextlib.AbstractContextManager[object]:
+        kind = self._flat.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
     def _finish(self) -> None:
         self.finished = True
@@ -133,5 +138,8 @@ class Lane:
     def _note_finite(self, results: tuple[Tensor, ...]) -> None:
         for job, result in zip(self.jobs, results, strict=True):
             if job.kind is AllReduce and (result.is_floating_point() or result.is_complex()):
-                wide = torch.promote_types(result.dtype, torch.float32)
-                self.bucket.finite = self.bucket.finite & torch.isfinite(result.sum(dtype=wide))
+                total = result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
+                if total.device.type != "cpu":
+                    self.bucket.finite = self.bucket.finite & torch.isfinite(total)
+                elif not cmath.isfinite(total.item()):  # on the host the answer is there, and rarely changes anything
+                    self.bucket.finite = torch.zeros_like(self.bucket.finite)

@@ -9,7 +9,6 @@ import torch
 from commhub import AllReduce
 
 from ._iteration import orthonormal
-from ._products import left_factor, right_factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,20 +44,19 @@ def alternate(
         left: whether P is sent.
 
     Returns:
-        The approximations with ``own`` and ``mean`` set; ``mean`` is not a number where the message was not finite.
+        The approximations, the averaged factor in them; it is not a number where the message was not finite.
     """
     taken = []
     for one in approximations:
         stale = orthonormal(one.start, one.matrices, "q" if left else "p", bucket.step, source)
         if left:
-            one.own = left_factor(one.m, stale, one.addends), stale
-            one.p.copy_(one.own[0])
+            one.hold_right(stale)
+            one.send_left(stale, one.addends)
         else:
-            one.own = stale, right_factor(one.m, stale, one.addends)
-            one.q.copy_(one.own[1])
+            one.send_right(stale, one.addends)
         taken.append(one)
     yield AllReduce(message)
     spoil = torch.where(bucket.finite, 1.0, torch.nan)
     for one in taken:
-        one.mean = (one.p * spoil, one.own[1]) if left else (one.own[0], one.q * spoil)
+        one.receive(spoil, left=left)
     return taken

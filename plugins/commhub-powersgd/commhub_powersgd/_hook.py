@@ -15,14 +15,12 @@ from ._bookkeeping import Tally
 from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
-from ._plan import Batch, Plan, lay_out
+from ._plan import Batch, Plan, Seat, lay_out
 from ._products import Addends
 from ._random import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from commhub import State
+    from collections.abc import MutableMapping, Sequence
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -77,7 +75,7 @@ class PowerSGD:
     _plans: PerBucket[Plan] = attrs.field(init=False, repr=False, default=None)  # set, like the next two, by prepare
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _source: Source = attrs.field(init=False, repr=False, default=None)
-    _state: State = attrs.field(init=False, repr=False, default=None)
+    _shared: dict[str, MutableMapping[str, Tensor]] = attrs.field(init=False, repr=False, factory=dict)
     _tally: Tally = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -95,9 +93,8 @@ class PowerSGD:
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate residuals, and the same random Q on every rank."""
         settings = self._rules.settings(setup.names)
-        self._state = setup.state
         self._source = Source(self.seed, setup.device)
-        self._matrices, self._plans = {}, PerBucket(self._lay_out)
+        self._matrices, self._shared, self._plans = {}, {}, PerBucket(self._lay_out)
         for name, shape, strides, dtype in zip(setup.names, setup.shapes, setup.strides, setup.dtypes, strict=True):
             chosen: Any = settings[name]
             matrix = None if chosen is None else as_matrix(name, shape, strides, dtype, **chosen)
@@ -105,11 +102,12 @@ class PowerSGD:
                 continue
             self._matrices[name] = matrix
             if self.warm_start:
+                self._shared[name] = entries = setup.state.shared(name)
                 wide = torch.promote_types(dtype, torch.float32)
-                setup.state.shared(name)["q"] = self._source.factor(matrix, wide).T
+                entries["q"] = self._source.factor(matrix, wide).T
                 if self.alternating:
                     left = torch.zeros(matrix.rank, matrix.rows, dtype=wide, device=setup.device)
-                    setup.state.shared(name)["p"] = left.T
+                    entries["p"] = left.T
         if self.error_feedback:
             self._feedback = ErrorFeedback(setup, self._matrices)
         if setup.rank == 0:
@@ -128,9 +126,11 @@ class PowerSGD:
             return
 
         left = (bucket.step - self.start_step) % 2 == 0  # in an alternation P is sent, then Q, and so on
-        message = plan.first if left or not self.alternating else plan.second
-        plan.pack_dense(bucket.flat, message)
-        given = (self._begin(bucket, batch, left) for batch in reversed(plan.batches))
+        in_first = left or not self.alternating
+        message = plan.first if in_first else plan.second
+        seat = plan.seat(bucket.flat)
+        seat.pack_dense(left=in_first)
+        given = (self._begin(bucket, seat, batch, left) for batch in reversed(plan.batches))
         if self.alternating:
             found = yield from alternate(bucket, given, message, self._source, left=left)
         else:
@@ -143,20 +143,18 @@ class PowerSGD:
                 iterations=self.num_power_iterations,
                 look=not self.error_feedback and not self.warm_start,
             )
-        plan.unpack_dense(bucket.flat, message)
+        seat.unpack_dense(left=in_first)
         for batch, one in zip(reversed(plan.batches), found, strict=True):
             self._end(bucket, batch, one, left)
         sent = message.numel() if self.alternating else plan.sent(self.num_power_iterations)
         self._tally.count(bucket.flat.numel(), sent)
 
-    def _begin(self, bucket: Bucket, batch: Batch, left: bool) -> Approximation:
-        """M = gradient + residual, in the bucket's own memory if that is wide enough."""
-        m = batch.inside(bucket.flat).to(batch.p.dtype)
-        start = self._start(batch, bucket.step, "p" if self.alternating and not left else "q")
-        addends = None
+    def _begin(self, bucket: Bucket, seat: Seat, batch: Batch, left: bool) -> Approximation:
+        """M = gradient + residual."""
+        one = seat.approximation(batch, self._start(batch, bucket.step, "p" if self.alternating and not left else "q"))
         if self._feedback is not None:
-            addends = Addends([self._feedback.waiting(bucket, i) for i in batch.places], bucket.loss_scale)
-        return Approximation(matrices=batch.matrices, m=m, start=start, p=batch.p, q=batch.q, addends=addends)
+            one.addends = Addends([self._feedback.waiting(bucket, i) for i in batch.places], bucket.loss_scale)
+        return one
 
     def _end(self, bucket: Bucket, batch: Batch, one: Approximation, left: bool) -> None:
         """Keep what this rank's own contribution left unsent; leave the result in the bucket."""
@@ -168,7 +166,7 @@ class PowerSGD:
             key = "p" if self.alternating and left else "q"
             factors = one.next_stale(left=left) if self.alternating else one.next_start()
             for matrix, factor in zip(batch.matrices, factors, strict=True):
-                self._state.shared(matrix.name)[key] = factor.T
+                self._shared[matrix.name][key] = factor.T
 
     def _settle(self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice) -> None:
         feedback = self._feedback
@@ -192,7 +190,7 @@ class PowerSGD:
 
     def _start(self, batch: Batch, step: int, key: str) -> Tensor:
         if self.warm_start:
-            factors = [self._state.shared(matrix.name)[key].T for matrix in batch.matrices]
+            factors = [self._shared[matrix.name][key].T for matrix in batch.matrices]
         else:
             factors = [self._source.factor(matrix, batch.q.dtype, step) for matrix in batch.matrices]
         return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)

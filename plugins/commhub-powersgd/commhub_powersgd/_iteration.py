@@ -11,7 +11,7 @@ from torch import Tensor
 from commhub import AllReduce
 
 from ._orthogonal import orthogonalize, renew
-from ._products import Addends, exchange_product, left_factor, right_factor, store_product, subtract_product
+from ._products import Addends, Factor, Products, products
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -30,7 +30,9 @@ _EVERY = slice(None)
 class Approximation:
     """Matrices of one shape on the way to P Q^T, their mean over the ranks at a low rank.
 
-    Factors are kept transposed, one vector per row. All tensors are of one dtype, float32 or float64.
+    Factors are kept transposed, one vector per row. All tensors are of one dtype, float32 or float64. One object may
+    serve in every step in which ``m``, ``p`` and ``q`` are the same memory: it is faster then, for it keeps room for
+    factors, and views.
 
     Attributes:
         matrices: what they are; their names and shapes are the same on every rank.
@@ -38,8 +40,6 @@ class Approximation:
         start: the factor to begin with, the same on every rank: the right one, (batch, rank, cols), where two are sent.
         p, q: where the factors lie in the messages, (batch, rank, rows) and (batch, rank, cols).
         addends: what to add to ``m`` when it is first multiplied.
-        own: the factors of what this rank contributed to the result.
-        mean: the factors of the result.
     """
 
     matrices: tuple[Matrix, ...]
@@ -48,36 +48,63 @@ class Approximation:
     p: Tensor
     q: Tensor
     addends: Addends | None = None
-    own: tuple[Tensor, Tensor] = attrs.field(init=False)
-    mean: tuple[Tensor, Tensor] = attrs.field(init=False)
+    _products: Products = attrs.field(init=False, repr=False)
+    _averaged: Factor | None = attrs.field(init=False, default=None, repr=False)
+    _is_left: bool = attrs.field(init=False, default=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._products = products(self.m, self.p.shape[1])
+
+    def send_left(self, q: Tensor, addends: Addends | None = None) -> None:
+        """P = M Q, this rank's, and a copy in the message; from there on that is the driver's."""
+        self._products.multiply_right(q, addends)
+        self.p.copy_(self._products.left.values)
+
+    def send_right(self, p: Tensor, addends: Addends | None = None) -> None:
+        """Q = M^T P, this rank's, and a copy in the message; P is this rank's too."""
+        self._products.multiply_left(p, addends)
+        self.q.copy_(self._products.right.values)
+
+    def hold_right(self, q: Tensor) -> None:
+        """Q is this rank's, and no other is sent."""
+        self._products.right.values.copy_(q)
+
+    def receive(self, spoil: Tensor, *, left: bool = False) -> None:
+        """Take the averaged factor from the message, Q or if ``left`` P, multiplied by ``spoil``."""
+        if self._averaged is None or self._is_left != left:
+            self._averaged, self._is_left = self._products.averaged(left=left), left
+        torch.mul(self.p if left else self.q, spoil, out=self._averaged.values)
 
     def parts(self) -> Sequence[slice]:
         """Which matrices to go on with together: all of them, or on the host one by one, what was seen last first."""
-        count = len(self.m)
-        return [slice(i, i + 1) for i in reversed(range(count))] if self.m.device.type == "cpu" else [slice(0, count)]
+        return self._products.parts()
 
     def subtract_own(self, part: slice = _EVERY) -> None:
         """M = M - P Q^T, with this rank's own contribution: what it left unsent."""
-        subtract_product(self.m[part], _part(self.own, part), self.m[part])
+        self._products.subtract(part)
 
     def store_result(self, part: slice = _EVERY) -> None:
         """M = P Q^T, the mean."""
-        store_product(_part(self.mean, part), self.m[part])
+        self._products.store(part, *self._mean())
 
     def exchange(self, i: int, error: Tensor) -> None:
-        """Both at once for the i-th matrix, on the host: ``error`` (n m elements) is what this rank left unsent."""
-        m = self.m[i]
-        own, mean = ((p[i], q[i]) for p, q in (self.own, self.mean))
-        exchange_product(m, own, mean, error.view(m.shape))
+        """Both at once for the i-th matrix: ``error`` (n m elements) is what this rank left unsent."""
+        self._products.exchange(i, *self._mean(), error)
 
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""
-        return renew(self.mean[1], self.start)
+        return renew(self._mean()[1].values, self.start)
 
     def next_stale(self, *, left: bool) -> Tensor:
         """The factor just sent, for the next step to use; zero where it has no direction, to look elsewhere then."""
-        factor = self.mean[0 if left else 1]
+        factor = self._mean()[0 if left else 1].values
         return renew(factor, torch.zeros_like(factor))
+
+    def _mean(self) -> tuple[Factor, Factor]:
+        assert self._averaged is not None
+        if self._is_left:
+            return self._averaged, self._products.right
+        return self._products.left, self._averaged
 
 
 def power_iteration(
@@ -110,43 +137,37 @@ def power_iteration(
         look: whether to look for results that are not finite; the core does for hooks that hold state.
 
     Returns:
-        The approximations with ``own`` and ``mean`` set; ``mean`` is not a number where a message was not finite.
+        The approximations, the averaged factors in them; these are not a number where a message was not finite.
     """
     taken = []
     for one in approximations:
-        one.p.copy_(left_factor(one.m, one.start, one.addends))
+        one.send_left(one.start, one.addends)
         taken.append(one)
     factors = first[: sum(one.p.numel() for one in taken)]
     for iteration in range(iterations):
         if iteration:
             for one in taken:
-                one.p.copy_(left_factor(one.m, _finite_orthonormal(one, "q", bucket, source)))
+                one.send_left(_finite_orthonormal(one, "q", bucket, source))
         _note((yield AllReduce(factors if iteration else first)), bucket, look)
         for one in taken:
-            left = _finite_orthonormal(one, "p", bucket, source)
-            right = right_factor(one.m, left)
-            one.q.copy_(right)  # from here on the message is the driver's; this rank's own stays
-            one.own = (left, right)
+            one.send_right(_finite_orthonormal(one, "p", bucket, source))
         _note((yield AllReduce(second)), bucket, look)
     spoil = torch.where(bucket.finite, 1.0, torch.nan)
     for one in taken:
-        one.mean = (one.own[0], one.q * spoil)
+        one.receive(spoil)
     return taken
 
 
 def orthonormal(factor: Tensor, matrices: Sequence[Matrix], side: str, step: int, source: Source) -> Tensor:
     """The factor ``side`` of some matrices, (batch, rank, n) and finite, with orthonormal rows."""
-    directions = [source.directions(matrix, side, factor.dtype, step) for matrix in matrices]
-    return orthogonalize(factor, torch.stack(directions))
-
-
-def _part(factors: tuple[Tensor, Tensor], part: slice) -> tuple[Tensor, Tensor]:
-    return factors[0][part], factors[1][part]
+    return orthogonalize(factor, source.directions(matrices, side, factor, step))
 
 
 def _finite_orthonormal(one: Approximation, side: str, bucket: Bucket, source: Source) -> Tensor:
     """The averaged factor, orthonormal; zero before that if it is not finite, for a QR may turn NaN into numbers."""
-    factor = torch.where(bucket.finite, one.p if side == "p" else one.q, 0.0)
+    factor = one.p if side == "p" else one.q
+    if factor.device.type != "cpu" or not bucket.finite:
+        factor = torch.where(bucket.finite, factor, 0.0)
     return orthonormal(factor, one.matrices, side, bucket.step, source)
 
 

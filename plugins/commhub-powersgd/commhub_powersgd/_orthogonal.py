@@ -28,7 +28,6 @@ def orthogonalize(p: Tensor, directions: Tensor) -> Tensor:
     scaled = p / p.abs().amax(-1, keepdim=True).clamp_min_(info.tiny)
     scaled.add_(directions, alpha=info.eps)
     if p.shape[1] == 1:
-        scaled = scaled / scaled.abs().amax(-1, keepdim=True)
         return scaled.div_(torch.linalg.vector_norm(scaled, dim=-1, keepdim=True))
     q: Tensor = torch.linalg.qr(scaled.mT).Q
     return q.mT.contiguous()

@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from ._iteration import Approximation
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -44,7 +46,7 @@ class Batch:
         )
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Plan:
     """One bucket's matrices and messages. The messages are kept between steps.
 
@@ -53,37 +55,69 @@ class Plan:
         dense: the other elements, as runs (offset, length) of the bucket.
         first: every P, then everything that is not compressed.
         second: every Q; in an alternation, where only one of the messages is sent, the rest follows here too.
+        in_first, in_second: where in the messages the other elements are, run by run.
     """
 
     batches: tuple[Batch, ...]
     dense: tuple[tuple[int, int], ...]
     first: Tensor
     second: Tensor
+    in_first: Sequence[Tensor]
+    in_second: Sequence[Tensor]
+    _seat: Seat | None = attrs.field(init=False, default=None, repr=False)
 
     def sent(self, iterations: int) -> int:
         """Elements in all messages of so many power iterations."""
-        dense = self._dense_elements
+        dense = sum(length for _, length in self.dense)
         return iterations * (self.first.numel() - dense + self.second.numel()) + dense
 
-    def pack_dense(self, flat: Tensor, message: Tensor) -> None:
-        """Copy what is not compressed into a message."""
-        for run, place in self._dense_runs(flat, message):
+    def seat(self, flat: Tensor) -> Seat:
+        """The plan where the bucket's memory is: the same object until the memory is another."""
+        if self._seat is None or self._seat.flat.data_ptr() != flat.data_ptr():
+            runs = [flat.narrow(0, offset, length) for offset, length in self.dense]
+            self._seat = Seat(flat, runs, self.in_first, self.in_second)
+        return self._seat
+
+
+@attrs.define(eq=False)
+class Seat:
+    """A plan at one place in memory, with the views that it takes; making them anew in each step would cost more.
+
+    Attributes:
+        flat: the bucket.
+        dense: what is not compressed, in the bucket.
+        in_first, in_second: where it goes in the messages.
+        approximations: by batch, those that can serve in every step.
+    """
+
+    flat: Tensor
+    dense: Sequence[Tensor]
+    in_first: Sequence[Tensor]
+    in_second: Sequence[Tensor]
+    approximations: dict[int, Approximation] = attrs.field(init=False, factory=dict)
+
+    def pack_dense(self, *, left: bool) -> None:
+        """Copy what is not compressed into the first or second message."""
+        for run, place in zip(self.dense, self.in_first if left else self.in_second, strict=True):
             place.copy_(run)
 
-    def unpack_dense(self, flat: Tensor, message: Tensor) -> None:
+    def unpack_dense(self, *, left: bool) -> None:
         """Copy it back."""
-        for run, place in self._dense_runs(flat, message):
+        for run, place in zip(self.dense, self.in_first if left else self.in_second, strict=True):
             run.copy_(place)
 
-    @property
-    def _dense_elements(self) -> int:
-        return sum(length for _, length in self.dense)
-
-    def _dense_runs(self, flat: Tensor, message: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        start = message.numel() - self._dense_elements
-        for offset, length in self.dense:
-            yield flat.narrow(0, offset, length), message.narrow(0, start, length)
-            start += length
+    def approximation(self, batch: Batch, start: Tensor) -> Approximation:
+        """A batch's matrices, to begin with ``start``: in the bucket's own memory if that is wide enough."""
+        kept = self.approximations.get(batch.offset)
+        if kept is not None:
+            kept.start = start
+            return kept
+        m = batch.inside(self.flat)
+        wide = m.to(batch.p.dtype)
+        made = Approximation(matrices=batch.matrices, m=wide, start=start, p=batch.p, q=batch.q)
+        if wide is m:
+            self.approximations[batch.offset] = made
+        return made
 
 
 def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, alternating: bool) -> Plan:
@@ -106,6 +140,7 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, al
     others = sum(length for _, length in dense)
     first = bucket.flat.new_empty(sum(left) + others, dtype=dtype)
     second = bucket.flat.new_empty(sum(right) + (others if alternating else 0), dtype=dtype)
+    lengths = [length for _, length in dense]
     batches = tuple(
         Batch(
             places=tuple(group),
@@ -119,7 +154,9 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, al
             groups, shapes, first[: sum(left)].split(left), second[: sum(right)].split(right), strict=True
         )
     )
-    return Plan(batches, dense, first, second)
+    in_first = first[sum(left) :].split(lengths) if dense else ()
+    in_second = second[sum(right) :].split(lengths) if dense and alternating else ()
+    return Plan(batches, dense, first, second, in_first, in_second)
 
 
 def _evenly(

@@ -1,17 +1,18 @@
-"""Products of one large matrix and a thin factor, as fast as memory allows, with bits that no layout changes.
+"""Products of large matrices and thin factors, as fast as memory allows, with bits that no layout changes.
 
 All are batched: M is (batch, n, m), P and Q are transposed, (batch, rank, n) and (batch, rank, m). Measured on one
 core of an EPYC, MKL, M of 4096 x 1024 at rank 2: Q with factors by column takes 22 ms, by row 0.4 ms; P Q^T as one
 product 2.9 ms, as two outer products 0.5 ms.
 
-At rank 1 all time goes to moving matrices. On the host each is taken in blocks of rows, so that all that is done with
-a block finds it in a core's second-level cache; and a pass over the matrices goes against the direction of the one
-before it, to begin with what the last-level cache still holds.
+At rank 1 all time goes to moving matrices. On the host each is taken in runs of rows, so that all that is done with a
+run finds it in a core's second-level cache; and a pass over the matrices goes against the direction of the one before
+it, to begin with what the last-level cache still holds. Making a view costs about as much as the work on a quarter of
+a run, so the views are made once, with the ``Products``, and serve in every step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import torch
@@ -20,13 +21,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    Factors = tuple[Tensor, Tensor]
-
 _ALIGNMENT = 64
-_BLOCK = 1 << 18
-"""Elements to take at once, 1 MiB in float32. (Smaller ones stay in the cache better but cost calls; rank 1, bucket of
-25 MiB: 9.1 ms with a quarter of it, 8.3 with half of it, 8.0 with this, 7.7 with twice of it; rank 2: 10.0, 9.3, 9.1
-and 9.5.)"""
+_RUN = 1 << 17
+"""Elements to take at once, 0.5 MiB in float32. (Rank 1, 24 MiB of matrices, the passes alone: 5.1 ms with a quarter
+of it, 4.4 with half of it, 4.2 with this, 4.5 with twice of it, 4.7 with four times.)"""
 _OUTER = 8
 """Up to this rank, a sum of outer products is faster on the CPU than one matrix product."""
 
@@ -44,139 +42,232 @@ class Addends:
     scale: float = 1.0
 
 
-def left_factor(matrix: Tensor, q: Tensor, addends: Addends | None = None) -> Tensor:
-    """P = M Q. With ``addends``, M is the sum from then on."""
-    if matrix.device.type != "cpu":
-        return torch.bmm(q, _added(matrix, addends).mT)
-    products = []
-    for i in reversed(range(len(matrix))):
-        factor, p = _aligned(q[i]), q.new_empty(q.shape[1], matrix.shape[1])
-        for block, place in zip(_blocks(matrix[i], i, addends), p.split(_rows(*matrix[i].shape), 1), strict=True):
-            torch.mm(factor, block.T, out=place)
-        products.append(p)
-    return _stacked(products[::-1])
+@attrs.frozen(eq=False)
+class Factor:
+    """One side of low-rank matrices, kept between steps, with the views of it that passes on the host take.
 
-
-def right_factor(matrix: Tensor, p: Tensor, addends: Addends | None = None) -> Tensor:
-    """Q = M^T P. With ``addends``, M is the sum from then on."""
-    if matrix.device.type != "cpu":
-        return torch.bmm(p, _added(matrix, addends))
-    products = []
-    for i in range(len(matrix)):
-        q = p.new_zeros(p.shape[1], matrix.shape[2])
-        factors = _aligned(p[i]).split(_rows(*matrix[i].shape), 1)
-        for block, factor in zip(_blocks(matrix[i], i, addends), factors, strict=True):
-            q.addmm_(factor, block)
-        products.append(q)
-    return _stacked(products)
-
-
-def subtract_product(matrix: Tensor, factors: Factors, out: Tensor) -> None:
-    """``out`` = M - P Q^T; ``out`` may be M itself."""
-    if matrix.device.type != "cpu":
-        torch.baddbmm(matrix, factors[0].mT, factors[1], alpha=-1, out=out)
-        return
-    for one, p, q, place in zip(matrix, *factors, out, strict=True):
-        for block, terms, rest in zip(_split(one), _terms(p, q), _split(place), strict=True):
-            _subtract(block, terms, rest)
-
-
-def store_product(factors: Factors, out: Tensor) -> None:
-    """``out`` = P Q^T."""
-    if out.device.type != "cpu":
-        torch.bmm(factors[0].mT, factors[1], out=out)
-        return
-    for place, p, q in zip(out, *factors, strict=True):
-        for block, terms in zip(_split(place), _terms(p, q), strict=True):
-            _store(terms, block)
-
-
-def exchange_product(matrix: Tensor, own: Factors, mean: Factors, error: Tensor) -> None:
-    """``error`` = M - P Q^T with the factors ``own``, then M = P Q^T with those of ``mean``, in one pass.
-
-    For one matrix on the host: M and ``error`` are (n, m), the factors (rank, n) and (rank, m).
+    Attributes:
+        values: (batch, rank, n).
+        runs: of a left factor, per matrix and run of rows, (rank, rows); (rows,) at rank 1.
+        terms: per matrix what an outer product takes for each vector, (1, n). Of a left factor, per matrix and run,
+            (rows, 1) for each vector. Beyond rank 8 one term holds all vectors.
     """
-    blocks = zip(_split(matrix), _split(error), _terms(*own), _terms(*mean), strict=True)
-    for block, rest, contributed, result in blocks:
-        _subtract(block, contributed, rest)
-        _store(result, block)
+
+    values: Tensor
+    runs: Sequence[Sequence[Tensor]] = ()
+    terms: Sequence[Any] = ()
 
 
-def _subtract(matrix: Tensor, terms: Sequence[Factors], out: Tensor) -> None:
-    for column, row in terms:
-        if len(row) == 1:
-            torch.addcmul(matrix, column, row, value=-1, out=out)
-        else:
-            torch.addmm(matrix, column, row, alpha=-1, out=out)
+class Products(Protocol):
+    """Matrices M (batch, n, m) at one place in memory, with room for the factors of P Q^T.
+
+    ``left`` and ``right`` are this rank's own P and Q, ``mean`` the one that the ranks averaged, of either side.
+    """
+
+    @property
+    def left(self) -> Factor: ...
+    @property
+    def right(self) -> Factor: ...
+
+    def averaged(self, *, left: bool) -> Factor:
+        """Room for the mean P, or else for the mean Q; the content is undefined at first."""
+
+    def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
+        """``left`` = P = M Q. With ``addends``, M is the sum from then on."""
+
+    def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
+        """``right`` = Q = M^T P. With ``addends``, M is the sum from then on."""
+
+    def parts(self) -> Sequence[slice]:
+        """Which matrices to go on with together: all of them, or on the host one by one, what was seen last first."""
+
+    def subtract(self, part: slice) -> None:
+        """M = M - P Q^T with ``left`` and ``right``."""
+
+    def store(self, part: slice, left: Factor, right: Factor) -> None:
+        """M = P Q^T with these factors."""
+
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+        """``error`` (n m elements) = M - P Q^T with ``left`` and ``right``, then M = P Q^T with these, in one pass."""
+
+
+def products(m: Tensor, rank: int) -> Products:
+    """What multiplies the matrices ``m`` by factors of this rank where they are."""
+    return _OnHost(m, rank) if m.device.type == "cpu" else _OnDevice(m, rank)
+
+
+class _OnDevice:
+    """A few large operations, each over the whole batch."""
+
+    def __init__(self, m: Tensor, rank: int) -> None:
+        batch, rows, cols = m.shape
+        self._m = m
+        self.left, self.right = (Factor(m.new_empty(batch, rank, length)) for length in (rows, cols))
+
+    def averaged(self, *, left: bool) -> Factor:
+        return Factor(torch.empty_like((self.left if left else self.right).values))
+
+    def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
+        self._add(addends)
+        torch.bmm(q, self._m.mT, out=self.left.values)
+
+    def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
+        self._add(addends)
+        torch.bmm(p, self._m, out=self.right.values)
+
+    def parts(self) -> Sequence[slice]:
+        return [slice(0, len(self._m))]
+
+    def subtract(self, part: slice) -> None:
+        m = self._m[part]
+        torch.baddbmm(m, self.left.values[part].mT, self.right.values[part], alpha=-1, out=m)
+
+    def store(self, part: slice, left: Factor, right: Factor) -> None:
+        torch.bmm(left.values[part].mT, right.values[part], out=self._m[part])
+
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+        part = slice(i, i + 1)
+        self.subtract(part)
+        error.view(self._m.shape[1:]).copy_(self._m[i])
+        self.store(part, left, right)
+
+    def _add(self, addends: Addends | None) -> None:
+        if addends is not None:
+            for one, other in zip(self._m, addends.tensors, strict=True):
+                if other is not None:
+                    one.add_(other.view(one.shape), alpha=addends.scale)
+
+
+class _OnHost:
+    """Runs of rows, matrix by matrix."""
+
+    def __init__(self, m: Tensor, rank: int) -> None:
+        self._m = m
+        _, self._rows, self._cols = m.shape
+        self._step = run_length(self._rows, self._cols)
+        self._runs = [one.split(self._step) for one in m.unbind()]
+        self._others: list[tuple[int, Sequence[Tensor]] | None] = [None] * len(m)
+        self._rank = rank
+        self._subtract, self._store = (_subtract, _store) if rank <= _OUTER else (_subtract_at_once, _store_at_once)
+        self.left, self.right = self._left(), self._right()
+
+    def averaged(self, *, left: bool) -> Factor:
+        return self._left() if left else self._right()
+
+    def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
+        factors = [_aligned(one[0] if self._rank == 1 else one) for one in q]
+        for i in reversed(range(len(self._m))):
+            for run, place in zip(self._sums(i, addends), self.left.runs[i], strict=True):
+                if self._rank == 1:
+                    torch.mv(run, factors[i], out=place)
+                else:
+                    torch.mm(factors[i], run.T, out=place)
+
+    def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
+        if p is not self.left.values:
+            self.left.values.copy_(p)  # aligned there, and its views are made
+        totals = self.right.values.zero_()
+        for i, total in enumerate(totals[:, 0] if self._rank == 1 else totals):
+            for run, factor in zip(self._sums(i, addends), self.left.runs[i], strict=True):
+                if self._rank == 1:
+                    total.addmv_(run.T, factor)
+                else:
+                    total.addmm_(factor, run)
+
+    def parts(self) -> Sequence[slice]:
+        return [slice(i, i + 1) for i in reversed(range(len(self._m)))]
+
+    def subtract(self, part: slice) -> None:
+        for runs, columns, rows in zip(self._runs[part], self.left.terms[part], self.right.terms[part], strict=True):
+            for run, terms in zip(runs, columns, strict=True):
+                self._subtract(run, terms, rows, run)
+
+    def store(self, part: slice, left: Factor, right: Factor) -> None:
+        for runs, columns, rows in zip(self._runs[part], left.terms[part], right.terms[part], strict=True):
+            for run, terms in zip(runs, columns, strict=True):
+                self._store(terms, rows, run)
+
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+        own, mean = self.right.terms[i], right.terms[i]
+        runs = zip(self._runs[i], self._other(i, error, keep=True), self.left.terms[i], left.terms[i], strict=True)
+        for run, rest, contributed, result in runs:
+            self._subtract(run, contributed, own, rest)
+            self._store(result, mean, run)
+
+    def _sums(self, i: int, addends: Addends | None) -> Iterator[Tensor]:
+        """The runs of the i-th matrix after adding to them, each at an aligned address.
+
+        MKL's sums depend on the address modulo 64 bytes (seen), and so would the state on a parameter's place in its
+        bucket. What does not lie at an aligned address is copied, a run at a time, never as a whole.
+        """
+        other = None if addends is None else addends.tensors[i]
+        runs = self._runs[i] if addends is None or other is None else self._added(i, other, addends.scale)
+        room: Tensor | None = None
+        for run in runs:
+            if run.data_ptr() % _ALIGNMENT:
+                room = torch.empty_like(run) if room is None else room
+                yield room[: len(run)].copy_(run)
+            else:
+                yield run
+
+    def _added(self, i: int, other: Tensor, scale: float) -> Iterator[Tensor]:
+        for run, more in zip(self._runs[i], self._other(i, other), strict=True):
+            yield run.add_(more, alpha=scale)
+
+    def _other(self, i: int, tensor: Tensor, *, keep: bool = False) -> Sequence[Tensor]:
+        """The runs of a tensor like the i-th matrix.
+
+        What ``exchange`` writes to is remembered, for it will be the next step's addend. No other tensor's memory may
+        be held here.
+        """
+        kept = self._others[i]
+        if kept is not None and kept[0] == tensor.data_ptr():
+            return kept[1]
+        runs: Sequence[Tensor] = tensor.view(self._rows, self._cols).split(self._step)
+        self._others[i] = (tensor.data_ptr(), runs) if keep else None
+        return runs
+
+    def _left(self) -> Factor:
+        spacing = -(-self._rank * self._rows // 16) * 16  # each matrix's begins at an aligned address
+        memory = self._m.new_empty(len(self._m) * spacing)
+        values = memory.as_strided((len(self._m), self._rank, self._rows), (spacing, self._rows, 1))
+        runs = [one.split(self._step, 1) for one in values]
+        terms = [[_vectors(run.unsqueeze(2), run.T) for run in matrix] for matrix in runs]
+        return Factor(values, [[run[0] for run in one] for one in runs] if self._rank == 1 else runs, terms)
+
+    def _right(self) -> Factor:
+        values = self._m.new_empty(len(self._m), self._rank, self._cols)
+        return Factor(values, terms=[_vectors(one.unsqueeze(1), one) for one in values])
+
+
+def run_length(rows: int, cols: int) -> int:
+    """How many of a matrix's rows to take at once."""
+    step = min(max(_RUN // cols, 1), rows)
+    return step - step % 16 if step > 16 else step  # then all runs are aligned if the first is
+
+
+def _vectors(each: Tensor, whole: Tensor) -> Sequence[Tensor]:
+    return list(each) if len(each) <= _OUTER else [whole]
+
+
+def _subtract(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
+    for column, row in zip(columns, rows, strict=True):
+        torch.addcmul(matrix, column, row, value=-1, out=out)
         matrix = out
 
 
-def _store(terms: Sequence[Factors], out: Tensor) -> None:
-    first = True
-    for column, row in terms:
-        if len(row) > 1:
-            torch.mm(column, row, out=out)
-        elif first:
-            torch.mul(column, row, out=out)
-        else:
-            out.addcmul_(column, row)
-        first = False
+def _store(columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
+    torch.mul(columns[0], rows[0], out=out)
+    for column, row in zip(columns[1:], rows[1:], strict=True):
+        out.addcmul_(column, row)
 
 
-def _terms(p: Tensor, q: Tensor) -> Sequence[Sequence[Factors]]:
-    """For each block of rows of P Q^T, what is to be summed: (rows, 1) by (1, m) each, or one product for all."""
-    step = _rows(p.shape[1], q.shape[1])
-    if len(p) > _OUTER:
-        return [((block, q),) for block in p.T.split(step)]
-    rows = q.unsqueeze(1).unbind()
-    columns = [column.split(step) for column in p.unsqueeze(2).unbind()]
-    return [tuple(zip(block, rows, strict=True)) for block in zip(*columns, strict=True)]
+def _subtract_at_once(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
+    torch.addmm(matrix, columns[0], rows[0], alpha=-1, out=out)
 
 
-def _split(matrix: Tensor) -> Sequence[Tensor]:
-    blocks: Sequence[Tensor] = matrix.split(_rows(*matrix.shape))
-    return blocks
-
-
-def _rows(rows: int, cols: int) -> int:
-    """How many of a matrix's rows to take at once."""
-    step = min(max(_BLOCK // cols, 1), rows)
-    return step - step % 16 if step > 16 else step  # then all blocks are aligned if the first is
-
-
-def _blocks(matrix: Tensor, i: int, addends: Addends | None) -> Iterator[Tensor]:
-    """Runs of rows of the i-th matrix (n, m), after adding to them, each at an aligned address.
-
-    MKL's sums depend on the address modulo 64 bytes (seen), and so would the state on a parameter's place in its
-    bucket. What does not lie at an aligned address is copied, a block at a time, never as a whole.
-    """
-    room: Tensor | None = None
-    for block in _sums(matrix, i, addends):
-        if block.data_ptr() % _ALIGNMENT:
-            room = torch.empty_like(block) if room is None else room
-            block = room[: len(block)].copy_(block)
-        yield block
-
-
-def _sums(matrix: Tensor, i: int, addends: Addends | None) -> Iterator[Tensor]:
-    other = None if addends is None else addends.tensors[i]
-    if addends is None or other is None:
-        yield from _split(matrix)
-        return
-    for block, more in zip(_split(matrix), _split(other.view(matrix.shape)), strict=True):
-        yield block.add_(more, alpha=addends.scale)
-
-
-def _added(matrix: Tensor, addends: Addends | None) -> Tensor:
-    if addends is not None:
-        for one, other in zip(matrix, addends.tensors, strict=True):
-            if other is not None:
-                one.add_(other.view(one.shape), alpha=addends.scale)
-    return matrix
-
-
-def _stacked(products: list[Tensor]) -> Tensor:
-    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+def _store_at_once(columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
+    torch.mm(columns[0], rows[0], out=out)
 
 
 def _aligned(factor: Tensor) -> Tensor:

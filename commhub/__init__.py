@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ReduceScatter,
         Subgroup,
     )
+    from commhub._cpp import cpp_library
     from commhub._errors import (
         CommhubError,
         HookConflictError,
@@ -81,6 +82,7 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
+    "cpp_library",
     "create",
     "hookimpl",
     "hooks",
@@ -126,6 +128,7 @@ _HOMES = {
     "State": "commhub._state",
     "Subgroup": "commhub._collectives",
     "UnknownHookError": "commhub._errors",
+    "cpp_library": "commhub._cpp",
     "create": "commhub._register",
     "hookimpl": "commhub._plugins",
     "hooks": "commhub._registry",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
-from commhub_powersgd import Approximation, Limit, Source, Tally, power_iteration
+from commhub_powersgd import Compiled, Limit, Source, Tally, compiled_passes, power_iteration
 from torch import Tensor
 
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
@@ -64,6 +64,7 @@ class BatchedPowerSGD:
     _tally: Tally = attrs.field(init=False, repr=False)
     _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
+    _compiled: Compiled | None = attrs.field(init=False, default=None, repr=False)
     _warm: WarmStart | None = attrs.field(init=False, default=None, repr=False)
     _source: Source = attrs.field(init=False, default=None, repr=False)  # set, like the next, by prepare
     _squares: PerBucket[Square | None] = attrs.field(init=False, default=None, repr=False)
@@ -83,6 +84,9 @@ class BatchedPowerSGD:
             if settings[name] is not None and dtype.is_floating_point and torch.Size(shape).numel()
         }
         self._compressed = frozenset(dtypes)
+        if setup.device.type == "cpu":
+            sizes = dict(zip(setup.names, setup.shapes, strict=True))
+            self._compiled = compiled_passes(sum(math.prod(sizes[name]) for name in dtypes))
         self._feedback = ErrorFeedback(setup, dtypes) if self.error_feedback else None
         self._warm = WarmStart(setup, dtypes, self.rank) if self.warm_start else None
         if setup.rank == 0:
@@ -101,9 +105,8 @@ class BatchedPowerSGD:
 
         square.pack_dense(bucket)
         self._fill(bucket, square)
-        one = Approximation(
-            matrices=(square.matrix,), m=square.m, start=self._start(square, bucket.step), p=square.p, q=square.q
-        )
+        one = square.one
+        one.start = self._start(square, bucket.step)
         yield from power_iteration(
             bucket,
             [one],
@@ -129,7 +132,13 @@ class BatchedPowerSGD:
         return self._tally.figures()
 
     def _lay_out(self, bucket: Bucket) -> Square | None:
-        return lay_out(bucket, self._compressed, rank=self.rank, min_compression_rate=self.min_compression_rate)
+        return lay_out(
+            bucket,
+            self._compressed,
+            rank=self.rank,
+            min_compression_rate=self.min_compression_rate,
+            compiled=self._compiled,
+        )
 
     def _fill(self, bucket: Bucket, square: Square) -> None:
         """M = gradient + residual, zero-padded; and whether there is anything of each parameter."""

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
-from commhub_powersgd import Matrix
+from commhub_powersgd import Approximation, Matrix
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
+
+    from commhub_powersgd import Compiled
 
     from commhub import Bucket
 
@@ -45,6 +47,8 @@ class Square:
             every dense one.
         second: the second message: Q.
         p, q: the factors' places in the messages, (1, rank, side).
+        compiled: the passes over matrices, if there are any.
+        one: the square on the way to its mean; a step sets where it starts.
     """
 
     places: tuple[int, ...]
@@ -57,6 +61,14 @@ class Square:
     second: Tensor
     p: Tensor
     q: Tensor
+    compiled: Compiled | None
+    one: Approximation = attrs.field(init=False)
+
+    @one.default
+    def _one(self) -> Approximation:
+        return Approximation(
+            matrices=(self.matrix,), m=self.m, start=self.q, p=self.p, q=self.q, compiled=self.compiled
+        )
 
     @property
     def pieces(self) -> tuple[Tensor, ...]:
@@ -96,7 +108,14 @@ class Square:
         return tuple(self.m.view(-1).split([*self.sizes, self.m.numel() - sum(self.sizes)]))
 
 
-def lay_out(bucket: Bucket, compressed: Collection[str], *, rank: int, min_compression_rate: float) -> Square | None:
+def lay_out(
+    bucket: Bucket,
+    compressed: Collection[str],
+    *,
+    rank: int,
+    min_compression_rate: float,
+    compiled: Compiled | None = None,
+) -> Square | None:
     """The square of the parameters in a bucket that are ``compressed``, or ``None`` where it is sent as it is.
 
     That is where the factors are not ``min_compression_rate`` times smaller than what is compressed.
@@ -123,4 +142,5 @@ def lay_out(bucket: Bucket, compressed: Collection[str], *, rank: int, min_compr
         second=second,
         p=first[: rank * side].view(1, rank, side),
         q=second.view(1, rank, side),
+        compiled=compiled,
     )

@@ -12,11 +12,12 @@ from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules
 
 from ._alternation import alternate
 from ._bookkeeping import Tally
+from ._compiled import Compiled, compiled_passes
+from ._factors import Addends
 from ._iteration import Approximation, power_iteration
 from ._layout import Matrix, as_matrix
 from ._limits import RANK, RATE, Limit, check_rule
 from ._plan import Batch, Plan, Seat, lay_out
-from ._products import Addends
 from ._random import Source
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class PowerSGD:
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _source: Source = attrs.field(init=False, repr=False, default=None)
     _shared: dict[str, MutableMapping[str, Tensor]] = attrs.field(init=False, repr=False, factory=dict)
+    _compiled: Compiled | None = attrs.field(init=False, default=None, repr=False)
     _tally: Tally = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -108,6 +110,8 @@ class PowerSGD:
                 if self.alternating:
                     left = torch.zeros(matrix.rank, matrix.rows, dtype=wide, device=setup.device)
                     entries["p"] = left.T
+        if setup.device.type == "cpu":
+            self._compiled = compiled_passes(sum(matrix.rows * matrix.cols for matrix in self._matrices.values()))
         if self.error_feedback:
             self._feedback = ErrorFeedback(setup, self._matrices)
         if setup.rank == 0:
@@ -186,7 +190,7 @@ class PowerSGD:
 
     def _lay_out(self, bucket: Bucket) -> Plan:
         batched = self.batch_same_shapes is not False
-        return lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating)
+        return lay_out(bucket, self._matrices, batched=batched, alternating=self.alternating, compiled=self._compiled)
 
     def _start(self, batch: Batch, step: int, key: str) -> Tensor:
         if self.warm_start:

@@ -11,13 +11,15 @@ from torch import Tensor
 from commhub import AllReduce
 
 from ._orthogonal import orthogonalize, renew
-from ._products import Addends, Factor, Products, products
+from ._products import products
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
 
     from commhub import Bucket, Collective
 
+    from ._compiled import Compiled
+    from ._factors import Addends, Factor, Products
     from ._layout import Matrix
     from ._random import Source
 
@@ -40,6 +42,7 @@ class Approximation:
         start: the factor to begin with, the same on every rank: the right one, (batch, rank, cols), where two are sent.
         p, q: where the factors lie in the messages, (batch, rank, rows) and (batch, rank, cols).
         addends: what to add to ``m`` when it is first multiplied.
+        compiled: the passes over ``m`` from ``compiled_passes``, if there are any.
     """
 
     matrices: tuple[Matrix, ...]
@@ -48,12 +51,13 @@ class Approximation:
     p: Tensor
     q: Tensor
     addends: Addends | None = None
+    compiled: Compiled | None = None
     _products: Products = attrs.field(init=False, repr=False)
     _averaged: Factor | None = attrs.field(init=False, default=None, repr=False)
     _is_left: bool = attrs.field(init=False, default=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self._products = products(self.m, self.p.shape[1])
+        self._products = products(self.m, self.p.shape[1], self.compiled)
 
     def send_left(self, q: Tensor, addends: Addends | None = None) -> None:
         """P = M Q, this rank's, and a copy in the message; from there on that is the driver's."""

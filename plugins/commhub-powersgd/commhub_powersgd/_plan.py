@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from commhub import Bucket
 
+    from ._compiled import Compiled
     from ._layout import Matrix
 
 
@@ -56,6 +57,7 @@ class Plan:
         first: every P, then everything that is not compressed.
         second: every Q; in an alternation, where only one of the messages is sent, the rest follows here too.
         in_first, in_second: where in the messages the other elements are, run by run.
+        compiled: the passes over matrices, if there are any.
     """
 
     batches: tuple[Batch, ...]
@@ -64,6 +66,7 @@ class Plan:
     second: Tensor
     in_first: Sequence[Tensor]
     in_second: Sequence[Tensor]
+    compiled: Compiled | None
     _seat: Seat | None = attrs.field(init=False, default=None, repr=False)
 
     def sent(self, iterations: int) -> int:
@@ -75,7 +78,7 @@ class Plan:
         """The plan where the bucket's memory is: the same object until the memory is another."""
         if self._seat is None or self._seat.flat.data_ptr() != flat.data_ptr():
             runs = [flat.narrow(0, offset, length) for offset, length in self.dense]
-            self._seat = Seat(flat, runs, self.in_first, self.in_second)
+            self._seat = Seat(flat, runs, self.in_first, self.in_second, self.compiled)
         return self._seat
 
 
@@ -87,6 +90,7 @@ class Seat:
         flat: the bucket.
         dense: what is not compressed, in the bucket.
         in_first, in_second: where it goes in the messages.
+        compiled: as the plan's.
         approximations: by batch, those that can serve in every step.
     """
 
@@ -94,6 +98,7 @@ class Seat:
     dense: Sequence[Tensor]
     in_first: Sequence[Tensor]
     in_second: Sequence[Tensor]
+    compiled: Compiled | None
     approximations: dict[int, Approximation] = attrs.field(init=False, factory=dict)
 
     def pack_dense(self, *, left: bool) -> None:
@@ -114,13 +119,20 @@ class Seat:
             return kept
         m = batch.inside(self.flat)
         wide = m.to(batch.p.dtype)
-        made = Approximation(matrices=batch.matrices, m=wide, start=start, p=batch.p, q=batch.q)
+        made = Approximation(matrices=batch.matrices, m=wide, start=start, p=batch.p, q=batch.q, compiled=self.compiled)
         if wide is m:
             self.approximations[batch.offset] = made
         return made
 
 
-def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, alternating: bool) -> Plan:
+def lay_out(
+    bucket: Bucket,
+    matrices: Mapping[str, Matrix],
+    *,
+    batched: bool,
+    alternating: bool,
+    compiled: Compiled | None = None,
+) -> Plan:
     """Lay a bucket's messages out; without batches they are empty. For a bucket in 16 bits they are in float32.
 
     The few elements that are not compressed then travel in 32 bits too: that keeps it to one message, and sums
@@ -156,7 +168,7 @@ def lay_out(bucket: Bucket, matrices: Mapping[str, Matrix], *, batched: bool, al
     )
     in_first = first[sum(left) :].split(lengths) if dense else ()
     in_second = second[sum(right) :].split(lengths) if dense and alternating else ()
-    return Plan(batches, dense, first, second, in_first, in_second)
+    return Plan(batches, dense, first, second, in_first, in_second, compiled)
 
 
 def _evenly(

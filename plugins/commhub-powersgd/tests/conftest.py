@@ -10,3 +10,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["0", "1"], ids=["plain", "compiled"])
+def passes(request, monkeypatch):
+    """Both ways of going over the matrices, whatever their size."""
+    monkeypatch.setenv("COMMHUB_COMPILE", request.param)

@@ -7,6 +7,8 @@ from commhub_powersgd import PowerSGD
 import commhub
 from commhub.testing import Largest, Living, Watched
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 
 @pytest.mark.parametrize("rank", [1, 2, 12])
 @pytest.mark.parametrize("first", [1, 16], ids=["misaligned", "aligned"])

@@ -37,6 +37,7 @@ def around(mean, p, scale=1.0):
 # Any rank at or below r is reproduced.
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize(("rank", "true_rank"), [(r, k) for r in range(1, 5) for k in range(1, r + 1)])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 300), (300, 20)])
 def test_a_mean_of_rank_at_most_r_is_reproduced(rank, true_rank, shape):
@@ -148,6 +149,7 @@ def test_a_non_finite_step_reaches_all_ranks_and_leaves_no_trace(bad, place, whe
         assert all(g.isfinite().all() and g.abs().max() < 100 for g in mine)
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_non_finite_matrix_spoils_its_result_on_every_rank():
     grads = [[torch.ones(40, 30)], [torch.ones(40, 30)]]
     grads[1][0][3, 3] = math.inf
@@ -267,6 +269,7 @@ class Recording(PowerSGD):
 # Ranks, buckets, random numbers.
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("rank", [1, 2, 4, 9])
 def test_neither_results_nor_state_depend_on_the_buckets(rank):
     """Odd sizes shift everything behind them off the aligned addresses that a sum may depend on."""
@@ -345,6 +348,7 @@ def test_with_warm_start_a_constant_gradient_is_approximated_ever_better():
     assert late == pytest.approx(best.item(), rel=1e-2)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("rank", [1, 2, 12])
 def test_batching_same_shapes_changes_nothing(rank):
     """Three of one shape evenly spaced, one apart, two of another shape."""

@@ -1,26 +1,45 @@
 """Products of large matrices and thin factors, run by run: against float64, and what one pass does in several."""
 
+import logging
+
 import pytest
 import torch
-from commhub_powersgd import _products
-from commhub_powersgd._products import Addends, products, run_length
+from commhub_powersgd import _on_host
+from commhub_powersgd._compiled import Fused, compiled_passes
+from commhub_powersgd._factors import Addends
+from commhub_powersgd._on_device import OnDevice
+from commhub_powersgd._on_host import OnHost, run_length
+from commhub_powersgd._products import products
 
-ROWS, COLS = 70, 33
+import commhub
+
+ROWS, COLS = 70, 37
 
 
-def drawn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def drawn(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
 @pytest.fixture(params=[7 * COLS, 32 * COLS, 1 << 18], ids=["runs of 7 rows", "runs of 32 rows", "one run"])
 def _runs(request, monkeypatch):
-    monkeypatch.setattr(_products, "_RUN", request.param)
+    monkeypatch.setattr(_on_host, "_RUN", request.param)
 
 
-@pytest.fixture(params=["host", "device"])
-def made(request):
-    """What makes products: a device's way works on the host as well."""
-    return products if request.param == "host" else _products._OnDevice
+@pytest.fixture(params=["host", "device", "compiled"])
+def made(request, monkeypatch):
+    """What makes products: a device's way works on the host as well; beyond rank 8 none is compiled."""
+    if request.param != "compiled":
+        return {"host": OnHost, "device": OnDevice}[request.param]
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    compiled = compiled_passes(1)
+    assert compiled is not None
+
+    def make(matrix, rank):
+        found = products(matrix, rank, compiled)
+        assert type(found) is (Fused if rank <= 8 else OnHost)
+        return found
+
+    return make
 
 
 def placed(batch, offset):
@@ -30,7 +49,7 @@ def placed(batch, offset):
 
 
 @pytest.mark.usefixtures("_runs")
-@pytest.mark.parametrize("rank", [1, 2, 12])
+@pytest.mark.parametrize("rank", [1, 2, 5, 12])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_product_of_a_sum_leaves_the_sum_in_the_matrix(made, rank, offset, side):
@@ -65,7 +84,7 @@ def filled(matrix, rank, made):
 
 
 @pytest.mark.usefixtures("_runs")
-@pytest.mark.parametrize("rank", [1, 2, 12])
+@pytest.mark.parametrize("rank", [1, 2, 5, 12])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_an_exchange_leaves_the_error_and_the_mean(made, rank, offset):
     matrix, error = placed(2, offset), torch.empty(2, ROWS * COLS)
@@ -79,7 +98,7 @@ def test_an_exchange_leaves_the_error_and_the_mean(made, rank, offset):
 
 
 @pytest.mark.usefixtures("_runs")
-@pytest.mark.parametrize("rank", [1, 2, 12])
+@pytest.mark.parametrize("rank", [1, 2, 5, 12])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_an_exchange_is_a_subtraction_and_a_result(made, rank, offset):
     matrix, error = placed(2, offset), torch.empty(ROWS * COLS)
@@ -93,13 +112,13 @@ def test_an_exchange_is_a_subtraction_and_a_result(made, rank, offset):
         twin.store(part, twin.left, its_mean)
     for i in range(2):
         pair.exchange(i, pair.left, mean, error)
-        torch.testing.assert_close(error.view(ROWS, COLS), errors[i], rtol=0, atol=0)
-    assert torch.equal(matrix, other)
+        torch.testing.assert_close(error.view(ROWS, COLS), errors[i], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(matrix, other, rtol=1e-6, atol=1e-5)
 
 
-def test_where_the_left_factor_is_averaged_it_makes_the_result():
+def test_where_the_left_factor_is_averaged_it_makes_the_result(made):
     matrix = placed(2, 0)
-    pair, _, product = filled(matrix, 2, products)
+    pair, _, product = filled(matrix, 2, made)
     mean = pair.averaged(left=True)
     mean.values.copy_(3 * pair.left.values)
     pair.store(slice(None), mean, pair.right)
@@ -112,7 +131,7 @@ def test_only_what_an_exchange_wrote_is_held():
     def holders(tensor):
         return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
-    pair, mean, _ = filled(placed(1, 0), 1, products)
+    pair, mean, _ = filled(placed(1, 0), 1, OnHost)
     kept, passing = torch.zeros(ROWS * COLS), torch.zeros(ROWS * COLS)
     alone = holders(kept)
     pair.multiply_right(drawn(1, 1, COLS), Addends([passing]))
@@ -123,8 +142,83 @@ def test_only_what_an_exchange_wrote_is_held():
     assert holders(kept) == holders(passing) == alone
 
 
+@pytest.mark.parametrize("rank", range(1, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (4, 64), (130, 300), (67, 8 * 16 + 1)], ids=str)
+def test_compiled_passes_do_every_rank_dtype_and_shape(rank, dtype, shape, monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    rows, cols = shape
+    m, q, other = (
+        drawn(2, rows, cols, dtype=dtype),
+        drawn(2, rank, cols, dtype=dtype),
+        drawn(2, rows * cols, dtype=dtype),
+    )
+    close = {"rtol": 1e-12, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    before = m.double().clone()
+    pair = products(m, rank, compiled_passes(1))
+    pair.multiply_right(q, Addends(list(other), 0.5))
+    total = before + 0.5 * other.double().view(2, rows, cols)
+    torch.testing.assert_close(m.double(), total, **close)
+    torch.testing.assert_close(pair.left.values.double(), q.double() @ total.mT, **close)
+    pair.multiply_left(drawn(2, rank, rows, dtype=dtype), Addends(list(other), -0.5))
+    torch.testing.assert_close(m.double(), before, **close)
+    torch.testing.assert_close(pair.right.values.double(), drawn(2, rank, rows, dtype=dtype).double() @ before, **close)
+    product = pair.left.values.double().mT @ pair.right.values.double()
+    mean, error = pair.averaged(left=False), torch.empty_like(other)
+    mean.values.copy_(3 * pair.right.values)
+    for i in range(2):
+        pair.exchange(i, pair.left, mean, error[i])
+    torch.testing.assert_close(error.double().view(2, rows, cols), before - product, **close)
+    torch.testing.assert_close(m.double(), 3 * product, **close)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_compiled_sums_depend_on_no_address_and_no_number_of_threads(rank, monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    found = []
+    for offset, threads in ((0, 1), (1, 1), (0, 2), (3, 2)):
+        torch.set_num_threads(threads)
+        room = torch.empty(2 * 70 * 150 + offset)
+        m = room[offset:].view(2, 70, 150).copy_(drawn(2, 70, 150))
+        pair = products(m, rank, compiled_passes(1))
+        pair.multiply_right(drawn(2, rank, 150), Addends([drawn(70 * 150), None]))
+        pair.multiply_left(pair.left.values)
+        found.append((m.clone(), pair.left.values.clone(), pair.right.values.clone()))
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))
+
+
+def test_an_addend_of_another_dtype_is_refused(monkeypatch):
+    """Its memory would be read as something else."""
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    pair = products(placed(1, 0), 1, compiled_passes(1))
+    with pytest.raises(ValueError, match=r"addend is torch\.float64"):
+        pair.multiply_right(drawn(1, 1, COLS), Addends([torch.zeros(ROWS * COLS, dtype=torch.float64)]))
+
+
 def test_each_matrix_is_read_in_runs_of_half_a_mebibyte():
     assert run_length(600, 1024) == 128
     assert run_length(2, 1 << 20) == 1
     assert run_length(3000, 100) == 1296  # a multiple of 16
     assert run_length(10, 100) == 10
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("0", False), ("1", True)])
+def test_the_environment_decides_whether_passes_are_compiled(wanted, found, monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", wanted)
+    result = commhub.simulate("powersgd(start_step=0)", [[torch.ones(40, 30)]])
+    (plan,) = result.hooks[0]._plans.made.values()
+    ((one,),) = [seat.approximations.values() for seat in [plan._seat]]
+    assert isinstance(one._products, Fused) == found
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
+    def broken(*_args):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", broken)
+    with caplog.at_level(logging.WARNING, "commhub"):
+        result = commhub.simulate("powersgd(start_step=0)", [[torch.ones(40, 30)]] * 2)
+    assert "powersgd runs uncompiled: RuntimeError: no compiler here" in caplog.text
+    torch.testing.assert_close(result.gradients[0][0], torch.ones(40, 30))

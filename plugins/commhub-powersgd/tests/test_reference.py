@@ -9,6 +9,8 @@ from commhub_powersgd._random import Source
 
 import commhub
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 SHAPES = [(40, 30), (7,), (12, 8, 3, 3), (3, 4), (25, 60), ()]
 
 

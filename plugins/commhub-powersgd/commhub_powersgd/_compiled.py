@@ -1,0 +1,116 @@
+"""The passes over matrices on the host, compiled: each reads and writes every element once."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from commhub import cpp_library
+
+from ._on_host import OnHost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from ._factors import Addends, Factor
+
+_RANKS = range(1, 9)
+_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+@attrs.frozen(eq=False)
+class Passes:
+    """The functions of ``_passes.cpp`` for one dtype and rank. Pointers are to contiguous memory."""
+
+    multiply: Callable[..., None]
+    project: Callable[..., None]
+    exchange: Callable[..., None]
+
+
+class Compiled:
+    """What there is compiled, whatever the dtype and the rank."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+
+    def passes(self, dtype: torch.dtype, rank: int) -> Passes | None:
+        """``None`` where a large product is as fast: beyond rank 8."""
+        if dtype not in _NAMES or rank not in _RANKS:
+            return None
+        sizes = [_SIZE, _SIZE, ctypes.c_int]
+        adding = [_POINTER, _POINTER, ctypes.c_double, _POINTER, _POINTER, *sizes]
+        return Passes(
+            multiply=self._function("multiply", dtype, rank, adding),
+            project=self._function("project", dtype, rank, adding),
+            exchange=self._function("exchange", dtype, rank, [*[_POINTER] * 6, *sizes]),
+        )
+
+    def _function(self, name: str, dtype: torch.dtype, rank: int, arguments: Sequence[type]) -> Callable[..., None]:
+        found = getattr(self._functions, f"{name}_{_NAMES[dtype]}_{rank}")
+        found.argtypes, found.restype = arguments, None
+        made: Callable[..., None] = found
+        return made
+
+
+class Fused(OnHost):
+    """Matrix by matrix, with compiled passes."""
+
+    def __init__(self, m: Tensor, rank: int, passes: Passes) -> None:
+        super().__init__(m, rank)
+        self._passes = passes
+        self._at = _addresses(m)
+
+    def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
+        q = q.contiguous()
+        others, scale = self._others_at(addends)
+        places = list(zip(self._at, others, _addresses(q), _addresses(self.left.values), strict=True))
+        for matrix, other, right, left in reversed(places):
+            self._passes.multiply(matrix, other, scale, right, left, *self._sizes())
+
+    def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
+        if p is not self.left.values:
+            self.left.values.copy_(p)
+        others, scale = self._others_at(addends)
+        places = zip(self._at, others, _addresses(self.left.values), _addresses(self.right.values), strict=True)
+        for matrix, other, left, right in places:
+            self._passes.project(matrix, other, scale, left, right, *self._sizes())
+
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+        factors = [_addresses(factor.values)[i] for factor in (self.left, self.right, left, right)]
+        self._passes.exchange(self._at[i], self._address(error), *factors, *self._sizes())
+
+    def _others_at(self, addends: Addends | None) -> tuple[list[int | None], float]:
+        if addends is None:
+            return [None] * len(self._at), 1.0
+        return [None if other is None else self._address(other) for other in addends.tensors], addends.scale
+
+    def _address(self, other: Tensor) -> int:
+        if other.dtype != self._m.dtype or not other.is_contiguous():
+            raise ValueError(f"an addend is {other.dtype}, or has gaps; the matrices are {self._m.dtype}.")
+        return other.data_ptr()
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self._rows, self._cols, torch.get_num_threads()
+
+
+def compiled_passes(elements: int) -> Compiled | None:
+    """The compiled passes, where so many elements per step are worth it and a compiler is there: ``cpp_library``.
+
+    The sums differ from uncompiled ones in their last bits: whoever wants the bits of a run again compiles again.
+    """
+    source = resources.files(__package__ or "").joinpath("_passes.cpp").read_text(encoding="utf-8")
+    found = cpp_library(source, name="powersgd", elements=elements)
+    return None if found is None else Compiled(found)
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    """Of each of a batch."""
+    first, spacing = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return [first + i * spacing for i in range(len(tensor))]

@@ -51,9 +51,9 @@ def alternate(
         stale = orthonormal(one.start, one.matrices, "q" if left else "p", bucket.step, source)
         if left:
             one.hold_right(stale)
-            one.send_left(stale, one.addends)
+            one.send_left(stale, one.take_addends())
         else:
-            one.send_right(stale, one.addends)
+            one.send_right(stale, one.take_addends())
         taken.append(one)
     yield AllReduce(message)
     spoil = torch.where(bucket.finite, 1.0, torch.nan)

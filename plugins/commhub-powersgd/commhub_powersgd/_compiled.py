@@ -11,14 +11,14 @@ import torch
 
 from commhub import cpp_library
 
-from ._on_host import OnHost
+from ._factors import Factor, addresses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from ._factors import Addends, Factor
+    from ._factors import Addends
 
 _RANKS = range(1, 9)
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -31,7 +31,7 @@ class Passes:
 
     multiply: Callable[..., None]
     project: Callable[..., None]
-    exchange: Callable[..., None]
+    settle: Callable[..., None]
 
 
 class Compiled:
@@ -49,7 +49,7 @@ class Compiled:
         return Passes(
             multiply=self._function("multiply", dtype, rank, adding),
             project=self._function("project", dtype, rank, adding),
-            exchange=self._function("exchange", dtype, rank, [*[_POINTER] * 6, *sizes]),
+            settle=self._function("settle", dtype, rank, [*[_POINTER] * 6, *sizes]),
         )
 
     def _function(self, name: str, dtype: torch.dtype, rank: int, arguments: Sequence[type]) -> Callable[..., None]:
@@ -59,34 +59,55 @@ class Compiled:
         return made
 
 
-class Fused(OnHost):
-    """Matrix by matrix, with compiled passes."""
+class Fused:
+    """See ``Products``. Matrix by matrix, each pass against the direction of the one before it, as in ``OnHost``."""
 
     def __init__(self, m: Tensor, rank: int, passes: Passes) -> None:
-        super().__init__(m, rank)
-        self._passes = passes
-        self._at = _addresses(m)
+        batch, self._rows, self._cols = m.shape
+        self._m, self._passes = m, passes
+        self._at = addresses(m)
+        self._shapes = {"left": (batch, rank, self._rows), "right": (batch, rank, self._cols)}
+        self.left, self.right = self._factor("left"), self._factor("right")
+
+    def averaged(self, *, left: bool) -> Factor:
+        return self._factor("left" if left else "right")
 
     def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
         q = q.contiguous()
-        others, scale = self._others_at(addends)
-        places = list(zip(self._at, others, _addresses(q), _addresses(self.left.values), strict=True))
+        others, scale = self._others(addends)
+        places = list(zip(self._at, others, addresses(q), self.left.addresses, strict=True))
         for matrix, other, right, left in reversed(places):
             self._passes.multiply(matrix, other, scale, right, left, *self._sizes())
 
     def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
         if p is not self.left.values:
             self.left.values.copy_(p)
-        others, scale = self._others_at(addends)
-        places = zip(self._at, others, _addresses(self.left.values), _addresses(self.right.values), strict=True)
-        for matrix, other, left, right in places:
+        others, scale = self._others(addends)
+        for matrix, other, left, right in zip(self._at, others, self.left.addresses, self.right.addresses, strict=True):
             self._passes.project(matrix, other, scale, left, right, *self._sizes())
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
-        factors = [_addresses(factor.values)[i] for factor in (self.left, self.right, left, right)]
-        self._passes.exchange(self._at[i], self._address(error), *factors, *self._sizes())
+    def parts(self) -> Sequence[slice]:
+        return [slice(i, i + 1) for i in reversed(range(len(self._at)))]
 
-    def _others_at(self, addends: Addends | None) -> tuple[list[int | None], float]:
+    def subtract(self, part: slice) -> None:
+        for i in range(len(self._at))[part]:
+            own = self.left.addresses[i], self.right.addresses[i]
+            self._passes.settle(self._at[i], self._at[i], *own, None, None, *self._sizes())
+
+    def store(self, part: slice, left: Factor, right: Factor) -> None:
+        for i in range(len(self._at))[part]:
+            new = left.addresses[i], right.addresses[i]
+            self._passes.settle(self._at[i], None, None, None, *new, *self._sizes())
+
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+        factors = [factor.addresses[i] for factor in (self.left, self.right, left, right)]
+        self._passes.settle(self._at[i], self._address(error), *factors, *self._sizes())
+
+    def _factor(self, side: str) -> Factor:
+        values = self._m.new_empty(self._shapes[side])
+        return Factor(values, addresses=addresses(values))
+
+    def _others(self, addends: Addends | None) -> tuple[list[int | None], float]:
         if addends is None:
             return [None] * len(self._at), 1.0
         return [None if other is None else self._address(other) for other in addends.tensors], addends.scale
@@ -108,9 +129,3 @@ def compiled_passes(elements: int) -> Compiled | None:
     source = resources.files(__package__ or "").joinpath("_passes.cpp").read_text(encoding="utf-8")
     found = cpp_library(source, name="powersgd", elements=elements)
     return None if found is None else Compiled(found)
-
-
-def _addresses(tensor: Tensor) -> list[int]:
-    """Of each of a batch."""
-    first, spacing = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
-    return [first + i * spacing for i in range(len(tensor))]

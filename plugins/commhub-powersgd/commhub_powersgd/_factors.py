@@ -31,18 +31,20 @@ class Addends:
 
 @attrs.frozen(eq=False)
 class Factor:
-    """One side of low-rank matrices, kept between steps, with the views of it that passes on the host take.
+    """One side of low-rank matrices, kept between steps, with what the passes of its owner take of it.
 
     Attributes:
         values: (batch, rank, n).
         runs: of a left factor, per matrix and run of rows, (rank, rows); (rows,) at rank 1.
         terms: per matrix what an outer product takes for each vector, (1, n). Of a left factor, per matrix and run,
             (rows, 1) for each vector. Beyond rank 8 one term holds all vectors.
+        addresses: for compiled passes, of each matrix's vectors.
     """
 
     values: Tensor
     runs: Sequence[Sequence[Tensor]] = ()
     terms: Sequence[Any] = ()
+    addresses: Sequence[int] = ()
 
 
 class Products(Protocol):
@@ -76,3 +78,9 @@ class Products(Protocol):
 
     def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
         """``error`` (n m elements) = M - P Q^T with ``left`` and ``right``, then M = P Q^T with these, in one pass."""
+
+
+def addresses(tensor: Tensor) -> list[int]:
+    """Of each of a batch."""
+    first, spacing = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return [first + i * spacing for i in range(len(tensor))]

@@ -69,6 +69,11 @@ class Approximation:
         self._products.multiply_left(p, addends)
         self.q.copy_(self._products.right.values)
 
+    def take_addends(self) -> Addends | None:
+        """What to add to ``m``, once. Their memory is not held on: a step may put others in their place."""
+        taken, self.addends = self.addends, None
+        return taken
+
     def hold_right(self, q: Tensor) -> None:
         """Q is this rank's, and no other is sent."""
         self._products.right.values.copy_(q)
@@ -145,7 +150,7 @@ def power_iteration(
     """
     taken = []
     for one in approximations:
-        one.send_left(one.start, one.addends)
+        one.send_left(one.start, one.take_addends())
         taken.append(one)
     factors = first[: sum(one.p.numel() for one in taken)]
     for iteration in range(iterations):

@@ -122,7 +122,8 @@ class OnHost:
         values = memory.as_strided((len(self._m), self._rank, self._rows), (spacing, self._rows, 1))
         runs = [one.split(self._step, 1) for one in values]
         terms = [[_vectors(run.unsqueeze(2), run.T) for run in matrix] for matrix in runs]
-        return Factor(values, [[run[0] for run in one] for one in runs] if self._rank == 1 else runs, terms)
+        thin = [[run[0] for run in one] for one in runs] if self._rank == 1 else runs
+        return Factor(values, thin, terms)
 
     def _right(self) -> Factor:
         values = self._m.new_empty(len(self._m), self._rank, self._cols)

@@ -132,39 +132,44 @@ void project(T* matrix, const T* addend, T scale, const T* left, T* right, int64
   }
 }
 
-// error = M - P Q^T, then M = P' Q'^T.
-template <typename T, int R>
-void exchange(T* matrix, T* error, const T* left, const T* right, const T* new_left, const T* new_right, int64_t n,
-              int64_t m, int threads) {
+// Where there is room for an error, error = M - P Q^T; it may be M itself. Then, where there are new factors, M = P' Q'^T.
+template <typename T, int R, bool Keeps, bool Stores>
+void settle(T* matrix, T* error, const T* left, const T* right, const T* new_left, const T* new_right, int64_t n,
+            int64_t m, int threads) {
   using L = Lanes<T>;
-  const Interleaved<T, R> factors(right, m), new_factors(new_right, m);
+  const Interleaved<T, R> factors(right, Keeps ? m : 0), new_factors(new_right, Stores ? m : 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
     T* row = matrix + i * m;
-    T* rest = error + i * m;
+    T* rest = Keeps ? error + i * m : nullptr;
     T own[R], mean[R];
-    for (int r = 0; r < R; ++r) own[r] = left[r * n + i], mean[r] = new_left[r * n + i];
+    for (int r = 0; r < R; ++r) {
+      if (Keeps) own[r] = left[r * n + i];
+      if (Stores) mean[r] = new_left[r * n + i];
+    }
     int64_t j = 0;
     for (; j + L::count <= m; j += L::count) {
-      auto value = L::load(row + j);
-      auto result = mean[0] * new_factors.at(j, 0);
-      value -= own[0] * factors.at(j, 0);
+      if (Keeps) {
+        auto value = L::load(row + j);
 #pragma GCC unroll 8
-      for (int r = 1; r < R; ++r) {
-        value -= own[r] * factors.at(j, r);
-        result += mean[r] * new_factors.at(j, r);
+        for (int r = 0; r < R; ++r) value -= own[r] * factors.at(j, r);
+        L::store(rest + j, value);
       }
-      L::store(rest + j, value);
-      L::store(row + j, result);
+      if (Stores) {
+        auto result = mean[0] * new_factors.at(j, 0);
+#pragma GCC unroll 8
+        for (int r = 1; r < R; ++r) result += mean[r] * new_factors.at(j, r);
+        L::store(row + j, result);
+      }
     }
     for (; j < m; ++j) {
       T value = row[j], result = 0;
       for (int r = 0; r < R; ++r) {
-        value -= own[r] * right[r * m + j];
-        result += mean[r] * new_right[r * m + j];
+        if (Keeps) value -= own[r] * right[r * m + j];
+        if (Stores) result += mean[r] * new_right[r * m + j];
       }
-      rest[j] = value;
-      row[j] = result;
+      if (Keeps) rest[j] = value;
+      if (Stores) row[j] = result;
     }
   }
 }
@@ -180,12 +185,17 @@ void exchange(T* matrix, T* error, const T* left, const T* right, const T* new_l
       PASS<T, R, false>(matrix, nullptr, 1, given, made, n, m, threads);                                            \
   }
 
-#define PASSES(T, NAME, R)                                                                                     \
-  ADDING(multiply, T, NAME, R)                                                                                 \
-  ADDING(project, T, NAME, R)                                                                                  \
-  extern "C" void exchange_##NAME##_##R(T* matrix, T* error, const T* left, const T* right, const T* new_left, \
-                                        const T* new_right, int64_t n, int64_t m, int threads) {               \
-    exchange<T, R>(matrix, error, left, right, new_left, new_right, n, m, threads);                            \
+#define PASSES(T, NAME, R)                                                                                   \
+  ADDING(multiply, T, NAME, R)                                                                               \
+  ADDING(project, T, NAME, R)                                                                                \
+  extern "C" void settle_##NAME##_##R(T* matrix, T* error, const T* left, const T* right, const T* new_left, \
+                                      const T* new_right, int64_t n, int64_t m, int threads) {               \
+    if (error && new_left)                                                                                   \
+      settle<T, R, true, true>(matrix, error, left, right, new_left, new_right, n, m, threads);              \
+    else if (error)                                                                                          \
+      settle<T, R, true, false>(matrix, error, left, right, nullptr, nullptr, n, m, threads);                \
+    else                                                                                                     \
+      settle<T, R, false, true>(matrix, nullptr, nullptr, nullptr, new_left, new_right, n, m, threads);      \
   }
 
 #define RANKS(T, NAME) \

@@ -222,3 +222,12 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
         result = commhub.simulate("powersgd(start_step=0)", [[torch.ones(40, 30)]] * 2)
     assert "powersgd runs uncompiled: RuntimeError: no compiler here" in caplog.text
     torch.testing.assert_close(result.gradients[0][0], torch.ones(40, 30))
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("options", [{}, {"alternating": True}, {"num_power_iterations": 2}], ids=str)
+def test_no_addend_is_held_when_the_step_is_over(options):
+    """With a loss scaler another tensor becomes the residual, and two would be alive."""
+    result = commhub.simulate("powersgd", [[torch.ones(40, 30)]], steps=3, start_step=0, **options)
+    (plan,) = result.hooks[0]._plans.made.values()
+    assert [one.addends for one in plan._seat.approximations.values()] == [None]

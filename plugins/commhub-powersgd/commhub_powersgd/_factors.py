@@ -65,7 +65,7 @@ class Products(Protocol):
         """``left`` = P = M Q. With ``addends``, M is the sum from then on."""
 
     def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
-        """``right`` = Q = M^T P. With ``addends``, M is the sum from then on."""
+        """``left`` = P and ``right`` = Q = M^T P. With ``addends``, M is the sum from then on."""
 
     def parts(self) -> Sequence[slice]:
         """Which matrices to go on with together: all of them, or on the host one by one, what was seen last first."""

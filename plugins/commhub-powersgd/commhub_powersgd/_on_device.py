@@ -29,6 +29,8 @@ class OnDevice:
         torch.bmm(q, self._m.mT, out=self.left.values)
 
     def multiply_left(self, p: Tensor, addends: Addends | None = None) -> None:
+        if p is not self.left.values:
+            self.left.values.copy_(p)
         self._add(addends)
         torch.bmm(p, self._m, out=self.right.values)
 

@@ -67,6 +67,7 @@ def test_a_product_of_a_sum_leaves_the_sum_in_the_matrix(made, rank, offset, sid
     torch.testing.assert_close(matrix, total, rtol=1e-6, atol=1e-6)
     thin = total.double().mT if side == "right" else total.double()
     torch.testing.assert_close(result.double(), factor.double() @ thin, rtol=1e-4, atol=1e-4)
+    assert side == "right" or torch.equal(pair.left.values, factor)  # P and Q belong together
     first = result.clone()
     multiply(factor)
     assert torch.equal(result, first)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from commhub_powersgd._on_device import OnDevice
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +17,11 @@ def one_thread():
 def passes(request, monkeypatch):
     """Both ways of going over the matrices, whatever their size."""
     monkeypatch.setenv("COMMHUB_COMPILE", request.param)
+
+
+@pytest.fixture(params=["plain", "compiled", "device"])
+def every_way(request, monkeypatch):
+    """Every way of going over the matrices; a device's works on the host as well."""
+    monkeypatch.setenv("COMMHUB_COMPILE", str(int(request.param == "compiled")))
+    if request.param == "device":
+        monkeypatch.setattr("commhub_powersgd._iteration.products", lambda m, rank, _: OnDevice(m, rank))

@@ -37,7 +37,7 @@ def around(mean, p, scale=1.0):
 # Any rank at or below r is reproduced.
 
 
-@pytest.mark.usefixtures("passes")
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize(("rank", "true_rank"), [(r, k) for r in range(1, 5) for k in range(1, r + 1)])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 300), (300, 20)])
 def test_a_mean_of_rank_at_most_r_is_reproduced(rank, true_rank, shape):
@@ -149,7 +149,7 @@ def test_a_non_finite_step_reaches_all_ranks_and_leaves_no_trace(bad, place, whe
         assert all(g.isfinite().all() and g.abs().max() < 100 for g in mine)
 
 
-@pytest.mark.usefixtures("passes")
+@pytest.mark.usefixtures("every_way")
 def test_a_non_finite_matrix_spoils_its_result_on_every_rank():
     grads = [[torch.ones(40, 30)], [torch.ones(40, 30)]]
     grads[1][0][3, 3] = math.inf

@@ -9,7 +9,7 @@ from commhub_powersgd._random import Source
 
 import commhub
 
-pytestmark = pytest.mark.usefixtures("passes")
+pytestmark = pytest.mark.usefixtures("every_way")
 
 SHAPES = [(40, 30), (7,), (12, 8, 3, 3), (3, 4), (25, 60), ()]
 

@@ -97,6 +97,7 @@ class PowerSGD:
         settings = self._rules.settings(setup.names)
         self._source = Source(self.seed, setup.device)
         self._matrices, self._shared, self._plans = {}, {}, PerBucket(self._lay_out)
+        setup.at_end(self._plans.made.clear)  # plans hold views of DDP's buckets
         for name, shape, strides, dtype in zip(setup.names, setup.shapes, setup.strides, setup.dtypes, strict=True):
             chosen: Any = settings[name]
             matrix = None if chosen is None else as_matrix(name, shape, strides, dtype, **chosen)

@@ -35,6 +35,21 @@ def test_steps_before_and_after_the_start_step_end_and_agree_in_twelve_buckets(r
         assert losses[-1] < losses[0]
 
 
+def ended(hook):
+    model = DistributedDataParallel(deep(), bucket_cap_mb=2 * KB)
+    registration = commhub.register(model, hook, start_step=0, min_compression_rate=1)
+    train(model, 3)
+    worker = registration.hook
+    held = [plan for plan in vars(worker).values() if isinstance(plan, commhub.PerBucket) and plan.made]
+    registration.remove()
+    return len(held), [plan.made for plan in held]
+
+
+def test_when_a_registration_ends_no_memory_of_ddps_is_held(ranks):
+    """Views of buckets are kept between steps, and whoever keeps the registration would keep the gradients."""
+    assert ranks(ended, 2, "powersgd") == [(1, [{}])] * 2
+
+
 def unused(both_on):
     model = DistributedDataParallel(Branches(24), find_unused_parameters=True)
     registration = commhub.register(model, "powersgd", start_step=0, min_compression_rate=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import torch
@@ -72,6 +73,10 @@ class BatchedPowerSGD:
     def __attrs_post_init__(self) -> None:
         self._tally = Tally("batched_powersgd", self.stats_frequency)
         self._rules = Rules(self.rules, {})  # the square has one rank, whoever is in it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same options; what belongs to a registration stays behind."""
+        return attrs.evolve(self, rules=copy.deepcopy(self.rules, memo))
 
     def prepare(self, setup: Setup) -> None:
         """Allocate residuals and factors for every parameter that may come to be compressed."""

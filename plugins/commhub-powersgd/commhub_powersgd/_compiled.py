@@ -73,6 +73,8 @@ class Fused:
         return self._factor("left" if left else "right")
 
     def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
+        if q.dtype != self._m.dtype or tuple(q.shape) != self._shapes["right"]:
+            raise ValueError(f"a factor is {q.dtype} {tuple(q.shape)} for {self._m.dtype} {self._shapes['right']}.")
         q = q.contiguous()
         others, scale = self._others(addends)
         places = list(zip(self._at, others, addresses(q), self.left.addresses, strict=True))
@@ -128,4 +130,5 @@ def compiled_passes(elements: int) -> Compiled | None:
     """
     source = resources.files(__package__ or "").joinpath("_passes.cpp").read_text(encoding="utf-8")
     found = cpp_library(source, name="powersgd", elements=elements)
-    return None if found is None else Compiled(found)
+    # Some compilers export only what they are told to.
+    return Compiled(found) if found is not None and hasattr(found, "multiply_float32_1") else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import torch
@@ -91,6 +92,10 @@ class PowerSGD:
         defaults = {"rank": self.rank, "min_compression_rate": self.min_compression_rate}
         self._tally = Tally("powersgd", self.stats_frequency)
         self._rules = Rules(self.rules, defaults, check_rule)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same options; what belongs to a registration stays behind."""
+        return attrs.evolve(self, rules=copy.deepcopy(self.rules, memo))
 
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate residuals, and the same random Q on every rank."""

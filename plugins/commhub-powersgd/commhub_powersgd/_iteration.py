@@ -53,7 +53,7 @@ class Approximation:
     addends: Addends | None = None
     compiled: Compiled | None = None
     _products: Products = attrs.field(init=False, repr=False)
-    _averaged: Factor | None = attrs.field(init=False, default=None, repr=False)
+    _averaged: dict[bool, Factor] = attrs.field(init=False, factory=dict, repr=False)
     _is_left: bool = attrs.field(init=False, default=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -80,9 +80,10 @@ class Approximation:
 
     def receive(self, spoil: Tensor, *, left: bool = False) -> None:
         """Take the averaged factor from the message, Q or if ``left`` P, multiplied by ``spoil``."""
-        if self._averaged is None or self._is_left != left:
-            self._averaged, self._is_left = self._products.averaged(left=left), left
-        torch.mul(self.p if left else self.q, spoil, out=self._averaged.values)
+        if left not in self._averaged:
+            self._averaged[left] = self._products.averaged(left=left)
+        self._is_left = left
+        torch.mul(self.p if left else self.q, spoil, out=self._averaged[left].values)
 
     def parts(self) -> Sequence[slice]:
         """Which matrices to go on with together: all of them, or on the host one by one, what was seen last first."""
@@ -110,10 +111,8 @@ class Approximation:
         return renew(factor, torch.zeros_like(factor))
 
     def _mean(self) -> tuple[Factor, Factor]:
-        assert self._averaged is not None
-        if self._is_left:
-            return self._averaged, self._products.right
-        return self._products.left, self._averaged
+        averaged = self._averaged[self._is_left]
+        return (averaged, self._products.right) if self._is_left else (self._products.left, averaged)
 
 
 def power_iteration(

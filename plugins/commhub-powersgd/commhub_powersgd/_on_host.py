@@ -117,17 +117,20 @@ class OnHost:
         return runs
 
     def _left(self) -> Factor:
-        spacing = -(-self._rank * self._rows // 16) * 16  # each matrix's begins at an aligned address
-        memory = self._m.new_empty(len(self._m) * spacing)
-        values = memory.as_strided((len(self._m), self._rank, self._rows), (spacing, self._rows, 1))
+        values = self._aligned_factors(self._rows)
         runs = [one.split(self._step, 1) for one in values]
         terms = [[_vectors(run.unsqueeze(2), run.T) for run in matrix] for matrix in runs]
-        thin = [[run[0] for run in one] for one in runs] if self._rank == 1 else runs
-        return Factor(values, thin, terms)
+        return Factor(values, [[run[0] for run in one] for one in runs] if self._rank == 1 else runs, terms)
 
     def _right(self) -> Factor:
-        values = self._m.new_empty(len(self._m), self._rank, self._cols)
+        values = self._aligned_factors(self._cols)
         return Factor(values, terms=[_vectors(one.unsqueeze(1), one) for one in values])
+
+    def _aligned_factors(self, length: int) -> Tensor:
+        """(batch, rank, length), each matrix's beginning at an aligned address."""
+        spacing = -(-self._rank * length // 16) * 16
+        memory = self._m.new_empty(len(self._m) * spacing)
+        return memory.as_strided((len(self._m), self._rank, length), (spacing, length, 1))
 
 
 def run_length(rows: int, cols: int) -> int:
@@ -153,11 +156,17 @@ def _store(columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> No
 
 
 def _subtract_at_once(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
-    torch.addmm(matrix, columns[0], rows[0], alpha=-1, out=out)
+    if out.data_ptr() % _ALIGNMENT:  # a product's bits depend on where it is written, too
+        out.copy_(torch.addmm(matrix, columns[0], rows[0], alpha=-1))
+    else:
+        torch.addmm(matrix, columns[0], rows[0], alpha=-1, out=out)
 
 
 def _store_at_once(columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
-    torch.mm(columns[0], rows[0], out=out)
+    if out.data_ptr() % _ALIGNMENT:
+        out.copy_(torch.mm(columns[0], rows[0]))
+    else:
+        torch.mm(columns[0], rows[0], out=out)
 
 
 def _aligned(factor: Tensor) -> Tensor:

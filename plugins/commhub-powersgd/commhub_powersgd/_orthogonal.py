@@ -29,8 +29,9 @@ def orthogonalize(p: Tensor, directions: Tensor) -> Tensor:
     scaled.add_(directions, alpha=info.eps)
     if p.shape[1] == 1:
         return scaled.div_(torch.linalg.vector_norm(scaled, dim=-1, keepdim=True))
-    q: Tensor = torch.linalg.qr(scaled.mT).Q
-    return q.mT.contiguous()
+    # On the host one by one, each at an aligned address: what comes out must not depend on a place among others.
+    batches = scaled.unsqueeze(1).unbind() if p.device.type == "cpu" else [scaled]
+    return torch.cat([torch.linalg.qr(batch.clone().mT).Q.mT for batch in batches])
 
 
 def renew(q: Tensor, former: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class Plan:
     in_second: Sequence[Tensor]
     compiled: Compiled | None
     _seat: Seat | None = attrs.field(init=False, default=None, repr=False)
+    _seen: weakref.ref[torch.UntypedStorage] | None = attrs.field(init=False, default=None, repr=False)
 
     def sent(self, iterations: int) -> int:
         """Elements in all messages of so many power iterations."""
@@ -75,11 +77,18 @@ class Plan:
         return iterations * (self.first.numel() - dense + self.second.numel()) + dense
 
     def seat(self, flat: Tensor) -> Seat:
-        """The plan where the bucket's memory is: the same object until the memory is another."""
-        if self._seat is None or self._seat.flat.data_ptr() != flat.data_ptr():
-            runs = [flat.narrow(0, offset, length) for offset, length in self.dense]
-            self._seat = Seat(flat, runs, self.in_first, self.in_second, self.compiled)
-        return self._seat
+        """The plan where the bucket's memory is: the same object while that stays.
+
+        It holds the memory, and so is kept only where that has outlived a step anyhow, as DDP's own buckets do.
+        """
+        if self._seat is not None and self._seat.flat.data_ptr() == flat.data_ptr():
+            return self._seat
+        runs = [flat.narrow(0, offset, length) for offset, length in self.dense]
+        seat = Seat(flat, runs, self.in_first, self.in_second, self.compiled)
+        storage = flat.untyped_storage()
+        self._seat = seat if self._seen is not None and self._seen() is storage else None
+        self._seen = weakref.ref(storage)
+        return seat
 
 
 @attrs.define(eq=False)

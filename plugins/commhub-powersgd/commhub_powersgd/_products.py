@@ -19,5 +19,6 @@ def products(m: Tensor, rank: int, compiled: Compiled | None = None) -> Products
     """What multiplies the matrices ``m`` by factors of this rank where they are, with compiled passes if there are."""
     if m.device.type != "cpu":
         return OnDevice(m, rank)
-    passes = None if compiled is None else compiled.passes(m.dtype, rank)
+    without_gaps = m.stride()[1:] == (m.shape[2], 1)
+    passes = compiled.passes(m.dtype, rank) if compiled is not None and without_gaps else None
     return OnHost(m, rank) if passes is None else Fused(m, rank, passes)

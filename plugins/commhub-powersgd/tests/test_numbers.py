@@ -270,17 +270,17 @@ class Recording(PowerSGD):
 
 
 @pytest.mark.usefixtures("passes")
-@pytest.mark.parametrize("rank", [1, 2, 4, 9])
+@pytest.mark.parametrize("rank", [1, 2, 3, 9])
 def test_neither_results_nor_state_depend_on_the_buckets(rank):
     """Odd sizes shift everything behind them off the aligned addresses that a sum may depend on."""
-    shapes = [(64, 33), (7,), (33, 80), (5,), (100, 257), (3,), (600, 1024), (1,)]
+    shapes = [(64, 33), (7,), (33, 80), (5,), (100, 257), (3,), (600, 1024), (1,), *[(50, 513)] * 3]
 
     def grads(r, step):
         made = [torch.randn(s, generator=seeded(r, step, i)) for i, s in enumerate(shapes)]
         made.append(torch.randn(48, 16, 3, 3, generator=seeded(r)).contiguous(memory_format=torch.channels_last))
         return made
 
-    one, *others = (run(grads, ranks=2, steps=3, rank=rank, buckets=b) for b in (1, 2, 5, 9))
+    one, *others = (run(grads, ranks=2, steps=3, rank=rank, buckets=b) for b in (1, 2, 5, 12))
     for other in others:
         for mine, theirs in zip(one.gradients[0], other.gradients[0], strict=True):
             assert torch.equal(mine, theirs)

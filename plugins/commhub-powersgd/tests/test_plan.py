@@ -1,5 +1,6 @@
 """Where a bucket's memory is, and what is kept between steps because it stays there."""
 
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +19,7 @@ def planned(flat, alternating=False):
 def test_views_are_kept_while_the_bucket_stays_where_it_is():
     flat = torch.arange(1207.0)
     plan = planned(flat)
+    plan.seat(flat)  # is it there in the next step?
     seat, start = plan.seat(flat), torch.ones(2, 1, 20)
     one = seat.approximation(plan.batches[0], start)
     again = plan.seat(flat.view(-1))  # another tensor, the same memory
@@ -27,8 +29,9 @@ def test_views_are_kept_while_the_bucket_stays_where_it_is():
 
 
 def test_when_the_bucket_moves_they_follow():
-    plan = planned(torch.zeros(1207))
-    plan.seat(torch.zeros(1207)).approximation(plan.batches[0], torch.ones(2, 1, 20))
+    plan, former = planned(torch.zeros(1207)), torch.zeros(1207)
+    for _ in range(3):
+        plan.seat(former).approximation(plan.batches[0], torch.ones(2, 1, 20))
     flat = torch.arange(1207.0)
     seat = plan.seat(flat)
     one = seat.approximation(plan.batches[0], torch.ones(2, 1, 20))
@@ -37,10 +40,21 @@ def test_when_the_bucket_moves_they_follow():
     assert plan.first[-7:].tolist() == list(range(600, 607))
 
 
+def test_memory_that_is_new_in_each_step_is_not_held():
+    plan = planned(torch.zeros(1207))
+    for _ in range(4):
+        flat = torch.zeros(1207)
+        seen = weakref.ref(flat.untyped_storage())
+        plan.seat(flat).approximation(plan.batches[0], torch.ones(2, 1, 20))
+        del flat
+        assert seen() is None
+
+
 def test_matrices_in_16_bits_are_widened_anew_in_each_step():
     """Nothing of a wide bucket's size may be kept."""
     flat = torch.arange(1207.0).to(torch.bfloat16)
     plan = planned(flat)
+    plan.seat(flat)
     seat = plan.seat(flat)
     first, second = (seat.approximation(plan.batches[0], torch.ones(1, 1, 20)) for _ in range(2))
     assert first is not second

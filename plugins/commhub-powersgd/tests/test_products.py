@@ -1,10 +1,11 @@
 """Products of large matrices and thin factors, run by run: against float64, and what one pass does in several."""
 
+import copy
 import logging
 
 import pytest
 import torch
-from commhub_powersgd import _on_host
+from commhub_powersgd import Approximation, _on_host
 from commhub_powersgd._compiled import Fused, compiled_passes
 from commhub_powersgd._factors import Addends
 from commhub_powersgd._on_device import OnDevice
@@ -204,13 +205,15 @@ def test_each_matrix_is_read_in_runs_of_half_a_mebibyte():
     assert run_length(10, 100) == 10
 
 
-@pytest.mark.parametrize(("wanted", "found"), [("0", False), ("1", True)])
+@pytest.mark.parametrize(("wanted", "found"), [("0", OnHost), ("1", Fused)])
 def test_the_environment_decides_whether_passes_are_compiled(wanted, found, monkeypatch):
     monkeypatch.setenv("COMMHUB_COMPILE", wanted)
-    result = commhub.simulate("powersgd(start_step=0)", [[torch.ones(40, 30)]])
-    (plan,) = result.hooks[0]._plans.made.values()
-    ((one,),) = [seat.approximations.values() for seat in [plan._seat]]
-    assert isinstance(one._products, Fused) == found
+    made = []
+    monkeypatch.setattr(
+        "commhub_powersgd._iteration.products", lambda *given: made.append(products(*given)) or made[-1]
+    )
+    commhub.simulate("powersgd(start_step=0)", [[torch.ones(40, 30)]])
+    assert [type(one) for one in made] == [found]
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
@@ -227,8 +230,44 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
 
 @pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("options", [{}, {"alternating": True}, {"num_power_iterations": 2}], ids=str)
-def test_no_addend_is_held_when_the_step_is_over(options):
+def test_no_addend_is_held_when_the_step_is_over(options, monkeypatch):
     """With a loss scaler another tensor becomes the residual, and two would be alive."""
-    result = commhub.simulate("powersgd", [[torch.ones(40, 30)]], steps=3, start_step=0, **options)
-    (plan,) = result.hooks[0]._plans.made.values()
-    assert [one.addends for one in plan._seat.approximations.values()] == [None]
+    made = []
+
+    class Kept(Approximation):
+        def __attrs_post_init__(self):
+            super().__attrs_post_init__()
+            made.append(self)
+
+    monkeypatch.setattr("commhub_powersgd._plan.Approximation", Kept)
+    commhub.simulate("powersgd", [[torch.ones(40, 30)]], steps=3, start_step=0, **options)
+    assert made
+    assert all(one.addends is None for one in made)
+
+
+def test_a_factor_of_another_dtype_or_shape_is_refused(made):
+    """Compiled, its memory would be read as something else."""
+    pair = made(placed(2, 0), 2)
+    for wrong in (drawn(2, 2, COLS, dtype=torch.float64), drawn(2, 2, COLS - 1), drawn(1, 2, COLS)):
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            pair.multiply_right(wrong)
+
+
+def test_matrices_with_gaps_in_their_rows_are_not_for_compiled_passes(monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    assert type(products(drawn(2, COLS, ROWS).mT, 1, compiled_passes(1))) is OnHost
+
+
+def test_a_library_that_exports_nothing_counts_as_none(monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", "1")
+    monkeypatch.setattr("commhub_powersgd._compiled.cpp_library", lambda *_, **__: object())
+    assert compiled_passes(1) is None
+
+
+@pytest.mark.usefixtures("passes")
+def test_a_hook_that_was_at_work_can_be_copied_and_begins_anew():
+    hook = commhub.simulate("powersgd(start_step=0, rank=2)", [[torch.ones(40, 30)]] * 2, steps=2).hooks[0]
+    other = copy.deepcopy(hook)
+    assert (other.rank, other.start_step) == (2, 0)
+    assert other._plans is None
+    commhub.simulate(hook, [[torch.ones(40, 30)]] * 2, steps=2)

@@ -1,6 +1,10 @@
 """C++ of a plugin's own: compiled where that is wanted and possible, and otherwise said."""
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -37,11 +41,16 @@ def test_what_cannot_be_compiled_is_told_in_one_line(source, monkeypatch, caplog
     assert "\n" not in caplog.messages[0]
 
 
-def test_without_a_compiler_it_says_so(monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("COMMHUB_COMPILE", "1")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    other = SOURCE.replace("twice", "thrice")
-    with caplog.at_level(logging.WARNING, "commhub"):
-        assert cpp_library(other, name="thrice", elements=1) is None
-    assert "thrice runs uncompiled" in caplog.text
+def test_without_a_compiler_it_says_so(tmp_path):
+    """In a process of its own: PyTorch remembers that it found no compiler."""
+    script = f"""
+        import torch._inductor.config
+        from commhub import cpp_library
+        torch._inductor.config.cpp.cxx = ("no-such-compiler",)
+        print(cpp_library({SOURCE!r}, name="twice", elements=1))
+    """
+    environment = os.environ | {"COMMHUB_COMPILE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+    assert "twice runs uncompiled: " in done.stderr

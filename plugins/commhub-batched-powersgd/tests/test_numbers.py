@@ -1,5 +1,6 @@
 """What must hold of the numbers: zero stays zero, finite again after Inf, every kind of parameter, bytes."""
 
+import copy
 import math
 
 import pytest
@@ -222,3 +223,14 @@ def test_the_global_generator_is_left_alone():
     for warm_start in (True, False):
         run([[torch.ones(40, 30)]] * 2, steps=3, rank=2, warm_start=warm_start)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_a_hook_that_was_at_work_can_be_copied_and_begins_anew(compiled, monkeypatch):
+    monkeypatch.setenv("COMMHUB_COMPILE", compiled)
+    gradients = [[torch.ones(40, 30)]] * 2
+    hook = commhub.simulate("batched_powersgd(start_step=0, rank=2)", gradients, steps=2).hooks[0]
+    other = copy.deepcopy(hook)
+    assert (other.rank, other.start_step, other._squares) == (2, 0, None)
+    result = commhub.simulate(hook, gradients, steps=2)
+    torch.testing.assert_close(result.gradients[0][0], torch.ones(40, 30))

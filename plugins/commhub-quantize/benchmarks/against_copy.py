@@ -15,7 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from commhub_quantize._coding import Coding, coder
+from commhub_quantize._coding import Coding, marks_of
+from commhub_quantize._work import work_on
 from torch.distributed.algorithms.ddp_comm_hooks import quantization_hooks
 
 if TYPE_CHECKING:
@@ -30,26 +31,22 @@ CODINGS = {
 }
 
 
-def work(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Callable[[], None]:
+def both_ways(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Callable[[], None]:
     """Encode and decode ``x``, as a hook does with a bucket."""
-    kernels = coder(coding)
+    work = work_on(coding, x.dtype, x.device, x.numel(), keeping=keeping)
     values = x.view(-1, coding.row)
-    marks, inverses = values.new_empty(len(values), coding.marks), values.new_empty(len(values), 1)
+    marks, extents = (values.new_empty(len(values), coding.marks) for _ in range(2))
     codes = torch.empty(len(values), coding.row_bytes, dtype=torch.int8, device=x.device)
     out = torch.empty_like(values)
-    kernels.warm(x.dtype, x.device, x.numel(), keeping=keeping)
 
-    def both() -> None:
+    def run() -> None:
         if coding.whole:
-            kernels.extents(values, marks)
-            marks.copy_(marks.amax(0, keepdim=True) / coding.top)
-            inverses.copy_(1 / marks)
-        else:
-            kernels.measure(values, marks, inverses)
-        (kernels.encode_keeping if keeping else kernels.encode)(values, marks, inverses, codes)
-        kernels.decode(codes, marks, out)
+            work.extents(values, extents)
+            marks.copy_(marks_of(extents.amax(0, keepdim=True), coding).expand_as(marks))
+        work.encode(values, marks, codes, None, keeping=keeping)
+        work.decode(codes, marks, out, adding=False)
 
-    return both
+    return run
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -97,12 +94,11 @@ def main() -> None:
     with torch.no_grad():
         for compiled in ("1", "0"):
             os.environ["COMMHUB_COMPILE"] = compiled
-            coder.cache_clear()
             label = "compiled" if compiled == "1" else "eager"
             for name, coding in CODINGS.items():
-                compare(f"{name}, {label}", work(coding, x), copy, given.device, given.steps)
-            work_of = work(CODINGS["int8, groups of 256"], x.clone(), keeping=True)
-            compare(f"int8, groups of 256, residual, {label}", work_of, copy, given.device, given.steps)
+                compare(f"{name}, {label}", both_ways(coding, x), copy, given.device, given.steps)
+            residual = both_ways(CODINGS["int8, groups of 256"], x.clone(), keeping=True)
+            compare(f"int8, groups of 256, residual, {label}", residual, copy, given.device, given.steps)
         compare("PyTorch, per channel", partial(torch_per_channel, x), copy, given.device, 3)
 
 

@@ -6,13 +6,9 @@ so that zero stays exactly zero either way. Narrow digits share a byte: the k-th
 
 from __future__ import annotations
 
-from functools import cache
-
 import attrs
 import torch
 from torch import Tensor
-
-from commhub import Kernel
 
 
 @attrs.frozen(kw_only=True)
@@ -110,87 +106,3 @@ def unpack(codes: Tensor, coding: Coding) -> list[Tensor]:
 def stand_for(digits: Tensor, marks: Tensor, coding: Coding) -> Tensor:
     """The values that digits stand for."""
     return digits * marks[:, :1] if coding.symmetric else (digits - marks[:, 1:]) * marks[:, :1]
-
-
-@attrs.frozen
-class Coder:
-    """The kernels of one coding.
-
-    Codes are int8 (rows, row_bytes), marks (rows, marks) and inverses (rows, 1) in the values' dtype. Measuring and
-    encoding are two kernels: in one, the compiler would divide anew for every few elements of a row.
-
-    Attributes:
-        measure: (values, marks, inverses): find each row's own marks.
-        extents: (values, out): what marks of many rows are found from.
-        encode: (values, marks, inverses, codes[, noise]): write codes for the marks given.
-        encode_keeping: the same, and leave in ``values`` what the codes miss of them.
-        decode: (codes, marks, values): what codes stand for.
-        accumulate: (codes, marks, values): add it.
-    """
-
-    coding: Coding
-    measure: Kernel
-    extents: Kernel
-    encode: Kernel
-    encode_keeping: Kernel
-    decode: Kernel
-    accumulate: Kernel
-
-    def warm(self, dtype: torch.dtype, device: torch.device, elements: int, *, keeping: bool) -> None:
-        """Compile what a bucket in ``dtype`` needs, if ``elements`` in a step are worth it."""
-        coding, rows = self.coding, 1024
-        values = torch.zeros(rows, coding.row, dtype=dtype, device=device)
-        marks, inverses = values.new_zeros(rows, coding.marks), values.new_zeros(rows, 1)
-        codes = torch.zeros(rows, coding.row_bytes, dtype=torch.int8, device=device)
-        noise = (torch.zeros_like(values),) if coding.stochastic else ()
-        if coding.whole:
-            self.extents.warm(values, marks, elements=elements)
-        else:
-            self.measure.warm(values, marks, inverses, elements=elements)
-        encode = self.encode_keeping if keeping else self.encode
-        encode.warm(values, marks, inverses, codes, *noise, elements=elements)
-        self.decode.warm(codes, marks, values, elements=elements)
-        self.accumulate.warm(codes, marks, values, elements=elements)
-
-
-@cache
-def coder(coding: Coding) -> Coder:
-    """The kernels, one set per coding in a process, so that each is compiled once."""
-
-    def measure(values: Tensor, marks: Tensor, inverses: Tensor) -> None:
-        found = marks_of(extent(values, coding), coding)
-        marks.copy_(found)
-        inverses.copy_(inverse_of(found))
-
-    def extents(values: Tensor, out: Tensor) -> None:
-        out.copy_(extent(values, coding))
-
-    def encode(values: Tensor, marks: Tensor, inverses: Tensor, codes: Tensor, noise: Tensor | None = None) -> None:
-        codes.copy_(pack(digits_of(values, marks, inverses, noise, coding), coding).to(torch.int8))
-
-    def encode_keeping(
-        values: Tensor, marks: Tensor, inverses: Tensor, codes: Tensor, noise: Tensor | None = None
-    ) -> None:
-        digits = digits_of(values, marks, inverses, noise, coding)
-        codes.copy_(pack(digits, coding).to(torch.int8))
-        values.copy_(values - stand_for(digits, marks, coding))
-
-    def decode(codes: Tensor, marks: Tensor, values: Tensor) -> None:
-        parts = values.chunk(8 // coding.bits, 1)
-        for part, digits in zip(parts, unpack(codes, coding), strict=True):
-            part.copy_(stand_for(digits, marks, coding))
-
-    def accumulate(codes: Tensor, marks: Tensor, values: Tensor) -> None:
-        parts = values.chunk(8 // coding.bits, 1)
-        for part, digits in zip(parts, unpack(codes, coding), strict=True):
-            part.add_(stand_for(digits, marks, coding))
-
-    return Coder(
-        coding,
-        measure=Kernel(measure),
-        extents=Kernel(extents),
-        encode=Kernel(encode),
-        encode_keeping=Kernel(encode_keeping),
-        decode=Kernel(decode),
-        accumulate=Kernel(accumulate),
-    )

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
 
-from ._coding import Coding, coder
+from ._coding import Coding
 from ._layout import Stretch, joined, section
 from ._noise import Noise
 from ._plan import Part, Plan, part_of
+from ._work import Work, kernels, work_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,6 +70,7 @@ class _Quantize:
     dense_small: bool = True
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
     _codings: dict[str, Coding] = attrs.field(init=False, factory=dict, repr=False)
+    _work: dict[tuple[Coding, torch.dtype], Work] = attrs.field(init=False, factory=dict, repr=False)
     _plans: PerBucket[Plan] = attrs.field(init=False, repr=False, default=None)  # set by prepare
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _noise: Noise | None = attrs.field(init=False, default=None, repr=False)
@@ -108,8 +110,10 @@ class _Quantize:
         kept = [name for name, coding in self._codings.items() if self._keeps(coding)]
         self._feedback = ErrorFeedback(setup, kept, dtype=_RESIDUALS[self.residual_dtype]) if kept else None
         self._noise = Noise(self.seed, setup.device) if self.stochastic_rounding else None
-        for (coding, dtype), elements in sizes.items():
-            coder(coding).warm(dtype, setup.device, elements, keeping=self._keeps(coding))
+        self._work = {
+            (coding, dtype): work_on(coding, dtype, setup.device, elements, keeping=self._keeps(coding))
+            for (coding, dtype), elements in sizes.items()
+        }
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """An all-to-all and an all-gather, of bytes; one plain all-reduce where nothing is compressed."""
@@ -172,12 +176,14 @@ class _Quantize:
             else:
                 dense.append(spans[place])
         p = bucket.world_size
+        wide = torch.promote_types(bucket.flat.dtype, torch.float32)
         return Plan(
             [section(coding, places, bucket.names, spans, p) for coding, places in by_coding.items()],
+            {coding: self._work.get((coding, wide)) or kernels(coding) for coding in by_coding},
             joined(dense),
             rank=bucket.rank,
             p=p,
-            dtype=torch.promote_types(bucket.flat.dtype, torch.float32),
+            dtype=wide,
             device=bucket.flat.device,
         )
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from ._rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from ._coding import Coding
     from ._layout import Lines, Section, Stretch
+    from ._work import Work
 
 _ALIGNMENT = 16
 
@@ -41,14 +43,14 @@ class _Place:
 class Part:
     """One section's way through the two messages."""
 
-    def __init__(self, section: Section, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, section: Section, work: Work, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         coding, parameters = section.coding, len(section.lines)
         self.section = section
         self.owned: tuple[Lines, ...] = section.owned[rank]
         parameter = torch.tensor(section.parameters(), device=device)
         self.shares = torch.tensor(section.shares, device=device)
-        self.rows = Rows(coding, parameter, parameters, dtype)
-        self.own_rows = Rows(coding, parameter[self.shares[rank]], parameters, dtype)
+        self.rows = Rows(coding, work, parameter, parameters, dtype)
+        self.own_rows = Rows(coding, work, parameter[self.shares[rank]], parameters, dtype)
         self.own = torch.zeros(section.share_rows, coding.row, dtype=dtype, device=device)
         self.code_place = self.mark_place = _Place(0, 0, 0, torch.int8)
         self._short = torch.zeros(len(section.short), coding.row, dtype=dtype, device=device)
@@ -110,13 +112,11 @@ class Part:
 
     def sum(self, received: Tensor, divisor: int) -> None:
         """Make ``own`` the mean of what all ranks sent, (p, bytes of a share), in their order."""
-        run = self.rows.coder.decode
-        for share in received:
+        for turn, share in enumerate(received):
             marks = self.mark_place.within(share)
             marks = marks[self.own_rows.parameter] if self.section.coding.whole else marks.clone()
             marks[:, :1].mul_(1.0 / divisor)
-            run(self.code_place.within(share), marks, self.own)
-            run = self.rows.coder.accumulate
+            self.own_rows.work.decode(self.code_place.within(share), marks, self.own, adding=turn > 0)
 
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result of all shares, (p, bytes of a share), into ``values``."""
@@ -127,7 +127,7 @@ class Part:
                 marks = marks[self.rows.parameter[rows]]
             self.rows.marks.index_copy_(0, rows, marks)
         for view, rows in self.pieces(values):
-            self.rows.coder.decode(self.rows.codes[rows], self.rows.marks[rows], view)
+            self.rows.work.decode(self.rows.codes[rows], self.rows.marks[rows], view, adding=False)
         self._put_short(values)
 
     def _put_short(self, values: Tensor) -> None:
@@ -140,16 +140,17 @@ class Plan:
 
     Args:
         sections: what is compressed.
+        work: codes it, by coding.
         dense: what is not.
         rank, p: this rank among how many.
         dtype: in which the bucket is worked on: its own, or float32 for one of 16 bits.
     """
 
     def __init__(
-        self, sections: Sequence[Section], dense: Sequence[Stretch], *, rank: int, p: int, dtype: torch.dtype,
-        device: torch.device,
+        self, sections: Sequence[Section], work: Mapping[Coding, Work], dense: Sequence[Stretch], *,
+        rank: int, p: int, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        self.parts = [Part(section, rank, dtype, device) for section in sections]
+        self.parts = [Part(section, work[section.coding], rank, dtype, device) for section in sections]
         self._stretches = dense
         self._dtype = dtype
         self._copy: Tensor | None = None

@@ -10,3 +10,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["0", "1"], ids=["plain", "compiled"])
+def passes(request, monkeypatch):
+    """Both ways of working on rows, whatever their number."""
+    monkeypatch.setenv("COMMHUB_COMPILE", request.param)

@@ -1,70 +1,187 @@
-"""Compiled kernels give the codes of uncompiled ones, and are ready before the first step."""
+"""Compiled passes give the bits of tensor operations, and are ready before the first step."""
+
+import copy
+from itertools import product
 
 import pytest
 import torch
-from commhub_quantize._coding import Coding, coder, inverse_of, marks_of
+from commhub_quantize._coding import Coding, marks_of
+from commhub_quantize._compiled import Passes, compiled_passes
+from commhub_quantize._work import Kernels, kernels
+from torch.profiler import ProfilerActivity, profile
 
 import commhub
 
 CODINGS = [
-    Coding(bits=8, row=256),
-    Coding(bits=8, row=64, symmetric=False),
-    Coding(bits=4, row=256),
-    Coding(bits=2, row=256, symmetric=False),
+    *(Coding(bits=bits, row=256, symmetric=symmetric) for bits, symmetric in product((8, 4, 2), (True, False))),
+    Coding(bits=8, row=16),
+    Coding(bits=4, row=16, symmetric=False),
+    Coding(bits=2, row=16),
+    Coding(bits=2, row=48),
+    Coding(bits=4, row=240, symmetric=False),
+    Coding(bits=8, row=1040),
     Coding(bits=8, row=256, whole=True),
+    Coding(bits=4, row=256, symmetric=False, whole=True),
     Coding(bits=4, row=256, stochastic=True),
+    Coding(bits=8, row=64, symmetric=False, whole=True, stochastic=True),
 ]
 
 
-def outputs(coding, values, keeping):
-    kernels, rows = coder(coding), len(values)
-    values, marks = values.clone(), torch.zeros(rows, coding.marks)
-    codes = torch.zeros(rows, coding.row_bytes, dtype=torch.int8)
-    noise = (torch.rand(values.shape, generator=torch.Generator().manual_seed(1)),) if coding.stochastic else ()
-    out, total = torch.zeros_like(values), torch.ones_like(values)
-    inverses = torch.zeros(rows, 1)
-    if coding.whole:
-        kernels.extents(values, marks)
-        marks.copy_(marks_of(marks, coding))
-        inverses.copy_(inverse_of(marks))
-    else:
-        kernels.measure(values, marks, inverses)
-    (kernels.encode_keeping if keeping else kernels.encode)(values, marks, inverses, codes, *noise)
-    kernels.decode(codes, marks, out)
-    kernels.accumulate(codes, marks, total)
-    return values, marks, codes, out, total
-
-
-@pytest.mark.parametrize(("coding", "keeping"), [*((coding, True) for coding in CODINGS), (CODINGS[0], False)], ids=str)
-def test_codes_are_the_same_bit_by_bit(coding, keeping, monkeypatch):
-    values = torch.randn(500, coding.row, generator=torch.Generator().manual_seed(0))
-    values[3] = 0
-    values[4] *= 1e-37
-    values[5] *= 1e30
-    coder.cache_clear()
-    monkeypatch.setenv("COMMHUB_COMPILE", "0")
-    with torch.no_grad():
-        plain = outputs(coding, values, keeping)
-        monkeypatch.setenv("COMMHUB_COMPILE", "1")
-        coder(coding).warm(torch.float32, values.device, 0, keeping=keeping)
-        compiled = outputs(coding, values, keeping)
-    made = [getattr(coder(coding), name).compilations for name in ("decode", "accumulate")]
-    coder.cache_clear()
-    assert made == [1, 1]
-    for mine, reference in zip(compiled, plain, strict=True):
-        assert torch.equal(mine, reference)
-
-
-def test_a_step_compiles_nothing_more(monkeypatch, caplog):
-    coder.cache_clear()
+@pytest.fixture
+def compiling(monkeypatch):
+    """Registrations compile, whatever the size."""
     monkeypatch.setenv("COMMHUB_COMPILE", "1")
+
+
+def values_of(coding, dtype):
+    """Rows of ordinary numbers, and of every kind that a rule treats on its own."""
+    values = torch.randn(500, coding.row, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values[3] = 0
+    values[4] *= torch.finfo(dtype).tiny * 10
+    values[5] *= torch.finfo(dtype).max / 1e3
+    values[6] = values[6].abs()
+    values[7] = -values[7].abs()
+    values[8] = torch.arange(coding.row, dtype=dtype) - coding.row // 2  # ties, for some codings
+    values[9] = torch.finfo(dtype).tiny
+    values[10, 1:] = 0
+    values[11] = -0.0
+    return values
+
+
+def outputs(work, coding, values, *, keeping):
+    values, marks = values.clone(), values.new_zeros(len(values), coding.marks)
+    codes = torch.zeros(len(values), coding.row_bytes, dtype=torch.int8)
+    noise = None
+    if coding.stochastic:
+        noise = torch.rand(values.shape, dtype=values.dtype, generator=torch.Generator().manual_seed(1))
+    extents = torch.zeros_like(marks)
+    work.extents(values, extents)
+    if coding.whole:
+        marks.copy_(marks_of(extents.amax(0, keepdim=True), coding).expand_as(marks))
+    work.encode(values, marks, codes, noise, keeping=keeping)
+    out, total = torch.zeros_like(values), torch.ones_like(values)
+    work.decode(codes, marks, out, adding=False)
+    work.decode(codes, marks, total, adding=True)
+    return {"extents": extents, "marks": marks, "codes": codes, "left": values, "values": out, "sum": total}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+def test_every_bit_is_that_of_tensor_operations(coding, dtype, compiling):
+    passes = compiled_passes(coding, dtype, 0)
+    values = values_of(coding, dtype)
+    for keeping in (False, True):
+        plain = outputs(kernels(coding), coding, values, keeping=keeping)
+        compiled = outputs(passes, coding, values, keeping=keeping)
+        for name, reference in plain.items():
+            assert torch.equal(compiled[name], reference), name
+
+
+@pytest.mark.parametrize("coding", [CODINGS[0], CODINGS[3], CODINGS[5], CODINGS[-4], CODINGS[-2]], ids=str)
+def test_pytorchs_compiler_gives_them_too_and_allocates_no_more_than_a_twentieth(coding, compiling):
+    """Which compiles for devices; its compiler for the host stands in."""
+    values = values_of(coding, torch.float32)
+    plain = outputs(kernels(coding), coding, values, keeping=True)
+    fused = Kernels(coding)
+    fused.warm(torch.zeros(1024, coding.row), 0, keeping=True)
+    with torch.no_grad():
+        made = outputs(fused, coding, values, keeping=True)
+        marks, codes = made["marks"].clone(), made["codes"].clone()
+        noise = torch.rand_like(values) if coding.stochastic else None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            fused.encode(values, marks, codes, noise, keeping=True)
+            fused.decode(codes, marks, values, adding=False)
+            fused.decode(codes, marks, values, adding=True)
+    assert [fused._encode_keeping.compilations, fused._decode.compilations, fused._accumulate.compilations] == [1, 1, 1]
+    assert max((event.cpu_memory_usage for event in seen.events()), default=0) <= 0.05 * values.nbytes
+    for name, reference in plain.items():
+        assert torch.equal(made[name], reference), name
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_row_and_no_other(coding, bad, compiling):
+    values = torch.randn(9, coding.row, generator=torch.Generator().manual_seed(0))
+    values[4, coding.row // 2 + 1] = bad
+    for work in (kernels(coding), compiled_passes(coding, torch.float32, 0)):
+        for keeping in (False, True):
+            made = outputs(work, coding, values, keeping=keeping)
+            spoiled = ~torch.isfinite(made["marks"]).all(1)
+            assert spoiled.tolist() == [coding.whole or row == 4 for row in range(9)]
+            assert torch.equal(torch.isfinite(made["values"]).any(1), ~spoiled)
+            if keeping:
+                assert torch.equal(torch.isfinite(made["left"]).any(1), ~spoiled)
+
+
+def test_threads_share_rows(compiling):
+    coding, values = CODINGS[0], torch.randn(1000, 256)
+    passes = compiled_passes(coding, torch.float32, 0)
+    alone = outputs(passes, coding, values, keeping=True)
+    torch.set_num_threads(2)
+    shared = outputs(passes, coding, values, keeping=True)
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("values", torch.randn(9, 256)),
+        ("values", torch.randn(10, 256, dtype=torch.float64)),
+        ("values", torch.randn(256, 10).t()),
+        ("marks", torch.zeros(10, 2)[:, :1]),
+        ("codes", torch.zeros(10, 128, dtype=torch.int8)),
+        ("codes", torch.zeros(10, 256, dtype=torch.uint8)),
+        ("noise", torch.rand(10, 256, dtype=torch.float64)),
+        ("noise", None),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, wrong, compiling):
+    coding = Coding(bits=8, row=256, stochastic=True)
+    passes = compiled_passes(coding, torch.float32, 0)
+    given = {
+        "values": torch.randn(10, 256),
+        "marks": torch.zeros(10, 1),
+        "codes": torch.zeros(10, 256, dtype=torch.int8),
+        "noise": torch.rand(10, 256),
+    }
+    passes.encode(**given, keeping=False)
+    with pytest.raises(ValueError, match=r"it must be|noise is missing"):
+        passes.encode(**{**given, name: wrong}, keeping=False)
+
+
+def test_half_precision_has_no_passes(compiling):
+    assert compiled_passes(CODINGS[0], torch.bfloat16, 0) is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"error_feedback": True}, {"bits": 4, "symmetric": False, "stochastic_rounding": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["quantize_per_channel", "quantize_per_tensor"])
+def test_training_steps_give_the_same_bits(name, options, monkeypatch):
     gradients = [[torch.randn(40, 70), torch.randn(64, 64), torch.randn(9)] for _ in range(3)]
-    compiled = commhub.simulate("quantize_per_channel", gradients, steps=3, buckets=2, error_feedback=True)
-    kernels = coder(Coding(bits=8, row=256))
-    assert [kernels.encode_keeping.compilations, kernels.decode.compilations] == [1, 1]
-    assert "training step" not in caplog.text
-    coder.cache_clear()
-    monkeypatch.setenv("COMMHUB_COMPILE", "0")
-    plain = commhub.simulate("quantize_per_channel", gradients, steps=3, buckets=2, error_feedback=True)
-    for mine, reference in zip(compiled.gradients[0], plain.gradients[0], strict=True):
+    runs = []
+    for compiling in "01":
+        monkeypatch.setenv("COMMHUB_COMPILE", compiling)
+        runs.append(commhub.simulate(name, gradients, steps=3, buckets=2, **options))
+        assert all(isinstance(work, Passes) == (compiling == "1") for work in runs[-1].hooks[0]._work.values())
+    for mine, reference in zip(runs[1].gradients[0], runs[0].gradients[0], strict=True):
         assert torch.equal(mine, reference)
+
+
+def test_nothing_is_compiled_in_a_step(compiling, monkeypatch):
+    """Not even where gradients come in another dtype than at registration."""
+    asked = []
+    monkeypatch.setattr("commhub_quantize._compiled.cpp_library", lambda *_, **given: asked.append(given["elements"]))
+    dtypes = [torch.float32, torch.float32, torch.float64]
+    made = commhub.simulate(
+        "quantize_per_channel", lambda _, step: [torch.ones(64, 64, dtype=dtypes[step])], ranks=2, steps=3
+    )
+    assert asked == [4096, 4096]  # once per rank
+    assert made.gradients[0][0].dtype == torch.float64
+
+
+def test_a_prepared_hook_is_copied(compiling):
+    gradients = [[torch.randn(40, 70)] for _ in range(2)]
+    first = commhub.simulate("quantize_per_channel(bits=4)", gradients, steps=2)
+    again = commhub.simulate(copy.deepcopy(first.hooks[0]), gradients, steps=2)
+    assert torch.equal(first.gradients[0][0], again.gradients[0][0])

@@ -2,7 +2,9 @@
 
     python against_copy.py [--mib 25] [--steps 60] [--device cuda]
 
-Compiled kernels first, then the same ones uncompiled. PyTorch's per-channel quantization is the last line.
+Compiled first, then uncompiled, then PyTorch's per-channel quantization. Last, what a whole step of the hook works on
+each of two ranks, on the host: all gradients encoded, a half of what both sent decoded, summed and encoded, the mean
+decoded, and messages filled.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from commhub_quantize import QuantizePerChannel
 from commhub_quantize._coding import Coding, marks_of
 from commhub_quantize._work import work_on
 from torch.distributed.algorithms.ddp_comm_hooks import quantization_hooks
+
+import commhub
+from commhub.testing import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +53,28 @@ def both_ways(coding: Coding, x: torch.Tensor, *, keeping: bool = False) -> Call
         work.decode(codes, marks, out, adding=False)
 
     return run
+
+
+class Stopwatch:
+    """The seconds of each ``with`` block."""
+
+    def __init__(self) -> None:
+        self.laps: list[float] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.laps.append(time.perf_counter() - self._began)
+
+
+def whole_hook(options: dict[str, object], mib: int, steps: int) -> float:
+    """Seconds of a step's work on one of two ranks: the sum of its stages' medians."""
+    gradients = [[torch.randn(mib * 2**8, 2**10)] for _ in range(2)]
+    hook = Watched(QuantizePerChannel(**options), Stopwatch, since=2)
+    laps = commhub.simulate(hook, gradients, steps=steps + 2).hooks[0].seen.laps
+    stages = len(laps) // steps
+    return sum(statistics.median(laps[stage::stages]) for stage in range(stages))
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -100,6 +128,12 @@ def main() -> None:
             residual = both_ways(CODINGS["int8, groups of 256"], x.clone(), keeping=True)
             compare(f"int8, groups of 256, residual, {label}", residual, copy, given.device, given.steps)
         compare("PyTorch, per channel", partial(torch_per_channel, x), copy, given.device, 3)
+        if given.device == "cpu":
+            os.environ["COMMHUB_COMPILE"] = "1"
+            for options in ({}, {"symmetric": False}, {"bits": 4}, {"bits": 2}):
+                label = ", ".join(f"{name}={value}" for name, value in options.items()) or "as it comes"
+                both = 1e3 * whole_hook(options, given.mib, given.steps)
+                print(f"the whole hook, {label}: {both:.1f} ms a step")
 
 
 if __name__ == "__main__":

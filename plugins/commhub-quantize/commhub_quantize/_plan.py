@@ -7,6 +7,7 @@ at a multiple of 16 bytes.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 import attrs
@@ -121,7 +122,7 @@ class Part:
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result of all shares, (p, bytes of a share), into ``values``."""
         for share, rows in zip(gathered, self.shares, strict=True):
-            self.rows.codes.index_copy_(0, rows, self.code_place.within(share))
+            _in_words(self.rows.codes).index_copy_(0, rows, _in_words(self.code_place.within(share)))
             marks = self.mark_place.within(share)
             if self.section.coding.whole:
                 marks = marks[self.rows.parameter[rows]]
@@ -217,6 +218,12 @@ class Plan:
 def part_of(values: Tensor, stretch: Stretch) -> Tensor:
     """The elements of ``values`` (1-D) that a stretch means."""
     return values.narrow(0, stretch.offset, stretch.length)
+
+
+def _in_words(codes: Tensor) -> Tensor:
+    """The same rows in the widest elements that fit: byte by byte, putting rows in their places takes far longer."""
+    words = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    return codes.view(words[gcd(codes.shape[1], 16)])
 
 
 def _aligned(byte: int) -> int:

@@ -99,6 +99,7 @@ def assert_same(mine, reference):
     )
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("hook", "options"),
@@ -108,6 +109,8 @@ def assert_same(mine, reference):
         ("quantize_per_channel", {"group_size": 64, "bits": 4}),
         ("quantize_per_channel", {"bits": 4, "symmetric": False}),
         ("quantize_per_channel", {"bits": 2}),
+        ("quantize_per_channel", {"bits": 2, "group_size": 16}),
+        ("quantize_per_channel", {"bits": 2, "group_size": 48, "symmetric": False}),
         ("quantize_per_tensor", {}),
         ("quantize_per_tensor", {"symmetric": False}),
         ("quantize_per_tensor", {"bits": 4}),
@@ -126,6 +129,7 @@ def test_one_step_is_the_plain_algorithms(hook, options, p):
         )
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("p", [2, 4])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_steps_with_error_feedback_are_the_plain_algorithms(bits, p):

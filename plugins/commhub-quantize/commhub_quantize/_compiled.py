@@ -20,7 +20,10 @@ _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
 
 
 class Passes:
-    """See ``Work``: the same bits as by tensor operations, for values of one dtype on the host."""
+    """See ``Work``: the numbers that tensor operations give, for values of one dtype on the host.
+
+    Where all are finite, only the sign of a zero that is left may differ.
+    """
 
     def __init__(self, functions: ctypes.CDLL, coding: Coding, dtype: torch.dtype) -> None:
         self._coding, self._dtype = coding, dtype
@@ -43,7 +46,7 @@ class Passes:
         if (noise is not None) != self._coding.stochastic:
             raise ValueError(f"noise is {'missing' if noise is None else 'given'} for {self._coding}.")
         rows = len(values)
-        chance = None if noise is None else self._values(noise, rows)
+        chance = None if noise is None else self._values(noise, rows, "noise")
         places = self._values(values, rows), chance, self._marks(marks, rows), self._codes(codes, rows)
         self._encode(*places, keeping, rows, torch.get_num_threads())
 
@@ -52,21 +55,21 @@ class Passes:
         places = self._codes(codes, rows), self._marks(marks, rows), self._values(values, rows)
         self._decode(*places, adding, rows, torch.get_num_threads())
 
-    def _values(self, tensor: Tensor, rows: int) -> int:
-        return _address(tensor, (rows, self._coding.row), self._dtype)
+    def _values(self, tensor: Tensor, rows: int, name: str = "values") -> int:
+        return _address(name, tensor, (rows, self._coding.row), self._dtype)
 
     def _marks(self, tensor: Tensor, rows: int) -> int:
-        return _address(tensor, (rows, self._coding.marks), self._dtype)
+        return _address("marks", tensor, (rows, self._coding.marks), self._dtype)
 
     def _codes(self, tensor: Tensor, rows: int) -> int:
-        return _address(tensor, (rows, self._coding.row_bytes), torch.int8)
+        return _address("codes", tensor, (rows, self._coding.row_bytes), torch.int8)
 
 
-def _address(tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _address(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> int:
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(
-            f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}; it must be "
-            f"{dtype} {shape} on the host, contiguous."
+            f"{name} are {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
+            f"they must be {dtype} {shape}, contiguous, on the host."
         )
     return tensor.data_ptr()
 

@@ -1,4 +1,4 @@
-// Rows of numbers as codes, and back: the arithmetic of `_coding.py`, operation by operation, so that the bits are the
+// Rows of numbers as codes, and back: the arithmetic of `_coding.py`, operation by operation, so that the results are the
 // same. Each pass reads and writes every number once.
 //
 // Whoever compiles this says before it what the coding is: kRow, kBits, kSymmetric, kWhole, kStochastic, and Real.
@@ -20,7 +20,7 @@ constexpr Int kHalf = Int(1) << (kBits - 1), kTop = kHalf - 1, kMask = 2 * kHalf
 constexpr Int kMagnitude = std::numeric_limits<Int>::max();
 constexpr int kSign = std::numeric_limits<Int>::digits;
 constexpr Real kFloor = std::numeric_limits<Real>::min() * 256;
-// Added to a number of moderate size, it leaves the nearest integer, ties to even, in the last bits.
+// Added to a number below 2^22 (2^51), it leaves the nearest integer, ties to even, in the last bits.
 constexpr Real kRounding = static_cast<Real>(sizeof(Real) == 4 ? 0x1.8p23 : 0x1.8p52);
 
 // As many numbers as 64 bytes hold, or fewer, so that a part is a multiple of it.

@@ -26,8 +26,9 @@ class Work(Protocol):
     def encode(self, values: Tensor, marks: Tensor, codes: Tensor, noise: Tensor | None, *, keeping: bool) -> None:
         """Write codes, and each row's own marks; where a coding shares them among rows, ``marks`` gives them.
 
-        With ``keeping``, ``values`` hold afterwards what the codes miss of them. ``noise``, where rounding is
-        stochastic, is like them and between 0 and 1.
+        Marks that are given cover the values: they were found from extents as large. With ``keeping``, ``values`` hold
+        afterwards what the codes miss of them. ``noise``, where rounding is stochastic, is like them and between 0
+        and 1.
         """
 
     def decode(self, codes: Tensor, marks: Tensor, values: Tensor, *, adding: bool) -> None:

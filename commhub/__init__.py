@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from commhub._averaged import averaged
     from commhub._bucket import Bucket
     from commhub._collectives import (
         AllGather,
@@ -82,6 +83,7 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
+    "averaged",
     "cpp_library",
     "create",
     "hookimpl",
@@ -128,6 +130,7 @@ _HOMES = {
     "State": "commhub._state",
     "Subgroup": "commhub._collectives",
     "UnknownHookError": "commhub._errors",
+    "averaged": "commhub._averaged",
     "cpp_library": "commhub._cpp",
     "create": "commhub._register",
     "hookimpl": "commhub._plugins",

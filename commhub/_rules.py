@@ -60,6 +60,10 @@ class Rules:
                 raise HookOptionError(f"rules: {pattern!r} matches no parameter; the names are like {shown}.")
         return {name: self._of(name) for name in names}
 
+    def dense(self, names: Iterable[str]) -> frozenset[str]:
+        """The parameters that go dense; raises as ``settings`` does."""
+        return frozenset(name for name, settings in self.settings(names).items() if settings is None)
+
     def _of(self, name: str) -> dict[str, object] | None:
         return next((s for pattern, s in self._rules.items() if fnmatchcase(name, pattern)), self._defaults)
 

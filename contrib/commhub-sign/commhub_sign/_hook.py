@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, Setup
+from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
 from ._signs import decode, encode
 
@@ -87,6 +87,7 @@ class Sign:
         group_size: elements that share a scale, a multiple of 8.
         dense_small: average vectors and parameters of less than 1024 elements exactly; complex ones always are.
         start_step: this many steps are averaged exactly first.
+        rules: by glob on parameter names, ``"dense"`` for what is averaged exactly.
 
     Raises:
         ValueError: if an option is out of range.
@@ -95,15 +96,22 @@ class Sign:
     group_size: int = attrs.field(default=64, validator=_group_size)
     dense_small: bool = True
     start_step: int = attrs.field(default=1000, validator=_start_step)
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
+    _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
     _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
     _feedback: ErrorFeedback = attrs.field(init=False, default=None, repr=False)  # set by prepare
 
+    def __attrs_post_init__(self) -> None:
+        self._rules = Rules(self.rules, {})
+
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate residuals."""
+        dense = self._rules.dense(setup.names)
         self._compressed = frozenset(
             name
             for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if dtype.is_floating_point
+            if name not in dense
+            and dtype.is_floating_point
             and 0 not in shape
             and not (self.dense_small and (len(shape) < 2 or prod(list(shape)) < _SMALL))
         )

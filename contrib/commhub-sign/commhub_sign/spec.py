@@ -20,6 +20,12 @@ def commhub_hooks() -> list[HookSpec]:
                     help="Average vectors and parameters of less than 1024 elements exactly.",
                 ),
                 Option(name="start_step", type=int, default=1000, help="So many steps are averaged exactly first."),
+                Option(
+                    name="rules",
+                    type=dict,
+                    default={},
+                    help="By glob on parameter names: 'dense', for what is averaged exactly.",
+                ),
             ),
             sent_bytes="2 * (p-1)/p * p * ceil(ceil(numel / group_size) / p) * (group_size/8 + max(4, itemsize))",
             reference="https://arxiv.org/abs/1901.09847",

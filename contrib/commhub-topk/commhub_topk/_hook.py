@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, Bucket, ErrorFeedback, Exchange, Setup
+from commhub import AllGather, AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
 
 from ._places import InTurn, Largest
 from ._velocity import Velocities
@@ -64,6 +64,7 @@ class TopK:
         start_step: this many steps are averaged exactly first.
         shared: send the same blocks on all ranks.
         seed: of the blocks' order.
+        rules: by glob on parameter names, ``"dense"`` for what is averaged exactly.
 
     Raises:
         ValueError: if an option is out of range.
@@ -75,17 +76,23 @@ class TopK:
     start_step: int = attrs.field(default=1000, validator=_at_least(0))
     shared: bool = False
     seed: int = 0
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
+    _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
     _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
     _velocities: Velocities | None = attrs.field(init=False, default=None, repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _places: Largest | InTurn = attrs.field(init=False, default=None, repr=False)  # set by prepare
 
+    def __attrs_post_init__(self) -> None:
+        self._rules = Rules(self.rules, {})
+
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate what is remembered."""
+        dense = self._rules.dense(setup.names)
         chosen = [
             name
             for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if dtype.is_floating_point and self.min_numel <= prod(shape) < _INDEXED
+            if name not in dense and dtype.is_floating_point and self.min_numel <= prod(shape) < _INDEXED
         ]
         self._compressed = frozenset(chosen)
         if self.momentum:

@@ -32,6 +32,12 @@ def commhub_hooks() -> list[HookSpec]:
                     help="Send the same random blocks of 64 elements on all ranks, without indices, in turn.",
                 ),
                 Option(name="seed", type=int, default=0, help="Of the order of the shared blocks."),
+                Option(
+                    name="rules",
+                    type=dict,
+                    default={},
+                    help="By glob on parameter names: 'dense', for what is averaged exactly.",
+                ),
             ),
             sent_bytes=f"{_DENSE} if numel < min_numel else {_SHARED_PLACES} if shared else {_OWN_PLACES}",
             reference="https://arxiv.org/abs/1712.01887",

@@ -167,3 +167,13 @@ def test_real_ranks_and_virtual_ones_agree(ranks, nproc):
             for i in (0, 2):
                 torch.testing.assert_close(found[hook][i], expected[i])
                 assert "shared" in hook or bitwise_equal(found[hook][i], expected[i])
+
+
+def test_what_a_rule_calls_dense_is_averaged_exactly():
+    gradients = [[torch.randn(64, 64), torch.randn(64, 64)] for _ in range(2)]
+    run = commhub.simulate("topk", gradients, start_step=0, rules={"0": "dense"})
+    assert torch.equal(run.gradients[0][0], (gradients[0][0] + gradients[1][0]) / 2)
+    assert not torch.allclose(run.gradients[0][1], (gradients[0][1] + gradients[1][1]) / 2)
+    assert list(run.states[0].local("0")) == []
+    with pytest.raises(commhub.HookOptionError, match="matches no parameter"):
+        commhub.simulate("topk", gradients, rules={"head": "dense"})

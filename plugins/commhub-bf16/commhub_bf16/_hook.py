@@ -5,13 +5,28 @@ from __future__ import annotations
 import attrs
 import torch
 
-from commhub import AllReduce, Bucket, Exchange
+from commhub import Bucket, Exchange, Rules, Setup, averaged
 
 
-@attrs.frozen
+@attrs.define(eq=False, kw_only=True, slots=False)
 class Bf16:
-    """Average gradients in bfloat16: half the bytes of float32 and its range, 8 significant bits."""
+    """Average gradients in bfloat16: half the bytes of float32 and its range, 8 significant bits.
+
+    Args:
+        rules: by glob on parameter names, ``"dense"`` for what travels in the gradients' own dtype.
+    """
+
+    rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
+    _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
+    _exact: frozenset[str] = attrs.field(init=False, repr=False, default=frozenset())
+
+    def __attrs_post_init__(self) -> None:
+        self._rules = Rules(self.rules, {})
+
+    def prepare(self, setup: Setup) -> None:
+        """Choose what is not cast."""
+        self._exact = self._rules.dense(setup.names)
 
     def reduce(self, bucket: Bucket) -> Exchange:
-        """One all-reduce of ``bucket.flat`` (1-D, any dtype), cast for the way; 16-bit gradients travel as they are."""
-        bucket.flat.copy_((yield AllReduce(bucket.flat, wire=torch.bfloat16)))
+        """One all-reduce of the bucket (any dtype), cast for the way; 16-bit gradients travel as they are."""
+        yield from averaged(bucket, wire=torch.bfloat16, exact=self._exact)

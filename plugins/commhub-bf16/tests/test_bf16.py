@@ -94,7 +94,7 @@ def test_two_real_ranks_get_the_reference_bit_by_bit(ranks, cap):
     assert all(bitwise_equal(averaged[name], reference([mine[name], others[name]])) for name in mine)
 
 
-def test_it_takes_no_options():
+def test_an_option_that_it_does_not_have_is_refused():
     with pytest.raises(commhub.HookOptionError, match="bf16"):
         commhub.create("bf16", rank=2)
     assert commhub.info("BF16_COMPRESS").name == "bf16"

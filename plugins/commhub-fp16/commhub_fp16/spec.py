@@ -1,6 +1,6 @@
 """What the registry knows about this plugin. Imports no torch."""
 
-from commhub import HookSpec, hookimpl
+from commhub import HookSpec, Option, hookimpl
 
 
 @hookimpl
@@ -11,6 +11,14 @@ def commhub_hooks() -> list[HookSpec]:
             name="fp16",
             summary="Average in float16: half the bytes of float32, scaled before the cast.",
             factory="commhub_fp16._hook:Fp16",
+            options=(
+                Option(
+                    name="rules",
+                    type=dict,
+                    default={},
+                    help="By glob on parameter names: 'dense', for what travels in the gradients' own dtype.",
+                ),
+            ),
             tolerance=1e-3,
             sent_bytes="2 * (p-1)/p * numel * 2",
             reference="https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",

@@ -98,7 +98,7 @@ def test_two_real_ranks_get_the_reference_bit_by_bit(ranks, cap):
     assert all(bitwise_equal(averaged[name], reference([mine[name], others[name]])) for name in mine)
 
 
-def test_it_takes_no_options():
+def test_an_option_that_it_does_not_have_is_refused():
     with pytest.raises(commhub.HookOptionError, match="fp16"):
         commhub.create("fp16", rank=2)
     assert commhub.info("FP16_COMPRESS").name == "fp16"

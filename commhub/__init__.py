@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from commhub._averaged import averaged
     from commhub._bucket import Bucket
+    from commhub._cast_all_reduce import CastAllReduce
     from commhub._collectives import (
         AllGather,
         AllReduce,
@@ -57,6 +57,7 @@ __all__ = [
     "AveragerSpec",
     "Broadcast",
     "Bucket",
+    "CastAllReduce",
     "Collective",
     "CommhubError",
     "ErrorFeedback",
@@ -83,7 +84,6 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
-    "averaged",
     "cpp_library",
     "create",
     "hookimpl",
@@ -104,6 +104,7 @@ _HOMES = {
     "AveragerSpec": "commhub._spec",
     "Broadcast": "commhub._collectives",
     "Bucket": "commhub._bucket",
+    "CastAllReduce": "commhub._cast_all_reduce",
     "Collective": "commhub._collectives",
     "CommhubError": "commhub._errors",
     "ErrorFeedback": "commhub._feedback",
@@ -130,7 +131,6 @@ _HOMES = {
     "State": "commhub._state",
     "Subgroup": "commhub._collectives",
     "UnknownHookError": "commhub._errors",
-    "averaged": "commhub._averaged",
     "cpp_library": "commhub._cpp",
     "create": "commhub._register",
     "hookimpl": "commhub._plugins",

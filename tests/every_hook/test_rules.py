@@ -5,7 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.testing import assert_equal_across_ranks, mlp, train
+from commhub.testing import Largest, Watched, assert_equal_across_ranks, mlp, train
 
 COMPRESSING = [
     "fp16",
@@ -52,6 +52,14 @@ def test_a_rule_that_means_nothing_is_refused(hook):
     for rules, message in (("{'no.*': 'dense'}", "matches no parameter"), ("{'0': 'sparse'}", "'dense'")):
         with pytest.raises(commhub.HookOptionError, match=message):
             commhub.simulate(with_rules(hook, rules), [drawn(0)])
+
+
+@pytest.mark.parametrize("hook", COMPRESSING)
+def test_a_later_step_allocates_nothing_near_the_size_of_a_bucket(hook):
+    gradients = [[torch.ones(700, 700) for _ in range(4)]] * 2
+    chosen = commhub.create(with_rules(hook, "{'[02]': 'dense'}"))
+    seen = commhub.simulate(Watched(chosen, Largest, since=1), gradients, steps=3, buckets=1).hooks[0].seen
+    assert seen.nbytes <= 0.1 * 4 * 4 * 700 * 700
 
 
 def trained(hook, cap):

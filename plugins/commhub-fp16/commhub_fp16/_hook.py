@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
-from commhub import Bucket, Exchange, Rules, Setup, averaged
+from commhub import Bucket, CastAllReduce, Exchange, Rules, Setup
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -20,15 +20,15 @@ class Fp16:
 
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
     _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
-    _exact: frozenset[str] = attrs.field(init=False, repr=False, default=frozenset())
+    _average: CastAllReduce = attrs.field(init=False, repr=False, default=None)  # set by prepare
 
     def __attrs_post_init__(self) -> None:
         self._rules = Rules(self.rules, {})
 
     def prepare(self, setup: Setup) -> None:
         """Choose what is not cast."""
-        self._exact = self._rules.dense(setup.names)
+        self._average = CastAllReduce(torch.float16, self._rules.dense(setup.names))
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """One all-reduce of the bucket (any dtype), cast for the way; 16-bit gradients travel as they are."""
-        yield from averaged(bucket, wire=torch.float16, exact=self._exact)
+        return self._average.reduce(bucket)

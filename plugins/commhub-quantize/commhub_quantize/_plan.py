@@ -194,9 +194,9 @@ class Plan:
     def finite(self, gathered: Tensor) -> Tensor:
         """Whether the mean is finite: 0-dim bool. A row that is not finite has marks that are not."""
         shares = gathered.view(self.message.shape)
-        places = [self._dense_place, *(part.mark_place for part in self.parts)]
-        found = [torch.isfinite(place.within(share)).all() for share in shares for place in places]
-        return torch.stack(found).all()
+        places = [part.mark_place for part in self.parts] + [self._dense_place] * bool(self._dense.numel())
+        extremes = [extreme for share in shares for place in places for extreme in torch.aminmax(place.within(share))]
+        return torch.isfinite(torch.stack(extremes)).all()
 
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result into ``values``."""

@@ -95,7 +95,7 @@ class Averaging:
         told = _Common(mine, self._common.get(group))
         flag = torch.zeros(1, device=self.parameters[0][1].device)
         bucket = engine.bucket(flag, (), (), step=step, group=group)
-        failure = engine.aside(Confined(told, group), [bucket], group)
+        failure = engine.aside(Confined(told, group), [bucket], group, topic="what every rank has")
         if failure is None:
             self._common[group] = mine, told.common
         return [(name, tensor) for name, tensor in found.items() if f"{name} {tensor.dtype}" in told.common]

@@ -15,7 +15,7 @@ from ._averaging import Averaging
 from ._bucket import lay_out
 from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
-from ._engine import Driver, Engine
+from ._engine import Engine
 from ._errors import RegistrationError
 from ._protocols import Averager, Hook, LocalSteps, Setup
 from ._state import State
@@ -24,6 +24,8 @@ from .drivers._stats import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from .drivers._driver import Driver
 
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -84,6 +86,8 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         _check_fit(ground, chosen, hook, former)
+        if former is not None and (why := former.driver.in_use()):
+            raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         facts = _facts(ground, chosen, wire)
     except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
@@ -220,14 +224,16 @@ def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
         from .drivers._stream import CudaStreams, StreamDriver
 
         return StreamDriver(ground.group, CudaStreams(ground.device), Meter(), label=label)
-    from .drivers._board import Board
-    from .drivers._gloo import Channel
+    from .drivers._board import FailureBoard
+    from .drivers._gloo import GlooCommunicator
+    from .drivers._signature import Signatures
     from .drivers._thread import ThreadDriver
 
     patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
-    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
-    board = Board(meeting.branch("board"), meeting.rank)
-    return ThreadDriver(channel, board, Meter(), timeout=ground.timeout, label=label)
+    communicator = GlooCommunicator(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    board = FailureBoard(meeting.branch("board"), meeting.rank)
+    signatures = Signatures(meeting.branch("signatures"), meeting.rank, meeting.size)
+    return ThreadDriver(communicator, board, signatures, Meter(), timeout=ground.timeout, label=label)
 
 
 def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 @atexit.register
 def _let_them_return() -> None:
-    """Wait a moment for the errands: one that comes back from C++ after the interpreter has ended aborts the process."""
+    """Wait a moment for the errands: one that returns from C++ after the interpreter's end aborts the process."""
     end = time.monotonic() + 1.0
     for thread in list(_threads):
         thread.join(max(0.0, end - time.monotonic()))

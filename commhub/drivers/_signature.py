@@ -219,8 +219,8 @@ class Signatures:
         topic, _, index, _ = question["place"]
         return HookError(
             f"rank {question['rank']} asks for {question['told']} ({topic}, bucket {index}) where rank {self.rank} "
-            f"asks for {mine}. Every rank must ask for the same: kinds, shapes and dtypes must not depend on a rank's own "
-            "values."
+            f"asks for {mine}. Every rank must ask for the same: kinds, shapes and dtypes must not depend on a "
+            "rank's own values."
         )
 
 

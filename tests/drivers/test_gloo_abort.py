@@ -1,4 +1,4 @@
-"""What ends a collective of Gloo's that nobody waits for any more: the way that this version of torch is known to obey."""
+"""What ends a collective of Gloo's that nobody waits for: the way that this version of torch is known to obey."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def stopped_midway(kind, way):
     communicator = GlooCommunicator(dist.PrefixStore("abort", hub), rank, world, 60.0)
     group = next(iter(communicator.connect([list(range(world))]))) if way == "subgroup" else None
     tensors = [torch.full((6_000_000,), float(rank + 1))] + [torch.full((50_000,), float(rank + 1)) for _ in range(4)]
-    kinds = [kind] + [commhub.AllReduce, commhub.AllGather, commhub.AllToAll, commhub.AllReduce]
+    kinds = [kind, commhub.AllReduce, commhub.AllGather, commhub.AllToAll, commhub.AllReduce]
     tensors = [t[: t.numel() // world * world] for t in tensors]
     dist.barrier()
     flights = [communicator.launch(job(k, t, world, group)) for k, t in zip(kinds, tensors, strict=True)]

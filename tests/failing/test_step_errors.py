@@ -2,7 +2,6 @@
 
 import time
 
-import attrs
 import pytest
 import torch
 import torch.distributed as dist

@@ -161,8 +161,8 @@ class Folder:
         entry, path = manifest.ranks[rank], self.path / manifest.ranks[rank].file
         if _is_missing(path):
             raise CheckpointError(
-                f"{self.path} holds the state of {len(manifest.ranks)} ranks, but rank {rank}'s is missing: {path.name}. "
-                f"{_ADVICE}"
+                f"{self.path} holds the state of {len(manifest.ranks)} ranks, but rank {rank}'s is missing: "
+                f"{path.name}. {_ADVICE}"
             )
 
         def take(file: BinaryIO) -> Saved:

@@ -6,6 +6,7 @@ rank) and what to do. This module imports nothing.
 """
 
 __all__ = [
+    "CheckpointError",
     "CommhubError",
     "HookConflictError",
     "HookError",
@@ -40,6 +41,10 @@ class HookMismatchError(CommhubError, RuntimeError):
 
 class PluginError(CommhubError, ImportError):
     """A plugin is installed but cannot be used; the cause is the original exception."""
+
+
+class CheckpointError(CommhubError, ValueError):
+    """A hook's state cannot be saved or loaded; the text names the file, if it lies in one, and the reason."""
 
 
 class RegistrationError(CommhubError, RuntimeError):

@@ -123,6 +123,11 @@ class Timetable:
             if failure is not None:
                 raise failure
 
+    def forget(self) -> None:
+        """Drop what is due: the parameters that it was for are no longer in place."""
+        self.join()
+        self._ended, self._due = False, None
+
     def level(self) -> HookError | None:
         """Average among all ranks, unless the last step ended with that: nothing else averages from here on."""
         try:

@@ -5,6 +5,7 @@ Knows nothing of DistributedDataParallel; the slot on a DDP model and ``manual``
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import attrs
@@ -80,6 +81,7 @@ class Engine:
     _watch: bool = False
     _lingering: bool = False
     _abandoned: int = 0
+    _thread: int = 0
     _rounds: dict[str, int] = attrs.Factory(dict)
 
     @property
@@ -87,12 +89,18 @@ class Engine:
         """Whether a step has begun and not ended."""
         return self._open
 
+    @property
+    def is_left_over(self) -> bool:
+        """Whether a step has begun whose backward has ended without it, in a Ctrl-C for instance."""
+        return self._open and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+
     def begin(self, *, divisor: int | None = None, divides: bool = False, loss_scale: float = 1.0) -> None:
         """Start a step."""
         if self.timetable is not None:
             self.timetable.join()
         self._catch_up()
         self._open = True
+        self._thread = threading.get_ident()
         self._lanes.clear()
         self._divisor = self.world_size if divisor is None else divisor
         self._divides = divides

@@ -170,6 +170,8 @@ class Registration:
     def _check_usable(self) -> None:
         if self._removed:
             raise RegistrationError("this registration was removed. Call commhub.register again.")
+        if self._session.engine.is_left_over:
+            self._session.engine.abandon()
         if self._session.engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 

@@ -45,6 +45,7 @@ class Slot:
         self._device = next(p.device for _, p in trainable(model))
         self._handles: list[Any] = []
         self._flags = model.find_unused_parameters or model.static_graph
+        self._error: BaseException | None = None
 
     @classmethod
     def on(cls, model: DistributedDataParallel) -> Slot | None:
@@ -80,7 +81,25 @@ class Slot:
                 self._handles.append(handle)
 
     def reduce(self, grad_bucket: Any) -> Future[Tensor]:
-        """Start averaging one of the reducer's buckets."""
+        """Start averaging one of the reducer's buckets.
+
+        What goes wrong in the core itself, a Ctrl-C included, is raised after backward as well.
+        """
+        if self._error is None:
+            try:
+                return self._reduce(grad_bucket)
+            except BaseException as error:
+                if torch._C._current_graph_task_id() == -1:
+                    raise  # no backward is under way, and the reducer is not the caller
+                self._error = error
+        if self.engine is not None and self.engine.in_step:
+            self.engine.abandon()
+        self._call_back(ended=True)
+        future: Future[Tensor] = torch.futures.Future()
+        future.set_result(grad_bucket.buffer())
+        return future
+
+    def _reduce(self, grad_bucket: Any) -> Future[Tensor]:
         engine, model = self.engine, self._model()
         assert engine is not None
         assert model is not None
@@ -153,16 +172,31 @@ class Slot:
 
     def _after_backward(self) -> None:
         engine, model = self.engine, self._model()
+        error, self._error = self._error, None
+        if error is not None:
+            self._seen, self._task = 0, None
+            self._used.clear()
+
+            def tell_error() -> NoReturn:
+                raise error
+
+            Variable._execution_engine.queue_callback(tell_error)
+            return
         if engine is None or model is None or not engine.in_step:
             return
         complete = self._seen >= len(self._names) or model.skip_all_reduce_unused_params
         if not complete:
             engine.driver.wait()  # a backward within a backward; more buckets follow
             return
-        failure = self._end(engine)
+        failure: BaseException | None
+        try:
+            failure = self._end(engine)
+        except BaseException as error:  # noqa: BLE001 - a Ctrl-C, which must not keep DDP from ending its backward
+            engine.abandon()
+            failure = error
         if failure is not None:
 
-            def tell() -> NoReturn:
+            def tell(failure: BaseException = failure) -> NoReturn:
                 raise failure
 
             Variable._execution_engine.queue_callback(tell)

@@ -85,6 +85,8 @@ class Pipeline:
     def _check(self) -> None:
         if self._inbox.closing:
             raise Stopped
+        if self._watch.given_up is not None:
+            raise self._watch.given_up
 
     def _next(self) -> Lane | None:
         """The next bucket, encoded; None when the round has no more."""

@@ -67,7 +67,7 @@ class ThreadDriver:
         self._board, self._inbox = board, Inbox()
         self._watch = Watch(board, signatures, timeout, label)
         self._pipeline = Pipeline(communicator, self._inbox, self._watch, meter)
-        self._in_use = ""
+        self._in_use = self._untold = ""
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         _drivers.add(self)
@@ -108,25 +108,39 @@ class ThreadDriver:
         self._inbox.end()
 
     def wait(self) -> None:
-        """End the round and block until every lane is settled. Failures are in ``failure``."""
+        """End the round and block until every lane is settled. Failures are in ``failure``.
+
+        A Ctrl-C meanwhile is a failure too, and is raised.
+        """
         self.meter.blocked_since = time.monotonic()
-        self._inbox.end()
-        told: HookError | None = None
-        with self._inbox.changed:
-            while not self._inbox.idle:
-                self._inbox.changed.wait(SLICE)
-                if self._thread is not None and not self._thread.is_alive() and not self._inbox.idle:
-                    self._leave(HookError(f"{self.label}: the communication thread has ended. Register again."))
-                overdue = self._watch.overdue(time.monotonic())
-                if overdue is not None and not self._inbox.idle:
-                    told = self._watch.given_up = overdue
-                    self._leave(overdue)
-        if told is not None:
-            self._board.post(str(told).partition(": ")[2])
-        self.meter.blocked_since = None
+        try:
+            self._inbox.end()
+            with self._inbox.changed:
+                while not self._inbox.idle:
+                    self._inbox.changed.wait(SLICE)
+                    overdue = self._watch.overdue(time.monotonic())
+                    if self._thread is not None and not self._thread.is_alive():
+                        overdue = HookError(f"{self.label}: the communication thread has ended. Register again.")
+                    if overdue is not None and not self._inbox.idle:
+                        self._leave(overdue)
+        except BaseException as error:
+            self._leave(HookError(f"{self.label}: training was interrupted by {type(error).__name__}."))
+            raise
+        finally:
+            self.meter.blocked_since = None
+            untold, self._untold = self._untold, ""
+            if untold:
+                self._board.post(untold)
 
     def in_use(self) -> str:
-        """Why memory of this driver's buckets may still be written to, for people; empty if it is not."""
+        """Why memory of this driver's buckets may still be written to, for people; empty if it is not.
+
+        A thread that is about to let go of them is waited for, a moment.
+        """
+        end = time.monotonic() + 0.3
+        with self._inbox.changed:
+            while self._in_use and self._watch.given_up is not None and time.monotonic() < end:
+                self._inbox.changed.wait(0.1)
         return self._in_use
 
     def close(self) -> None:
@@ -144,10 +158,14 @@ class ThreadDriver:
 
     def _leave(self, failure: HookError) -> None:
         """Let training go on without the communication thread, which holds on to the buckets."""
-        self.failure = failure
-        self._in_use = str(failure)
-        self._settle_all()
-        self._inbox.idle = True
+        with self._inbox.changed:
+            if self._inbox.idle:
+                return
+            self.failure = self._watch.given_up = failure
+            self._in_use, self._untold = str(failure), str(failure).partition(": ")[2]
+            for lane in (*self._pipeline.active, *self._inbox.arrived):
+                lane.settle()
+            self._inbox.idle = True
 
     # The communication thread.
 
@@ -196,10 +214,6 @@ class ThreadDriver:
         with self._inbox.changed:
             self._inbox.arrived.clear()
         self._inbox.rest()
-
-    def _settle_all(self) -> None:
-        for lane in (*self._pipeline.active, *self._inbox.arrived):
-            lane.settle()
 
 
 @atexit.register

@@ -57,3 +57,13 @@ class HookError(CommhubError, RuntimeError):
 
 class HookTimeoutError(HookError, TimeoutError):
     """A hook's communication did not finish in time, for example because a peer is gone."""
+
+
+def described(error: BaseException) -> str:
+    """Its type and message as text that can be sent and printed, whatever the error is."""
+    try:
+        text = str(error)
+    except BaseException as worse:  # noqa: BLE001 - an error may be of anybody's making
+        text = f"(no message: its __str__ raised {type(worse).__name__})"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return f"{type(error).__name__}: {text}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import _saving
 from ._agree import Meeting, agree
 from ._choosing import choose
-from ._errors import CheckpointError, CommhubError
+from ._errors import CheckpointError, CommhubError, described
 from ._folder import Entry, Folder
 from ._saved import check_finite
 from ._session import stop
@@ -58,7 +58,7 @@ class Together:
         except CommhubError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
-            failure = CheckpointError(f"{self._doing}: {type(error).__name__}: {error}")
+            failure = CheckpointError(f"{self._doing}: {described(error)}")
             failure.__cause__ = error
         self._told(so, lambda: agree(self._meeting, topic, facts, failure), failure)
 

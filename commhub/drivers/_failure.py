@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._errors import HookError, HookTimeoutError
+from .._errors import HookError, HookTimeoutError, described
 
 if TYPE_CHECKING:
     from .._bucket import Bucket
@@ -12,16 +12,6 @@ if TYPE_CHECKING:
 
 class Stopped(Exception):  # noqa: N818 - it is no error: the interpreter is exiting
     """The driver is being closed while a step is under way."""
-
-
-def described(error: BaseException) -> str:
-    """Its type and message as text that can be sent and printed, whatever the error is."""
-    try:
-        text = str(error)
-    except BaseException as worse:  # noqa: BLE001 - an error may be of anybody's making
-        text = f"(no message: its __str__ raised {type(worse).__name__})"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return f"{type(error).__name__}: {text}"
 
 
 def own_error(label: str, bucket: Bucket, error: BaseException) -> HookError:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .._collectives import AllReduce
-from .._errors import HookError
-from ._failure import described
+from .._errors import HookError, described
 from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._errors import HookError
-from ._failure import Stopped, described
+from .._errors import HookError, described
+from ._failure import Stopped
 from ._gloo import sweep
 from ._inbox import Inbox
 from ._pipeline import Pipeline

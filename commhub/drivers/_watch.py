@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from .._errors import HookError, HookTimeoutError
-from ._failure import described, is_lost_connection, own_error, peer_error
+from .._errors import HookError, HookTimeoutError, described
+from ._failure import is_lost_connection, own_error, peer_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,6 @@ import commhub
 from commhub import AllGather, AllReduce
 from commhub.testing import assert_equal_across_ranks
 
-
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 
 
@@ -91,7 +90,7 @@ def test_a_rank_that_alone_asks_for_something_else_is_an_error_on_all_ranks(rank
         (what, [odd], *where[(n + odd + nproc) % 3])
         for n, what in enumerate(WHAT)
         for odd in (0, nproc - 1)
-        if EVERYTHING or n % 3 == nproc - 2 and (n + odd) % 2
+        if EVERYTHING or (n % 3 == nproc - 2 and (n + odd) % 2)
     ]
     for rank, told in enumerate(ranks(differ, nproc, cases, timeout=100)):
         for (what, [odd], step, *_), failed in zip(cases, told, strict=True):

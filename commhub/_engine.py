@@ -278,10 +278,21 @@ class Engine:
             spans=spans,
         )
 
-    def aside(self, hook: Hook, buckets: Iterable[Bucket], group: Subgroup | None) -> HookError | None:
+    def aside(
+        self,
+        hook: Hook,
+        buckets: Iterable[Bucket],
+        group: Subgroup | None,
+        *,
+        flag: Tensor | None = None,
+        counted: bool = True,
+    ) -> HookError | None:
         """Reduce buckets of ``group`` with another hook, in a round between steps; return what went wrong in it.
 
-        Its figures count for the step before.
+        Args:
+            hook, buckets, group: as said.
+            flag: one element, which is summed over the group in the confirming round.
+            counted: whether its figures count for the step before, or nowhere.
         """
         self._catch_up()
         watch = not self.state.is_empty()
@@ -289,10 +300,11 @@ class Engine:
             self.driver.submit(self._lane(hook, bucket, self.wire, watch=watch))
         self.driver.wait()
         figures = self.driver.meter.take()
-        self.stats.add(figures)
-        self.stats.last.add(figures)
-        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
-            self._submit_sum(torch.zeros(1), group)
+        if counted:
+            self.stats.add(figures)
+            self.stats.last.add(figures)
+        if self.driver.failure is None and self.world_size > 1 and (self.driver.confirms or flag is not None):
+            self._submit_sum(torch.zeros(1) if flag is None else flag, group)
             self.driver.wait()
             self.driver.meter.take()
         return None if self.driver.failure is None else to_raise(self.driver.failure)

@@ -12,12 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._bucket import Span, lay_out
 from ._choosing import choose
-from ._ddp import buffers_of, check_devices, trainable
+from ._ddp import check_devices
 from ._errors import RegistrationError
 from ._protocols import is_averager
 from ._register import optimizers_of
 from ._registration import Registration
 from ._session import Ground, Session, checked_timeout, start
+from ._trained import trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -173,7 +174,7 @@ def manual(
         every["wire"] = wire
 
     def chosen_here() -> Chosen:
-        check_devices(module, dist.get_backend(group))
+        check_devices((p for _, p in parameters), dist.get_backend(group))
         return choose(hook, every)
 
     ground = Ground(
@@ -181,7 +182,6 @@ def manual(
         device=device,
         module=weakref.ref(module),
         parameters=parameters,
-        buffers=tuple(buffers_of(module)),
         unused=True,
         traits={},
         optimizers=optimizers_of(optimizer),

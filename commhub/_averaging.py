@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ._bucket import lay_out
 from ._callbacks import call_after
-from ._collectives import AllReduce
 from ._errors import HookError
+from ._means import WholeMean
 from ._protocols import Confined
-from ._told import Common, Told, difference
+from ._told import Common, Entry, Told, difference
 
 if TYPE_CHECKING:
     import weakref
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._bucket import Bucket
     from ._collectives import Subgroup
     from ._engine import Engine
-    from ._protocols import Averager, Exchange, Hook, Setup
+    from ._protocols import Averager, Hook, Setup
     from ._trained import Trained
 
 logger = logging.getLogger("commhub")
@@ -40,27 +40,6 @@ AHEAD = 4
 """Buckets in memory at a time."""
 
 Named = tuple[str, Tensor]
-
-
-@attrs.frozen
-class Entry:
-    """One tensor as ranks compare it."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name!r} {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
-
-
-class Mean:
-    """The plain average, in the parameters' own dtype whatever the registration's wire is."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        """Average ``bucket.flat``."""
-        bucket.flat.copy_((yield AllReduce(bucket.flat, wire=torch.float64)))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -104,10 +83,10 @@ class Averaging:
 
     def _mine(self) -> dict[Entry, Tensor]:
         """What this rank has to average, in the model's order."""
-        found: dict[Entry, Tensor] = {_entry("parameter", name, p): p for name, p in self.trained.look()}
+        found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}
         if getattr(self.averager, "buffers", False):
             floating = ((name, b) for name, b in self.trained.buffers() if b.is_floating_point() or b.is_complex())
-            found.update((_entry("buffer", name, b), b) for name, b in floating)
+            found.update((Entry.of("buffer", name, b), b) for name, b in floating)
         return found
 
     def _known(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
@@ -143,7 +122,7 @@ class Averaging:
         mean = [(e.name, t) for e, t in tensors.items() if e.kind == "parameter" and e not in self._prepared]
         own = [(e.name, t) for e, t in tensors.items() if e in self._prepared]
         buffers = [(e.name, t) for e, t in tensors.items() if e.kind == "buffer"]
-        return run.reduce([(self.averager, [own, buffers]), (Mean(), [mean])], flag)
+        return run.reduce([(self.averager, [own, buffers]), (WholeMean(), [mean])], flag)
 
     def _extend(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
         """Have the averager know what has come, now that it is equal on all ranks; else its plain mean goes on."""
@@ -209,7 +188,9 @@ class _Run:
         bucket = self.engine.bucket(torch.zeros(1, device=self.device), (), (), step=self.step, group=self.group)
         return self.engine.aside(Confined(hook, self.group), [bucket], self.group, counted=counted)
 
-    def reduce(self, kinds: Sequence[tuple[Hook, Sequence[list[Named]]]], flag: Tensor | None = None) -> HookError | None:
+    def reduce(
+        self, kinds: Sequence[tuple[Hook, Sequence[list[Named]]]], flag: Tensor | None = None
+    ) -> HookError | None:
         """Reduce tensors in place, each hook's own kinds of them; sum ``flag`` over the group beside them.
 
         What the hooks remember counts if all of it is finite.
@@ -220,7 +201,7 @@ class _Run:
             chunks = [chunk for same in tensors for chunk in _chunks(same)]
             rounds += [(hook, chunks[start : start + AHEAD]) for start in range(0, len(chunks), AHEAD)]
         if flag is not None and not rounds:
-            rounds.append((Mean(), []))
+            rounds.append((WholeMean(), []))
         engine.state.begin()
         finite, forgets = True, engine.state.is_empty()
         for number, (hook, chunks) in enumerate(rounds, start=1):
@@ -249,10 +230,6 @@ class _Run:
                 view.copy_(tensor)
             filled.append((bucket, chunk))
             yield bucket
-
-
-def _entry(kind: str, name: str, tensor: Tensor) -> Entry:
-    return Entry(kind, name, tuple(tensor.shape), tensor.dtype)
 
 
 def _entries(setup: Setup) -> Iterator[Entry]:

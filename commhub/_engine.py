@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._bucket import Bucket, Span
 from ._callbacks import Callbacks, call_after
-from ._collectives import AllReduce
+from ._means import PlainMean, Sum
 from ._sparse import SparseMean
 from .drivers._failure import to_raise
 from .drivers._job import Scratch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ._collectives import Subgroup
     from ._errors import HookError
     from ._network import Network
-    from ._protocols import Exchange, Hook
+    from ._protocols import Hook
     from ._state import State
     from ._timetable import Timetable
 
@@ -57,21 +57,6 @@ class Driver(Protocol):
 
     def close(self) -> None:
         """Give up threads and groups."""
-
-
-class PlainMean:
-    """The average and nothing else: what a model does whose hook was removed."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        """Average ``bucket.flat`` over all ranks."""
-        bucket.flat.copy_((yield AllReduce(bucket.flat)))
-
-
-class _Sum:
-    """Adds up over the ranks."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -132,8 +117,13 @@ class Engine:
         spans: tuple[Span, ...],
         used: tuple[bool, ...],
         done: Callable[[], None],
+        *,
+        plain: bool = False,
     ) -> None:
-        """Reduce one bucket, in place; ``done`` is called when it is over, whether it went well or not."""
+        """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
+
+        ``done`` is called when it is over, whether it went well or not.
+        """
         bucket = Bucket(
             flat=flat,
             parameters=tuple(parameters),
@@ -147,7 +137,8 @@ class Engine:
             loss_scale=self._loss_scale,
             spans=spans,
         )
-        hook, wire = (SparseMean(), None) if flat.is_sparse else (self.hook, self.wire)
+        own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
+        hook, wire = (self.hook, self.wire) if own is None else (own, None)
         lane = self._lane(hook, bucket, wire, done, watch=self._watch)
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
         self.driver.meter.step.logical_bytes += 2 * (self.world_size - 1) / self.world_size * size
@@ -251,7 +242,7 @@ class Engine:
 
     def _submit_sum(self, flat: Tensor, group: Subgroup | None = None) -> None:
         bucket = self.bucket(flat, (), (), group=group)
-        self.driver.submit(self._lane(_Sum(), bucket, None))
+        self.driver.submit(self._lane(Sum(), bucket, None))
 
     def bucket(
         self,
@@ -289,10 +280,8 @@ class Engine:
     ) -> HookError | None:
         """Reduce buckets of ``group`` with another hook, in a round between steps; return what went wrong in it.
 
-        Args:
-            hook, buckets, group: as said.
-            flag: one element, which is summed over the group in the confirming round.
-            counted: whether its figures count for the step before, or nowhere.
+        ``flag``, one element, is summed over the group in the confirming round. Its figures count for the step before,
+        if they are to be ``counted``.
         """
         self._catch_up()
         watch = not self.state.is_empty()

@@ -13,8 +13,8 @@ import torch
 from . import _saving
 from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
-from ._engine import PlainMean
 from ._errors import RegistrationError
+from ._means import PlainMean
 from ._session import Ground, Session, at_work, latest, start, stop
 
 if TYPE_CHECKING:

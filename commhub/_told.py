@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from ._collectives import AllGather, AllReduce
@@ -18,8 +19,26 @@ _SHOWN = 6
 """How many differences one message lists."""
 
 
+@attrs.frozen
+class Entry:
+    """One tensor as ranks compare it, in a line of its own."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, kind: str, name: str, tensor: torch.Tensor) -> Entry:
+        """The entry for a tensor."""
+        return cls(kind, name, tuple(tensor.shape), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
 class Told:
-    """The lines of every rank of the group, in rank order, under ``everyone`` afterwards. A line holds no line break."""
+    """The lines of every rank of the group, in rank order, in ``everyone`` afterwards. None holds a line break."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.everyone: list[list[str]] = []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     import weakref
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     Named = tuple[str, nn.Parameter]
 
@@ -62,7 +61,9 @@ class Trained:
 
     def look(self) -> tuple[Named, ...]:
         """Those that the module holds now, in its order."""
-        module, found, frozen = self._module(), [], []
+        module = self._module()
+        found: list[Named] = []
+        frozen: list[Named] = []
         for name, parameter in () if module is None else named(module):
             if parameter.requires_grad:
                 self._names.add(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +12,7 @@ from ._trained import named
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.nn.parallel import DistributedDataParallel
 
     from ._trained import Named
@@ -24,7 +24,7 @@ _SHOWN = 6
 class _Nothing(TorchDispatchMode):
     """Within it, whatever would allocate gets an empty tensor."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
         return torch.empty(0)
 
 
@@ -33,7 +33,8 @@ def wrapped(model: DistributedDataParallel) -> tuple[Named, ...]:
 
     One that the module no longer holds comes last, named after its place among those that were wrapped.
     """
-    with torch.inference_mode(), _Nothing():  # the reducer tells them with zeros of the gradients' size, or so it thinks
+    nothing: Any = _Nothing
+    with torch.inference_mode(), nothing():  # the reducer names them beside zeros of the gradients' size
         buckets = model.reducer._get_zeros_like_grad_buckets()
     reduced = {id(p): p for bucket in buckets for p in bucket.parameters()}
     held = [(name, p) for name, p in named(model, ignored=True) if reduced.pop(id(p), None) is not None]
@@ -44,7 +45,7 @@ def wrapped(model: DistributedDataParallel) -> tuple[Named, ...]:
         while name in taken:
             name += "_"
         taken.add(name)
-        held.append((name, parameter))
+        held.append((name, cast("nn.Parameter", parameter)))
     return tuple(held)
 
 
@@ -64,8 +65,8 @@ def outside(model: DistributedDataParallel, reduced: Sequence[Named], *, gradien
     told = []
     if missed and gradients:
         told.append(
-            f"DDP does not average the gradients of {_listed(missed)}, so nor does this hook: they were added, replaced "
-            "or unfrozen after the model was wrapped, and each rank keeps its own."
+            f"DDP does not average the gradients of {_listed(missed)}, so nor does this hook: they were added, "
+            "replaced or unfrozen after the model was wrapped, and each rank keeps its own."
         )
     waits = "" if model.find_unused_parameters or model.static_graph else ", and waits for them in every backward"
     if frozen:

@@ -17,6 +17,7 @@ from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
 from ._engine import Driver, Engine
 from ._errors import RegistrationError
+from ._optimizers import check_local, watch_steps
 from ._protocols import Averager, Hook, LocalSteps, Setup
 from ._state import State
 from ._timetable import Timetable
@@ -203,6 +204,10 @@ def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, S
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
     averager, setup = averagers[0]
+    module = ground.module()
+    if engine.world_size > 1 and module is not None:
+        check_local(ground.optimizers, module.parameters())
+        engine.callbacks.at_end.append(watch_steps(module))
     averaging = Averaging(
         averager=averager,
         setup=setup,

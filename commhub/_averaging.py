@@ -81,6 +81,10 @@ class Averaging:
                 failure = self._optimizer_state(run, mine)
             return failure
 
+    def look(self, _step: int) -> None:
+        """See what this step has trained, even if it is frozen again when an average is due."""
+        self.trained.look()
+
     def _mine(self) -> dict[Entry, Tensor]:
         """What this rank has to average, in the model's order."""
         found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}

@@ -25,7 +25,8 @@ class Setup:
     """What ``prepare`` is given, once, at registration, on every rank. All state is allocated there.
 
     Attributes:
-        names: of the model's trainable parameters, in the model's order.
+        names: of the parameters whose gradients are averaged, in the model's order: those that DDP was wrapped with,
+            or those of a bare module that are trained.
         shapes: theirs.
         dtypes: theirs.
         strides: theirs.

@@ -217,7 +217,7 @@ def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, S
     )
     if averaging.optimizer_state and not ground.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
-    engine.callbacks.after_step.append(lambda _step: averaging.trained.notice())
+    engine.callbacks.after_step.append(averaging.look)
     return Timetable(averager, averaging, engine.world_size)
 
 

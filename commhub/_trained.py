@@ -56,24 +56,14 @@ class Trained:
     def __init__(self, module: weakref.ref[nn.Module]) -> None:
         self._module = module
         self._names: set[str] = set()
-        self._frozen: list[Named] = []
         self.look()
 
     def look(self) -> tuple[Named, ...]:
-        """Those that the module holds now, in its order."""
+        """Those that the module holds now, in its order; to be asked after each step that may train others."""
         module = self._module()
-        found: list[Named] = []
-        frozen: list[Named] = []
-        for name, parameter in () if module is None else named(module):
-            if parameter.requires_grad:
-                self._names.add(name)
-            (found if name in self._names else frozen).append((name, parameter))
-        self._frozen = frozen
-        return tuple(found)
-
-    def notice(self) -> None:
-        """Look after a step at those alone that were frozen: they may be so again when ``look`` is next called."""
-        self._names.update(name for name, parameter in self._frozen if parameter.requires_grad)
+        every = () if module is None else tuple(named(module))
+        self._names.update(name for name, parameter in every if parameter.requires_grad)
+        return tuple((name, parameter) for name, parameter in every if name in self._names)
 
     def buffers(self) -> tuple[tuple[str, Tensor], ...]:
         """The buffers that the module holds now."""

@@ -73,6 +73,10 @@ def outside(model: DistributedDataParallel, reduced: Sequence[Named], *, gradien
         told.append(f"DDP still averages {_listed(frozen)}, frozen after the model was wrapped{waits}.")
     if gone:
         told.append(f"The module no longer holds {len(gone)} of the parameters that DDP averages{waits}.")
+    if len(frozen) + len(gone) == len(reduced):
+        told.append(
+            "Nothing that DDP averages is trained now, so that no backward counts as a step until something is."
+        )
     return " ".join([*told, "Wrap it again after such changes."]) if told else ""
 
 

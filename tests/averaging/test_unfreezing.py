@@ -117,7 +117,11 @@ def froze_again():
         trainer.step()
         trainer.module.middle.requires_grad_(False)
         trainer.module.first.requires_grad_(False)
-        trainer.step(2)  # the average after step 4
+        trainer.module.extra = nn.Linear(4, 4)
+        trainer.optimizer.add_param_group({"params": [*trainer.module.extra.parameters()]})
+        trainer.step()
+        trainer.module.extra.requires_grad_(False)
+        trainer.step()  # the average after step 4
         assert apart(trainer.module) == [], how
         trainer.registration.remove()
         assert apart(trainer.module) == [], how

@@ -283,7 +283,9 @@ def test_what_lies_outside_is_named_once_at_registration_on_rank_0(ranks):
 def all_frozen_by_now():
     model = DistributedDataParallel(Net(), find_unused_parameters=True)
     model.module.requires_grad_(False)
-    registration = commhub.register(model, "allreduce", timeout=20)
+    with told() as texts:
+        registration = commhub.register(model, "allreduce", timeout=20)
+    assert ["no backward counts as a step" in text for text in texts] == [True] * (dist.get_rank() == 0)
     model.module.last.requires_grad_(True)
     got = backward(model, 0)
     assert registration.step == 1

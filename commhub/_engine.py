@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._bucket import Bucket, Span
 from ._callbacks import Callbacks, call_after
-from ._collectives import AllReduce
+from ._means import PlainMean, Sum
 from ._sparse import SparseMean
 from .drivers._failure import to_raise
 from .drivers._job import Scratch
@@ -27,25 +27,10 @@ if TYPE_CHECKING:
 
     from ._collectives import Subgroup
     from ._errors import HookError
-    from ._protocols import Exchange, Hook
+    from ._protocols import Hook
     from ._state import State
     from ._timetable import Timetable
     from .drivers._driver import Driver
-
-
-class PlainMean:
-    """The average and nothing else: what a model does whose hook was removed."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        """Average ``bucket.flat`` over all ranks."""
-        bucket.flat.copy_((yield AllReduce(bucket.flat)))
-
-
-class _Sum:
-    """Adds up over the ranks."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -115,8 +100,13 @@ class Engine:
         spans: tuple[Span, ...],
         used: tuple[bool, ...],
         done: Callable[[], None],
+        *,
+        plain: bool = False,
     ) -> None:
-        """Reduce one bucket, in place; ``done`` is called when it is over, whether it went well or not."""
+        """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
+
+        ``done`` is called when it is over, whether it went well or not.
+        """
         bucket = Bucket(
             flat=flat,
             parameters=tuple(parameters),
@@ -130,7 +120,8 @@ class Engine:
             loss_scale=self._loss_scale,
             spans=spans,
         )
-        hook, wire = (SparseMean(), None) if flat.is_sparse else (self.hook, self.wire)
+        own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
+        hook, wire = (self.hook, self.wire) if own is None else (own, None)
         # What is sparse has another size in each step, the same on all ranks by construction.
         place = Place("step", (self.step, self._abandoned), bucket.index, compared=not flat.is_sparse)
         lane = self._lane(hook, bucket, wire, place, done, watch=self._watch)
@@ -249,7 +240,7 @@ class Engine:
     def _submit_sum(self, flat: Tensor, group: Subgroup | None = None) -> None:
         bucket = self.bucket(flat, (), (), group=group)
         topic, number = self._next_round("sum", group)
-        self.driver.submit(self._lane(_Sum(), bucket, None, Place(topic, (number,), compared=False)))
+        self.driver.submit(self._lane(Sum(), bucket, None, Place(topic, (number,), compared=False)))
 
     def bucket(
         self,
@@ -277,11 +268,19 @@ class Engine:
         )
 
     def aside(
-        self, hook: Hook, buckets: Iterable[Bucket], group: Subgroup | None, *, topic: str = "average"
+        self,
+        hook: Hook,
+        buckets: Iterable[Bucket],
+        group: Subgroup | None,
+        *,
+        topic: str = "average",
+        flag: Tensor | None = None,
+        counted: bool = True,
     ) -> HookError | None:
         """Reduce buckets of ``group`` with another hook, in a round between steps; return what went wrong in it.
 
-        Its figures count for the step before. ``topic`` tells apart what differs from round to round.
+        ``topic`` tells apart what differs from round to round. ``flag``, one element, is summed over the group in the
+        confirming round. Its figures count for the step before, if they are to be ``counted``.
         """
         self._catch_up()
         watch = not self.state.is_empty()
@@ -291,10 +290,11 @@ class Engine:
             self.driver.submit(self._lane(hook, bucket, self.wire, place, watch=watch))
         self.driver.wait()
         figures = self.driver.meter.take()
-        self.stats.add(figures)
-        self.stats.last.add(figures)
-        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
-            self._submit_sum(torch.zeros(1), group)
+        if counted:
+            self.stats.add(figures)
+            self.stats.last.add(figures)
+        if self.driver.failure is None and self.world_size > 1 and (self.driver.confirms or flag is not None):
+            self._submit_sum(torch.zeros(1) if flag is None else flag, group)
             self.driver.wait()
             self.driver.meter.take()
         return None if self.driver.failure is None else to_raise(self.driver.failure)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from . import _saving
 from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
-from ._engine import PlainMean
 from ._errors import RegistrationError
 from ._folder import Folder
+from ._means import PlainMean
 from ._saved import to_dict
 from ._session import Ground, Session, at_work, latest, start, stop
 from ._together import load, save

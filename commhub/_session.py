@@ -17,9 +17,11 @@ from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
 from ._engine import Engine
 from ._errors import RegistrationError
+from ._optimizers import check_local, watch_steps
 from ._protocols import Averager, Hook, LocalSteps, Setup
 from ._state import State
 from ._timetable import Timetable
+from ._trained import Trained
 from .drivers._stats import Meter
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Ground:
         group: the ranks to average over.
         device: where the gradients lie.
         module: whose gradients they are: the DDP model, or the bare module. It holds what holds this.
-        parameters, buffers: by name, in the model's order.
+        parameters: whose gradients they are, by name, in the model's order.
         unused: whether backward may leave parameters out.
         traits: what else must be equal on all ranks.
         optimizers, scaler, timeout, verify: as given to ``register``.
@@ -50,7 +52,6 @@ class Ground:
     device: torch.device
     module: weakref.ref[torch.nn.Module]
     parameters: tuple[tuple[str, torch.nn.Parameter], ...]
-    buffers: tuple[tuple[str, torch.Tensor], ...] = ()
     unused: bool = False
     traits: Mapping[str, Any]
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
@@ -174,7 +175,7 @@ def _prepared(
         wire=wire,
         callbacks=callbacks,
     )
-    averagers: list[Averager] = []
+    averagers: list[tuple[Averager, Setup]] = []
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
         setup = Setup(
@@ -203,19 +204,25 @@ def _prepared(
     return engine
 
 
-def _timetable(ground: Ground, engine: Engine, averagers: list[Averager]) -> Timetable:
+def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
+    averager, setup = averagers[0]
+    module = ground.module()
+    if engine.world_size > 1 and module is not None:
+        check_local(ground.optimizers, module.parameters())
+        engine.callbacks.at_end.append(watch_steps(module))
     averaging = Averaging(
-        averager=averagers[0],
+        averager=averager,
+        setup=setup,
         engine=weakref.ref(engine),
-        parameters=ground.parameters,
-        buffers=ground.buffers,
+        trained=Trained(ground.module),
         optimizers=ground.optimizers,
     )
     if averaging.optimizer_state and not ground.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
-    return Timetable(averagers[0], averaging, engine.world_size)
+    engine.callbacks.after_step.append(averaging.look)
+    return Timetable(averager, averaging, engine.world_size)
 
 
 def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ._bucket import Span, lay_out
-from ._ddp import SLOT, trainable
+from ._ddp import SLOT
 from ._errors import HookError, RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.nn.parallel import DistributedDataParallel
 
     from ._engine import Engine
+    from ._trained import Named
 
 Future = torch.futures.Future
 
@@ -31,18 +32,18 @@ Future = torch.futures.Future
 class Slot:
     """The state of one DDP model's hook: which bucket of which step comes next, and who reduces it."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: DistributedDataParallel, parameters: Sequence[Named]) -> None:
         self.owner: Any = None
         self.engine: Engine | None = None
         self.scaler: Any = None
         self.after: Callable[[], None] | None = None
         self._model = weakref.ref(model)
-        self._names = {id(p): name for name, p in trainable(model)}
+        self._names = {id(p): name for name, p in parameters}
         self._layouts: dict[tuple[int, ...], tuple[Span, ...]] = {}
         self._used: set[int] = set()
         self._seen = 0
         self._task: int | None = None
-        self._device = next(p.device for _, p in trainable(model))
+        self._device = parameters[0][1].device
         self._handles: list[Any] = []
         self._flags = model.find_unused_parameters or model.static_graph
         self._error: BaseException | None = None
@@ -54,14 +55,19 @@ class Slot:
         return slot if isinstance(slot, cls) else None
 
     @classmethod
-    def install(cls, model: DistributedDataParallel) -> Slot:
-        """The model's slot, made and handed to the reducer where there was none."""
+    def install(cls, model: DistributedDataParallel, parameters: Sequence[Named]) -> Slot:
+        """The model's slot, made and handed to the reducer where there was none.
+
+        ``parameters`` are those that the reducer holds. They stay the same; their names are the present ones.
+        """
         slot = cls.on(model)
         if slot is not None:
+            slot._names = {id(p): name for name, p in parameters}
+            slot._layouts.clear()
             return slot
-        slot = cls(model)
+        slot = cls(model, parameters)
         model.register_comm_hook(slot, commhub_slot)
-        slot._watch_use(model)
+        slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot
 
@@ -71,13 +77,15 @@ class Slot:
         if model is not None and model.logger is not None:
             model.logger._set_comm_hook_name(name)
 
-    def _watch_use(self, model: DistributedDataParallel) -> None:
+    def _watch_use(self, parameters: Sequence[Named]) -> None:
         """Where backward may leave parameters out, learn which it reached, from hooks of our own."""
         if self._flags:
-            used = self._used
-            for _, parameter in trainable(model):
-                mark = used.add
+            mark = self._used.add
+            for _, parameter in parameters:
+                frozen = not parameter.requires_grad
+                parameter.requires_grad_(True)  # a frozen one takes no hook, and keeps it when it is frozen again
                 handle = parameter.register_post_accumulate_grad_hook(lambda p, mark=mark: mark(id(p)))
+                parameter.requires_grad_(not frozen)
                 self._handles.append(handle)
 
     def reduce(self, grad_bucket: Any) -> Future[Tensor]:

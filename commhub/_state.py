@@ -6,7 +6,7 @@ non-finite step wrote. Nothing here depends on buckets, so a rebuilt bucket chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -104,6 +104,10 @@ class State:
     def is_empty(self) -> bool:
         """Whether no tensor is kept and none is about to be."""
         return not self._store.staged and not any(any(t.values()) for t in self._store.tables.values())
+
+    def extend(self, names: Iterable[str]) -> None:
+        """Take parameters that are trained only now."""
+        self._store.names |= frozenset(names)
 
     def begin(self) -> None:
         """Start a step: from here assignments wait for ``commit``."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhub
 from commhub.testing import current
 
-TIMEOUT = 1.5
+TIMEOUT = 0.8
 
 
 def stop_when_changed(flat, hub, name, pid):
@@ -111,11 +111,16 @@ def interrupted(elements, buckets, mode, rounds):
     return found, seconds, again
 
 
-@pytest.mark.parametrize("mode", [{}, {"gradient_as_bucket_view": True}], ids=["copied", "views"])
-@pytest.mark.parametrize("buckets", [1, 12])
-def test_a_collective_that_timed_out_writes_nothing_into_the_next_steps_gradients(ranks, buckets, mode):
-    results = ranks(interrupted, 2, 6_000_000, buckets, mode, 1, timeout=60)
+COPIED, VIEWS = {}, {"gradient_as_bucket_view": True}
+EVERY = [(n, buckets, mode, 5) for n in (2, 3, 4) for buckets in (1, 12) for mode in (COPIED, VIEWS)]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "buckets", "mode", "rounds"),
+    EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else [(2, 1, VIEWS, 1), (3, 12, COPIED, 1)],
+)
+def test_a_collective_that_timed_out_writes_nothing_into_the_next_steps_gradients(ranks, nproc, buckets, mode, rounds):
+    results = ranks(interrupted, nproc, 6_000_000, buckets, mode, rounds, timeout=100)
     for rank, (found, _, _) in enumerate(results):
-        [(kind, later, count)] = found
-        assert (later, count) == (0, 0)
-        assert rank > 0 or kind == "HookTimeoutError"
+        assert [(later, count) for _, later, count in found] == [(0, 0)] * rounds
+        assert rank > 0 or "HookTimeoutError" in [kind for kind, _, _ in found] or nproc > 2

@@ -41,6 +41,11 @@ class ManualRegistration(Registration):
         self._buckets = _fill(p for p in self._ground.parameters if id(p[1]) not in sparse)
         self._sparse = [pair for pair in self._ground.parameters if id(pair[1]) in sparse]
 
+    def _take(self, session: Session) -> None:
+        super()._take(session)
+        if session.engine.timetable is not None:
+            session.engine.timetable.is_late = is_averager(self.hook)
+
     def average(self) -> None:
         """Average the gradients of all parameters over the ranks, in place.
 

@@ -73,8 +73,6 @@ class Registration:
         """Bytes and seconds so far, and of the last step."""
         return self._session.engine.stats
 
-    # Changing the hook.
-
     def swap(self, hook: object, **options: Any) -> None:
         """Replace the hook; the step count and the figures go on, the former hook's memory is dropped.
 
@@ -118,10 +116,10 @@ class Registration:
 
     def _follow_schedule(self) -> None:
         timetable = self._session.engine.timetable
-        if timetable is not None and timetable.is_open:
-            return  # the optimizers have yet to use this step's gradients; the timetable calls again
         due = [step for step in self._schedule if step <= self.step]
-        if due:
+        if due and timetable is not None and timetable.is_open:
+            timetable.hold()  # the optimizers have yet to use this step's gradients; it calls again
+        elif due:
             text = self._schedule[max(due)]
             for step in due:
                 del self._schedule[step]
@@ -130,15 +128,15 @@ class Registration:
     def finish(self) -> None:
         """Run what is still outstanding: an average that fell due and that no optimizer's step or forward has run.
 
-        Collective. ``state_dict`` and ``save`` do it by themselves. At the end of training ``remove`` also averages the
-        parameters a last time, so that all ranks hold the same.
+        Collective. ``state_dict`` and ``save`` do it by themselves. ``remove`` also averages a last time.
 
         Raises:
+            RegistrationError: if one is due, and the parameters were moved since the backward before.
             HookError: what went wrong with the average.
         """
         timetable = self._session.engine.timetable
         if timetable is not None and not self._session.engine.in_step:
-            timetable.settle()
+            timetable.finish()
 
     def remove(self) -> None:
         """Give the model back its plain average, with the same parameters on all ranks.
@@ -209,6 +207,8 @@ class Registration:
         engine = self._session.engine
         if engine.rank == 0:
             logger.info("%s %s on %d ranks at step %d", verb, self, engine.world_size, self.step)
+            if verb == "registered" and engine.timetable is not None:
+                engine.timetable.advise(str(self))
 
     # Saving.
 
@@ -232,13 +232,14 @@ class Registration:
         Raises:
             ValueError: if it is of another hook, model or rank, or incomplete. Nothing is changed then.
         """
-        self.finish()
         if self._schedule:
             self._catch_up(state)
         merged = _saving.merge(state)
         engine = self._session.engine
         _saving.from_dict(merged, str(self), engine.rank, engine.world_size, engine.state)
         engine.step = int(merged["step"])
+        if engine.timetable is not None:
+            engine.timetable.forget()
 
     def _catch_up(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Swap to the hook that was scheduled for the state's step; collective, as a swap is."""

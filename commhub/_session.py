@@ -211,7 +211,7 @@ def _timetable(ground: Ground, engine: Engine, averagers: list[Averager]) -> Tim
     )
     if averaging.optimizer_state and not ground.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
-    return Timetable(averagers[0], averaging, engine.world_size)
+    return Timetable(averagers[0], averaging, engine.world_size, lambda: averaging.parameters)
 
 
 def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:

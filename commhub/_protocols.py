@@ -132,6 +132,13 @@ class Averager(Protocol):
     more than the parameters, in buckets of their own: ``buffers`` (floating-point buffers) and ``optimizer_state``
     (the optimizers' tensors that have a parameter's shape; in a bucket they are named ``"parameter:key"``). A third,
     ``partial``, says that an average that is due leaves parameters out; the last one, among all ranks, must not.
+
+    One that remembers parameters has ``begin(parameters: Mapping[str, Tensor]) -> None``, and takes them from there and
+    not from ``prepare``: weights are often loaded after registration. It is called, not collectively, with the
+    parameters by name that the first synchronised step was computed with, before an optimizer uses its gradients; and
+    again in the first step after ``load_state_dict`` of the module or a part of it. It may be called several times.
+    Where state of the registration is loaded too, before or after the weights, that state counts and ``begin`` is
+    not called.
     """
 
     def due(self, step: int) -> Subgroup | None:

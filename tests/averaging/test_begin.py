@@ -1,4 +1,4 @@
-"""An averager that remembers parameters is told which ones training begins with: by itself, in a hook, in an optimizer."""
+"""An averager that remembers parameters is told which ones training begins with, wherever it is at work."""
 
 import copy
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DiLoCo:
     """DiLoCo (Douillard et al. 2023, arXiv 2311.08105); with fragments, streaming (2025, arXiv 2501.18512).
 
-    All ranks keep the same global parameters, at first those that training begins with, and take ``period`` local steps.
+    All ranks keep the same global parameters, at first those that training begins with, and take ``period`` steps.
 
     1. Outer gradient: the global parameters minus the rank's own, averaged among all ranks by ``exchange``.
     2. Outer step: SGD with Nesterov momentum takes the global parameters along it.

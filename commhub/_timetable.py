@@ -67,8 +67,7 @@ class Timetable:
         self._waiting = False  # something else than an average
         self._is_told = False
         self._awaited: set[int] = set()
-        self._tensors: list[Tensor] = []
-        self._place: Place | None = None  # of the tensors, after the first backward since the optimizers' last step
+        self._place = Place(())  # of the parameters after the first backward since the optimizers' last step
         self._in_closure = False
         self._is_fresh = True
         self._is_restored = False
@@ -156,7 +155,7 @@ class Timetable:
             RegistrationError: where they are not.
             HookError: what went wrong.
         """
-        if (self._due or self._waiting) and not self._is_in_place():
+        if (self._due or self._waiting) and not self._place.holds():
             raise RegistrationError(
                 "an average is due, and the parameters were moved since the backward before, while no optimizer given "
                 "to register() has stepped. Put them back and take the step, or load other state, first."
@@ -170,7 +169,8 @@ class Timetable:
         Until the next step that memory counts, whichever weights are loaded.
         """
         self.join()
-        self._ended, self._waiting, self._place = False, False, None
+        self._ended, self._waiting = False, False
+        self._place.forget()
         self._due.clear()
         self._is_fresh, self._is_restored = False, True
 
@@ -224,7 +224,8 @@ class Timetable:
 
     def _run(self) -> HookError | None:
         self.renew()  # weights loaded since the step are where training goes on
-        self._place, self._waiting = None, False
+        self._waiting = False
+        self._place.forget()
         due, self._due = self._due, []
         for step, group in due:
             failure = self._average(step, group)
@@ -245,17 +246,13 @@ class Timetable:
     # Whether training's parameters are in place. Only optimizers tell when they have moved.
 
     def _look(self) -> None:
-        self._tensors = [parameter for _, parameter in self._parameters()]
+        tensors = [parameter for _, parameter in self._parameters()]
+        if not self._place.is_of(tensors):
+            self._place = Place(tensors)
 
     def _keep_place(self) -> None:
         if self._optimizers and not self.is_late:
-            if self._place is None:
-                self._place = Place(self._tensors)
-            if self._due or self._waiting:
-                self._place.add_sums()
-
-    def _is_in_place(self) -> bool:
-        return self._place is None or self._place.holds()
+            self._place.keep(bits=bool(self._due) or self._waiting)
 
     # What the hooks on the module and the optimizers call.
 
@@ -264,7 +261,7 @@ class Timetable:
             return
         if self.is_late:
             self.renew()
-        elif not self._optimizers or ((self._due or self._waiting) and self._is_in_place()):
+        elif not self._optimizers or ((self._due or self._waiting) and self._place.holds()):
             self.settle()
 
     def _weights_loaded(self, _module: object, _keys: object) -> None:
@@ -288,7 +285,7 @@ class Timetable:
 
     def _step_ends(self, optimizer: object, _args: object, _kwargs: object) -> None:
         self._awaited.discard(id(optimizer))
-        self._place = None
+        self._place.forget()
         if not self._awaited:
             self.settle()
         else:

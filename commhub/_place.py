@@ -70,6 +70,8 @@ class _Memory:
         self._gaps: list[Tensor] = []
         for tensor in tensors:
             value = tensor.detach()
+            if type(value) is not torch.Tensor:
+                continue  # of a kind of its own, whose memory is its own affair
             order = sorted(range(value.dim()), key=value.stride, reverse=True)
             flat = value.permute(order)
             if flat.is_contiguous():

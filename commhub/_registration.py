@@ -98,6 +98,7 @@ class Registration:
         failure: Exception | None = None
         texts: dict[int, str] = {}
         try:
+            self.finish()
             for step, hook in sorted(hooks.items()):
                 if isinstance(step, bool) or not isinstance(step, int) or step < self.step:
                     raise RegistrationError(f"schedule: {step!r} is no step to come; {self.step} are done.")
@@ -209,8 +210,6 @@ class Registration:
             logger.info("%s %s on %d ranks at step %d", verb, self, engine.world_size, self.step)
             if verb == "registered" and engine.timetable is not None:
                 engine.timetable.advise(str(self))
-
-    # Saving.
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.

@@ -9,6 +9,7 @@ comes first there: an average that is due while another waits follows it, and ne
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,13 @@ class Timetable:
             )
         self.settle()
         self.renew()
+
+    def let_through(self) -> None:
+        """Average what is due: ranks wait for it that are wanted elsewhere. What goes wrong, ``level`` meets again."""
+        with contextlib.suppress(HookError):
+            self.join()
+        self._ended = False
+        self._run()
 
     def forget(self) -> None:
         """Drop what is due, as the averager's memory is loaded and with it another time is gone back to.

@@ -619,3 +619,27 @@ def scheduled_between():
 
 def test_a_scheduled_swap_leaves_moved_parameters_alone(ranks):
     ranks(scheduled_between, 2)
+
+
+def called_at_once():
+    """Rank 1 leaves its step out, and calls what needs all ranks while rank 0 waits in the average for it."""
+    for call in ("schedule", "swap", "remove", "register"):
+        model, optimizer, registration = wrapped("periodic(period=1)", timeout=5)
+        for number in range(2):
+            optimizer.zero_grad()
+            backward(model, number)
+            if dist.get_rank() == 0 or number == 0:
+                optimizer.step()
+        if call == "schedule":
+            registration.schedule({100: "allreduce"})
+        elif call == "swap":
+            registration.swap("allreduce")
+        elif call == "remove":
+            registration.remove()
+        else:
+            commhub.register(model, "allreduce", timeout=5)
+        assert are_equal(model)
+
+
+def test_what_needs_all_ranks_runs_first_what_the_others_wait_for(ranks):
+    ranks(called_at_once, 2)

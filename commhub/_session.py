@@ -76,7 +76,7 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
-    if former is not None and former.timetable is not None:
+    if former is not None and former.timetable is not None and former.driver.failure is None:
         former.timetable.let_through()
     meeting = Meeting.of(ground.group, ground.timeout)
     failure: Exception | None = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from commhub._cpp import cpp_library
     from commhub._errors import (
+        CheckpointError,
         CommhubError,
         HookConflictError,
         HookError,
@@ -58,6 +59,7 @@ __all__ = [
     "Broadcast",
     "Bucket",
     "CastAllReduce",
+    "CheckpointError",
     "Collective",
     "CommhubError",
     "ErrorFeedback",
@@ -105,6 +107,7 @@ _HOMES = {
     "Broadcast": "commhub._collectives",
     "Bucket": "commhub._bucket",
     "CastAllReduce": "commhub._cast_all_reduce",
+    "CheckpointError": "commhub._errors",
     "Collective": "commhub._collectives",
     "CommhubError": "commhub._errors",
     "ErrorFeedback": "commhub._feedback",

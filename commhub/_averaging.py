@@ -1,7 +1,14 @@
-"""Averaging parameters with an averager's exchange: in place, in chunks, in an order that is the same on every rank."""
+"""Averaging what is trained by an averager's exchange: in place, in chunks, in an order that is the same on every rank.
+
+Parameters are frozen, unfrozen, added and replaced while training goes on, so each average asks the module. What all
+ranks of a group have told each other they have travels at once, since its sizes are known to be equal; whether a rank
+has something else by now goes along in the round that confirms it, and only then do ranks compare, before anything
+else is sent.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -9,8 +16,11 @@ import torch
 from torch import Tensor
 
 from ._bucket import lay_out
-from ._collectives import AllGather, AllReduce
+from ._callbacks import call_after
+from ._errors import HookError
+from ._means import WholeMean
 from ._protocols import Confined
+from ._told import Common, Entry, Told, difference
 
 if TYPE_CHECKING:
     import weakref
@@ -19,8 +29,10 @@ if TYPE_CHECKING:
     from ._bucket import Bucket
     from ._collectives import Subgroup
     from ._engine import Engine
-    from ._errors import HookError
-    from ._protocols import Averager, Exchange
+    from ._protocols import Averager, Hook, Setup
+    from ._trained import Trained
+
+logger = logging.getLogger("commhub")
 
 CHUNK = 8 * 2**20
 """Bytes of one bucket of parameters; a parameter that is larger has a bucket to itself."""
@@ -37,15 +49,19 @@ class Averaging:
     Attributes:
         averager: whose exchange it is.
         engine: carries the exchange out.
-        parameters, buffers: by name, in the model's order.
+        setup: what the averager's ``prepare`` got.
+        trained: the parameters, and the buffers beside them.
         optimizers: whose state may be averaged too.
     """
 
     averager: Averager
     engine: weakref.ref[Engine]
-    parameters: Sequence[Named]
-    buffers: Sequence[Named]
+    setup: Setup
+    trained: Trained
     optimizers: Sequence[torch.optim.Optimizer]
+    _prepared: set[Entry] = attrs.field(default=attrs.Factory(lambda self: set(_entries(self.setup)), takes_self=True))
+    _said: set[Entry] = attrs.Factory(set)
+    _agreed: dict[Subgroup | None, tuple[Entry, ...]] = attrs.Factory(dict)
     _common: dict[Subgroup | None, tuple[frozenset[str], frozenset[str]]] = attrs.Factory(dict)
 
     @property
@@ -57,90 +73,177 @@ class Averaging:
         """Average everything among ``group``, all ranks where it is ``None``; return what went wrong."""
         engine = self.engine()
         assert engine is not None
+        run = _Run(engine, step, group, self.setup.device)
         with torch.no_grad():
-            kinds = [list(self.parameters)]
-            if getattr(self.averager, "buffers", False):
-                kinds.append([(name, b) for name, b in self.buffers if b.is_floating_point() or b.is_complex()])
-            if self.optimizer_state:
-                kinds.append(self._optimizer_state(engine, step, group))
-            chunks = [chunk for tensors in kinds for chunk in _chunks(tensors)]
-            hook = Confined(self.averager, group)
-            engine.state.begin()
-            finite, forgets = True, engine.state.is_empty()
-            for start in range(0, len(chunks), AHEAD):
-                filled: list[tuple[Bucket, list[Named]]] = []
-                some = _fill(engine, chunks[start : start + AHEAD], start, step, group, filled)
-                failure = engine.aside(hook, some, group)
-                if failure is not None:
-                    engine.state.rollback()
-                    return failure
-                for bucket, chunk in filled:
-                    finite = finite and (forgets or bool(bucket.finite))
-                    for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
-                        tensor.copy_(view)
-            engine.state.commit(finite)
-        return None
+            mine = self._mine()
+            failure = self._known(run, mine) or self._new(run, mine)
+            if failure is None and self.optimizer_state:
+                failure = self._optimizer_state(run, mine)
+            return failure
 
-    def _optimizer_state(self, engine: Engine, step: int, group: Subgroup | None) -> list[Named]:
-        """The tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
+    def look(self, _step: int) -> None:
+        """See what this step has trained, even if it is frozen again when an average is due."""
+        self.trained.look()
+
+    def prepared(self) -> list[Named]:
+        """The parameters that the averager itself reduces."""
+        every = ((Entry.of("parameter", name, p), p) for name, p in self.trained.look())
+        return [(entry.name, p) for entry, p in every if entry in self._prepared]
+
+    def _mine(self) -> dict[Entry, Tensor]:
+        """What this rank has to average, in the model's order."""
+        found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}
+        if getattr(self.averager, "buffers", False):
+            floating = ((name, b) for name, b in self.trained.buffers() if b.is_floating_point() or b.is_complex())
+            found.update((Entry.of("buffer", name, b), b) for name, b in floating)
+        return found
+
+    def _known(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Average what the group's ranks have told one another they have; hear whether one has something else now."""
+        agreed = self._agreed.get(run.group)
+        if agreed is None:
+            return None
+        run.changed.fill_(float(set(agreed) != mine.keys()))
+        # What this rank has no more is sent as zeros, of the size that the others expect.
+        sent = {e: mine[e] if e in mine else torch.zeros(e.shape, dtype=e.dtype, device=run.device) for e in agreed}
+        return self._exchange(run, sent, run.changed)
+
+    def _new(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Where a rank of the group has something else, compare; then average what has come."""
+        if not float(run.changed):
+            return None
+        told = Told(map(str, mine))
+        failure = run.tell(told)
+        if failure is not None:
+            return failure
+        differing = difference(told.everyone, run.ranks)
+        if differing:
+            return HookError(
+                f"{type(self.averager).__name__}, step {run.step}, rank {run.engine.rank}: the ranks do not train the "
+                f"same: {differing}. Freeze, unfreeze, add and replace parameters on all ranks alike, between the same "
+                "two averages. Until they are alike again, only what they had in common before is averaged."
+            )
+        former, words = set(self._agreed.get(run.group, ())), {str(entry): entry for entry in mine}
+        agreed = self._agreed[run.group] = tuple(words[word] for word in told.everyone[0])
+        return self._exchange(run, {e: mine[e] for e in agreed if e not in former}) or self._extend(run, mine)
+
+    def _exchange(self, run: _Run, tensors: dict[Entry, Tensor], flag: Tensor | None = None) -> HookError | None:
+        mean = [(e.name, t) for e, t in tensors.items() if e.kind == "parameter" and e not in self._prepared]
+        own = [(e.name, t) for e, t in tensors.items() if e in self._prepared]
+        buffers = [(e.name, t) for e, t in tensors.items() if e.kind == "buffer"]
+        return run.reduce([(self.averager, [own, buffers]), (WholeMean(), [mean])], flag)
+
+    def _extend(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Have the averager know what has come, now that it is equal on all ranks; else its plain mean goes on."""
+        come = {e: t for e, t in mine.items() if e.kind == "parameter" and e not in self._prepared}
+        if len(run.ranks) < run.engine.world_size or come.keys() <= self._said:
+            return None
+        self._said.update(come)
+        names = tuple(e.name for e in come)
+        if run.engine.rank == 0:
+            logger.info("step %d: %s averaged too from now on, trained only lately", run.step, ", ".join(names))
+        run.engine.state.extend(names)
+        extend = getattr(self.averager, "extend", None)
+        if not callable(extend):
+            return None
+        self._prepared.update(come)  # also where it fails, so that ranks go on asking for the same collectives
+        setup = attrs.evolve(
+            self.setup,
+            names=names,
+            shapes=tuple(e.shape for e in come),
+            dtypes=tuple(e.dtype for e in come),
+            strides=tuple(span.stride for span in lay_out(names, come.values())),
+            parameters=tuple(come.values()),
+        )
+        return call_after(lambda _: extend(setup), run.step, type(self.averager).__name__, run.engine.rank)
+
+    def _optimizer_state(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Average the tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
         found: dict[str, Tensor] = {}
-        for name, parameter in self.parameters:
-            for number, optimizer in enumerate(self.optimizers):
+        for entry, parameter in mine.items():
+            for number, optimizer in enumerate(self.optimizers if entry.kind == "parameter" else ()):
                 table: dict[str, Any] = optimizer.state.get(parameter, {})
                 for key, value in sorted(table.items()):
                     fits = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
                     if fits and key != "step":
-                        found[f"{name}:{key}" if number == 0 else f"{name}:{number}:{key}"] = value
-        mine = frozenset(f"{name} {tensor.dtype}" for name, tensor in found.items())
-        told = _Common(mine, self._common.get(group))
-        flag = torch.zeros(1, device=self.parameters[0][1].device)
-        bucket = engine.bucket(flag, (), (), step=step, group=group)
-        failure = engine.aside(Confined(told, group), [bucket], group)
-        if failure is None:
-            self._common[group] = mine, told.common
-        return [(name, tensor) for name, tensor in found.items() if f"{name} {tensor.dtype}" in told.common]
+                        found[f"{entry.name}:{key}" if number == 0 else f"{entry.name}:{number}:{key}"] = value
+        words = {name: f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in found.items()}
+        told = Common(frozenset(words.values()), self._common.get(run.group))
+        failure = run.tell(told, counted=True)
+        if failure is not None:
+            return failure
+        self._common[run.group] = frozenset(words.values()), told.common
+        common = [(name, tensor) for name, tensor in found.items() if words[name] in told.common]
+        return run.reduce([(self.averager, [common])])
 
 
-class _Common:
-    """The words that all ranks have: gathered where any rank's have changed since they were, else as they were."""
+class _Run:
+    """One average under way.
 
-    def __init__(self, mine: frozenset[str], known: tuple[frozenset[str], frozenset[str]] | None) -> None:
-        self._mine = mine
-        self._changed = known is None or known[0] != mine
-        self.common = frozenset() if known is None else known[1]
+    Attributes:
+        engine, step, group, device: as given.
+        ranks: of the group, all of them where it is ``None``.
+        changed: one element; above zero where a rank of the group has other tensors than it had at the last average.
+    """
 
-    def reduce(self, bucket: Bucket) -> Exchange:
-        changed = yield AllReduce(bucket.flat.fill_(float(self._changed)), op="sum")
-        if float(changed) == 0:
-            return
-        device = bucket.flat.device
-        text = "\n".join(sorted(self._mine)).encode()
-        lengths = (yield AllGather(torch.tensor([len(text)], device=device))).tolist()
-        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
-        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
-        gathered = (yield AllGather(padded.to(device))).cpu().view(len(lengths), -1)
-        everyone = [bytes(row[:n].tolist()).decode().split("\n") for row, n in zip(gathered, lengths, strict=True)]
-        self.common = frozenset.intersection(*(frozenset(words) - {""} for words in everyone))
+    def __init__(self, engine: Engine, step: int, group: Subgroup | None, device: torch.device) -> None:
+        self.engine, self.step, self.group, self.device = engine, step, group, device
+        self.ranks = range(engine.world_size) if group is None else group.ranks
+        self.changed = torch.ones(1, device=device)
+        self._index = 0
+
+    def tell(self, hook: Hook, *, counted: bool = False) -> HookError | None:
+        """Run an exchange of words."""
+        bucket = self.engine.bucket(torch.zeros(1, device=self.device), (), (), step=self.step, group=self.group)
+        return self.engine.aside(Confined(hook, self.group), [bucket], self.group, topic="words", counted=counted)
+
+    def reduce(
+        self, kinds: Sequence[tuple[Hook, Sequence[list[Named]]]], flag: Tensor | None = None
+    ) -> HookError | None:
+        """Reduce tensors in place, each hook's own kinds of them; sum ``flag`` over the group beside them.
+
+        What the hooks remember counts if all of it is finite.
+        """
+        engine = self.engine
+        rounds: list[tuple[Hook, list[list[Named]]]] = []
+        for hook, tensors in kinds:
+            chunks = [chunk for same in tensors for chunk in _chunks(same)]
+            rounds += [(hook, chunks[start : start + AHEAD]) for start in range(0, len(chunks), AHEAD)]
+        if flag is not None and not rounds:
+            rounds.append((WholeMean(), []))
+        engine.state.begin()
+        finite, forgets = True, engine.state.is_empty()
+        for number, (hook, chunks) in enumerate(rounds, start=1):
+            filled: list[tuple[Bucket, list[Named]]] = []
+            last = flag if number == len(rounds) else None
+            failure = engine.aside(Confined(hook, self.group), self._fill(chunks, filled), self.group, flag=last)
+            if failure is not None:
+                engine.state.rollback()
+                return failure
+            for bucket, chunk in filled:
+                finite = finite and (forgets or bool(bucket.finite))
+                for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
+                    tensor.copy_(view)
+        engine.state.commit(finite)
+        return None
+
+    def _fill(self, chunks: Sequence[list[Named]], filled: list[tuple[Bucket, list[Named]]]) -> Iterator[Bucket]:
+        """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
+        for chunk in chunks:
+            names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
+            spans = lay_out(names, tensors)
+            flat = tensors[0].new_empty(sum(span.numel for span in spans))
+            bucket = self.engine.bucket(flat, tensors, spans, index=self._index, step=self.step, group=self.group)
+            self._index += 1
+            for view, tensor in zip(bucket.gradients, tensors, strict=True):
+                view.copy_(tensor)
+            filled.append((bucket, chunk))
+            yield bucket
 
 
-def _fill(
-    engine: Engine,
-    chunks: Sequence[list[Named]],
-    first: int,
-    step: int,
-    group: Subgroup | None,
-    filled: list[tuple[Bucket, list[Named]]],
-) -> Iterator[Bucket]:
-    """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
-    for index, chunk in enumerate(chunks, start=first):
-        names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
-        spans = lay_out(names, tensors)
-        flat = tensors[0].new_empty(sum(span.numel for span in spans))
-        bucket = engine.bucket(flat, tensors, spans, index=index, step=step, group=group)
-        for view, tensor in zip(bucket.gradients, tensors, strict=True):
-            view.copy_(tensor)
-        filled.append((bucket, chunk))
-        yield bucket
+def _entries(setup: Setup) -> Iterator[Entry]:
+    for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True):
+        yield Entry("parameter", name, tuple(shape), dtype)
 
 
 def _chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:

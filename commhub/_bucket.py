@@ -107,6 +107,11 @@ class Bucket:
         return self._names
 
     @property
+    def spans(self) -> tuple[Span, ...]:
+        """Where each parameter's gradient lies in ``flat``."""
+        return self._spans
+
+    @property
     def gradients(self) -> tuple[Tensor, ...]:
         """Views of ``flat``, one per parameter, with the parameter's shape and strides."""
         flat = self.flat

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from ._errors import HookError
+from ._errors import HookError, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,16 +32,20 @@ class Callbacks:
         while self.at_end:
             try:
                 self.at_end.pop()()
-            except Exception:
-                logger.exception("what a hook does when it ends has failed")
+            except BaseException as error:
+                logger.exception("what a hook does when it ends has failed: %s", described(error))
+                if isinstance(error, KeyboardInterrupt):
+                    raise
 
 
 def call_after(function: Callable[[int], None], step: int, hook: str, rank: int) -> HookError | None:
     """Call ``function(step)``; return what it raises, for the caller to raise where it harms nothing but the step."""
     try:
         function(step)
-    except Exception as error:  # noqa: BLE001 - a hook may raise anything
-        failure = HookError(f"{hook}, step {step}, rank {rank}: after_step raised {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a hook may raise anything
+        failure = HookError(f"{hook}, step {step}, rank {rank}: after_step raised {described(error)}")
         failure.__cause__ = error
         return failure
     return None

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ._errors import RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
 SLOT = "_commhub_slot"
 """The attribute of a DDP model under which commhub's one entry into it is kept."""
@@ -52,6 +52,8 @@ def refuse(model: DistributedDataParallel) -> None:
         raise RegistrationError(
             "an optimizer in backward owns the model's one hook slot. Use optimizer_overlap instead."
         )
+    if model._delay_all_reduce_all_params:
+        raise RegistrationError("the model reduces no gradients by hook: all its parameters are delayed.")
     if SLOT in model.__dict__:
         return
     logged = "" if model._comm_hooks else model._get_ddp_logging_data().get("comm_hook", "")
@@ -60,46 +62,23 @@ def refuse(model: DistributedDataParallel) -> None:
         raise RegistrationError(
             f"the model already has the communication hook {name!r}, and PyTorch takes one. Do not register that one."
         )
-    if not any(p.requires_grad for p in model._module_parameters):
-        raise RegistrationError("the model reduces no gradients by hook: all its parameters are delayed or frozen.")
 
 
-def check_devices(model: nn.Module, backend: str) -> torch.device:
-    """The device of the trainable parameters.
+def check_devices(parameters: Iterable[nn.Parameter], backend: str) -> torch.device:
+    """The device of the parameters whose gradients are averaged.
 
     Raises:
         RegistrationError: if they are on several, or where no driver can serve them.
     """
-    devices = {p.device for _, p in trainable(model)}
+    devices = {p.device for p in parameters}
     if len(devices) != 1:
-        raise RegistrationError(f"trainable parameters are on {len(devices)} devices; one per process is supported.")
+        raise RegistrationError(f"trained parameters are on {len(devices)} devices; one per process is supported.")
     device = devices.pop()
     if device.type == "cuda" and "nccl" not in backend:
         raise RegistrationError(f"CUDA gradients on a {backend} group would be staged through the host. Use NCCL.")
     if device.type not in ("cpu", "cuda"):
         raise RegistrationError(f"gradients on {device.type!r} have no driver yet; cpu and cuda have.")
     return device
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters whose gradients are averaged, by the name they have in the bare module.
-
-    A name does not change when the module, or a part of it, is compiled.
-    """
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    ignored = model.parameters_to_ignore if isinstance(model, DistributedDataParallel) else ()
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and name not in ignored:
-            yield name.replace("_orig_mod.", ""), parameter
-
-
-def buffers_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers, named as ``trainable`` names parameters."""
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    ignored = model.parameters_to_ignore if isinstance(model, DistributedDataParallel) else ()
-    for name, buffer in module.named_buffers():
-        if name not in ignored:
-            yield name.replace("_orig_mod.", ""), buffer
 
 
 def group_of(model: DistributedDataParallel, given: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -5,7 +5,8 @@ Knows nothing of DistributedDataParallel; the slot on a DDP model and ``manual``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import threading
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -13,65 +14,23 @@ from torch import Tensor
 
 from ._bucket import Bucket, Span
 from ._callbacks import Callbacks, call_after
-from ._collectives import AllReduce
+from ._means import PlainMean, Sum
 from ._sparse import SparseMean
 from .drivers._failure import to_raise
 from .drivers._job import Scratch
 from .drivers._lane import Lane
-from .drivers._stats import Meter, Stats
+from .drivers._signature import Place
+from .drivers._stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ._collectives import Subgroup
     from ._errors import HookError
-    from ._network import Network
-    from ._protocols import Exchange, Hook
+    from ._protocols import Hook
     from ._state import State
     from ._timetable import Timetable
-
-
-class Driver(Protocol):
-    """What carries lanes out; see ``commhub.drivers``."""
-
-    meter: Meter
-    failure: HookError | None
-    network: Network | None
-    confirms: bool
-    """Whether a round can end on this rank before it is known to have ended well on the others."""
-
-    def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
-        """Communicators among disjoint groups of ranks."""
-
-    def submit(self, lane: Lane) -> None:
-        """Take the round's next bucket."""
-
-    def end_round(self) -> None:
-        """No more buckets come until ``wait`` has returned."""
-
-    def wait(self) -> None:
-        """Return when every lane is settled."""
-
-    def future(self) -> torch.futures.Future[Tensor]:
-        """A future for a bucket, to be completed from ``Lane``'s ``done``."""
-
-    def close(self) -> None:
-        """Give up threads and groups."""
-
-
-class PlainMean:
-    """The average and nothing else: what a model does whose hook was removed."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        """Average ``bucket.flat`` over all ranks."""
-        bucket.flat.copy_((yield AllReduce(bucket.flat)))
-
-
-class _Sum:
-    """Adds up over the ranks."""
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
+    from .drivers._driver import Driver
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -106,11 +65,19 @@ class Engine:
     _loss_scale: float = 1.0
     _watch: bool = False
     _lingering: bool = False
+    _abandoned: int = 0
+    _thread: int = 0
+    _rounds: dict[str, int] = attrs.Factory(dict)
 
     @property
     def in_step(self) -> bool:
         """Whether a step has begun and not ended."""
         return self._open
+
+    @property
+    def is_left_over(self) -> bool:
+        """Whether a step has begun whose backward has ended without it, in a Ctrl-C for instance."""
+        return self._open and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
 
     def begin(self, *, divisor: int | None = None, divides: bool = False, loss_scale: float = 1.0) -> None:
         """Start a step."""
@@ -118,6 +85,7 @@ class Engine:
             self.timetable.join()
         self._catch_up()
         self._open = True
+        self._thread = threading.get_ident()
         self._lanes.clear()
         self._divisor = self.world_size if divisor is None else divisor
         self._divides = divides
@@ -132,8 +100,13 @@ class Engine:
         spans: tuple[Span, ...],
         used: tuple[bool, ...],
         done: Callable[[], None],
+        *,
+        plain: bool = False,
     ) -> None:
-        """Reduce one bucket, in place; ``done`` is called when it is over, whether it went well or not."""
+        """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
+
+        ``done`` is called when it is over, whether it went well or not.
+        """
         bucket = Bucket(
             flat=flat,
             parameters=tuple(parameters),
@@ -147,8 +120,11 @@ class Engine:
             loss_scale=self._loss_scale,
             spans=spans,
         )
-        hook, wire = (SparseMean(), None) if flat.is_sparse else (self.hook, self.wire)
-        lane = self._lane(hook, bucket, wire, done, watch=self._watch)
+        own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
+        hook, wire = (self.hook, self.wire) if own is None else (own, None)
+        # What is sparse has another size in each step, the same on all ranks by construction.
+        place = Place("step", (self.step, self._abandoned), bucket.index, compared=not flat.is_sparse)
+        lane = self._lane(hook, bucket, wire, place, done, watch=self._watch)
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
         self.driver.meter.step.logical_bytes += 2 * (self.world_size - 1) / self.world_size * size
         self._lanes.append(lane)
@@ -159,6 +135,7 @@ class Engine:
         hook: Hook,
         bucket: Bucket,
         wire: torch.dtype | None,
+        place: Place,
         done: Callable[[], None] = lambda: None,
         *,
         watch: bool = False,
@@ -171,8 +148,15 @@ class Engine:
             scratch=self._scratch,
             meter=self.driver.meter,
             watch=watch,
+            place=place,
             done=done,
         )
+
+    def _next_round(self, topic: str, group: Subgroup | None) -> tuple[str, int]:
+        """The name of what ranks of ``group`` do together between buckets of a step, and how often they have."""
+        name = topic if group is None else f"{topic} among {', '.join(map(str, group.ranks))} ({group.key})"
+        self._rounds[name] = self._rounds.get(name, 0) + 1
+        return name, self._rounds[name]
 
     def end(self, *, linger: bool = False) -> HookError | None:
         """Wait for every bucket; keep what the step remembered, or say what went wrong with it, here or on a peer.
@@ -232,7 +216,11 @@ class Engine:
             self.driver.meter.take()
 
     def abandon(self) -> None:
-        """Forget a step that backward did not finish, after what was begun has ended."""
+        """Forget a step that backward did not finish, after what was begun has ended.
+
+        Its peers may have finished theirs, so that what it asks for from now on is compared again.
+        """
+        self._abandoned += 1
         self.driver.wait()
         self.driver.meter.take()
         self._lanes.clear()
@@ -251,7 +239,8 @@ class Engine:
 
     def _submit_sum(self, flat: Tensor, group: Subgroup | None = None) -> None:
         bucket = self.bucket(flat, (), (), group=group)
-        self.driver.submit(self._lane(_Sum(), bucket, None))
+        topic, number = self._next_round("sum", group)
+        self.driver.submit(self._lane(Sum(), bucket, None, Place(topic, (number,), compared=False)))
 
     def bucket(
         self,
@@ -278,21 +267,34 @@ class Engine:
             spans=spans,
         )
 
-    def aside(self, hook: Hook, buckets: Iterable[Bucket], group: Subgroup | None) -> HookError | None:
+    def aside(
+        self,
+        hook: Hook,
+        buckets: Iterable[Bucket],
+        group: Subgroup | None,
+        *,
+        topic: str = "average",
+        flag: Tensor | None = None,
+        counted: bool = True,
+    ) -> HookError | None:
         """Reduce buckets of ``group`` with another hook, in a round between steps; return what went wrong in it.
 
-        Its figures count for the step before.
+        ``topic`` tells apart what differs from round to round. ``flag``, one element, is summed over the group in the
+        confirming round. Its figures count for the step before, if they are to be ``counted``.
         """
         self._catch_up()
         watch = not self.state.is_empty()
+        topic, number = self._next_round(topic, group)
         for bucket in buckets:
-            self.driver.submit(self._lane(hook, bucket, self.wire, watch=watch))
+            place = Place(topic, (number,), bucket.index)
+            self.driver.submit(self._lane(hook, bucket, self.wire, place, watch=watch))
         self.driver.wait()
         figures = self.driver.meter.take()
-        self.stats.add(figures)
-        self.stats.last.add(figures)
-        if self.driver.failure is None and self.driver.confirms and self.world_size > 1:
-            self._submit_sum(torch.zeros(1), group)
+        if counted:
+            self.stats.add(figures)
+            self.stats.last.add(figures)
+        if self.driver.failure is None and self.world_size > 1 and (self.driver.confirms or flag is not None):
+            self._submit_sum(torch.zeros(1) if flag is None else flag, group)
             self.driver.wait()
             self.driver.meter.take()
         return None if self.driver.failure is None else to_raise(self.driver.failure)

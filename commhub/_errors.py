@@ -6,6 +6,7 @@ rank) and what to do. This module imports nothing.
 """
 
 __all__ = [
+    "CheckpointError",
     "CommhubError",
     "HookConflictError",
     "HookError",
@@ -42,6 +43,10 @@ class PluginError(CommhubError, ImportError):
     """A plugin is installed but cannot be used; the cause is the original exception."""
 
 
+class CheckpointError(CommhubError, ValueError):
+    """A hook's state cannot be saved or loaded; the text names the file, if it lies in one, and the reason."""
+
+
 class RegistrationError(CommhubError, RuntimeError):
     """A hook cannot be registered on this model, or a registration cannot do what was asked of it."""
 
@@ -52,3 +57,13 @@ class HookError(CommhubError, RuntimeError):
 
 class HookTimeoutError(HookError, TimeoutError):
     """A hook's communication did not finish in time, for example because a peer is gone."""
+
+
+def described(error: BaseException) -> str:
+    """Its type and message as text that can be sent and printed, whatever the error is."""
+    try:
+        text = str(error)
+    except BaseException as worse:  # noqa: BLE001 - an error may be of anybody's making
+        text = f"(no message: its __str__ raised {type(worse).__name__})"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return f"{type(error).__name__}: {text}"

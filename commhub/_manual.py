@@ -5,22 +5,25 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._bucket import Span, lay_out
+from ._bucket import lay_out
 from ._choosing import choose
-from ._ddp import buffers_of, check_devices, trainable
+from ._ddp import check_devices
 from ._errors import RegistrationError
+from ._late import Late, pack, sparse_in
 from ._protocols import is_averager
 from ._register import optimizers_of
 from ._registration import Registration
 from ._session import Ground, Session, checked_timeout, start
+from ._trained import Trained, trainable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from ._choosing import Chosen
 
@@ -36,10 +39,26 @@ class ManualRegistration(Registration):
 
     def __init__(self, module: nn.Module, ground: Ground, session: Session) -> None:
         self._module = module
+        self._trained = Trained(weakref.ref(module))
         super().__init__(ground, session, None)
-        sparse = _sparse(self._module)
-        self._buckets = _fill(p for p in self._ground.parameters if id(p[1]) not in sparse)
-        self._sparse = [pair for pair in self._ground.parameters if id(pair[1]) in sparse]
+        self._pack()
+
+    def _pack(self) -> None:
+        """Lay the gradients out that the hook was prepared for."""
+        sparse, parameters = sparse_in(self._module), self._ground.parameters
+        self._buckets = pack([(name, p) for name, p in parameters if id(p) not in sparse])
+        self._sparse = [(name, p) for name, p in parameters if id(p) in sparse]
+        self._late = Late(self._trained, self._module, parameters)
+
+    def _replace(self, choose_one: Callable[[], Chosen]) -> None:
+        former = self._ground
+        self._ground = attrs.evolve(former, parameters=self._trained.look())
+        try:
+            super()._replace(choose_one)
+        except BaseException:
+            self._ground = former
+            raise
+        self._pack()
 
     def _take(self, session: Session) -> None:
         super()._take(session)
@@ -49,11 +68,14 @@ class ManualRegistration(Registration):
     def average(self) -> None:
         """Average the gradients of all parameters over the ranks, in place.
 
-        A parameter without a gradient here counts as zero; one that has none on any rank is left alone. With an
-        averager registered by itself, count a step and average the parameters if they are due; gradients play no part.
+        A parameter without a gradient here counts as zero; one that has none on any rank is left alone. One that is
+        trained only since the hook was registered or swapped is averaged by a plain mean, and a warning says so once.
+
+        With an averager registered by itself, count a step and average the parameters if they are due; gradients play
+        no part.
 
         Raises:
-            HookError: what went wrong, on every rank.
+            HookError: what went wrong, on every rank; also where ranks do not train the same parameters.
         """
         self._check_usable()
         if is_averager(self.hook):
@@ -72,23 +94,24 @@ class ManualRegistration(Registration):
         self.finish()
 
     def _exchange(self) -> None:
-        engine = self._session.engine
+        engine, device, late = self._session.engine, self._ground.device, self._late
         scaler = self._ground.scaler
         somewhere = self._used_somewhere()
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         with torch.no_grad():
             engine.begin(loss_scale=scale)
-            filled = []
-            for parameters, spans in self._buckets:
-                flat = torch.zeros(sum(s.numel for s in spans), dtype=parameters[0].dtype, device=self._ground.device)
-                views = [flat.as_strided(s.shape, s.stride, s.offset) for s in spans]
-                for view, parameter in zip(views, parameters, strict=True):
+            filled: list[tuple[Tensor, Tensor]] = []
+            for packed, plain in [*((p, False) for p in self._buckets), *((p, True) for p in late.buckets)]:
+                flat, views = packed.empty(device)
+                fit = [plain or late.knows(parameter) for parameter in packed.parameters]
+                pairs = [(p, v) for p, v, fits in zip(packed.parameters, views, fit, strict=True) if fits]
+                for parameter, view in pairs:
                     if parameter.grad is not None:
                         view.copy_(parameter.grad)
-                used = tuple(p.grad is not None for p in parameters)
-                engine.add(flat, parameters, spans, used, lambda: None)
-                filled.append((parameters, views))
-            for name, parameter in self._sparse:
+                used = tuple(fits and p.grad is not None for p, fits in zip(packed.parameters, fit, strict=True))
+                engine.add(flat, packed.parameters, packed.spans, used, lambda: None, plain=plain)
+                filled += pairs
+            for name, parameter in [*self._sparse, *late.sparse]:
                 if parameter.grad is None and id(parameter) in somewhere:
                     parameter.grad = torch.sparse_coo_tensor(
                         torch.empty((1, 0), dtype=torch.int64),
@@ -102,41 +125,34 @@ class ManualRegistration(Registration):
             failure = engine.end()
             if failure is not None:
                 raise failure
-            for parameters, views in filled:
-                for parameter, view in zip(parameters, views, strict=True):
-                    if parameter.grad is not None:
-                        parameter.grad.copy_(view)
-                    elif id(parameter) in somewhere:
-                        parameter.grad = view.clone()
+            for parameter, view in filled:
+                if parameter.grad is not None:
+                    parameter.grad.copy_(view)
+                elif id(parameter) in somewhere:
+                    parameter.grad = view.clone()
         failure = engine.finish()
         if failure is not None:
             raise failure
 
     def _used_somewhere(self) -> set[int]:
-        parameters = [p for _, p in self._ground.parameters]
-        flags = torch.tensor([float(p.grad is not None) for p in parameters], device=self._ground.device)
-        counts = self._session.engine.sum(flags).tolist()
-        return {id(p) for p, n in zip(parameters, counts, strict=True) if n}
+        """The parameters that have a gradient on some rank. What ranks train is compared here where it has changed.
 
-
-def _sparse(module: nn.Module) -> set[int]:
-    """The parameters whose gradients are sparse, by identity, told as DDP tells them."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(m.weight) for m in module.modules() if isinstance(m, kinds) and m.sparse}
-
-
-def _fill(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[list[Tensor], tuple[Span, ...]]]:
-    """Buckets of one dtype each, last parameters first, as backward makes their gradients."""
-    buckets: list[list[tuple[str, Tensor]]] = []
-    size = 0
-    for name, parameter in reversed(list(parameters)):
-        fits = buckets and size + parameter.nbytes <= BUCKET_BYTES and buckets[-1][0][1].dtype == parameter.dtype
-        if not fits:
-            buckets.append([])
-            size = 0
-        buckets[-1].append((name, parameter))
-        size += parameter.nbytes
-    return [([p for _, p in bucket], lay_out([n for n, _ in bucket], [p for _, p in bucket])) for bucket in buckets]
+        Raises:
+            HookError: if the ranks differ in it.
+        """
+        engine, prepared = self._session.engine, [p for _, p in self._ground.parameters]
+        while True:
+            late, changed = self._late.look()
+            flags = [p is not None and p.grad is not None for p in (*prepared, *late)]
+            told = torch.tensor([*flags, changed], dtype=torch.float32, device=self._ground.device)
+            counts = engine.sum(told).tolist()
+            if not counts[-1]:
+                break
+            failure = self._late.agree(engine, self._ground.device)
+            if failure is not None:
+                raise failure
+        self._late.pack()
+        return {id(p) for p, count in zip((*prepared, *late), counts[:-1], strict=True) if count}
 
 
 def manual(
@@ -178,7 +194,7 @@ def manual(
         every["wire"] = wire
 
     def chosen_here() -> Chosen:
-        check_devices(module, dist.get_backend(group))
+        check_devices((p for _, p in parameters), dist.get_backend(group))
         return choose(hook, every)
 
     ground = Ground(
@@ -186,7 +202,6 @@ def manual(
         device=device,
         module=weakref.ref(module),
         parameters=parameters,
-        buffers=tuple(buffers_of(module)),
         unused=True,
         traits={},
         optimizers=optimizers_of(optimizer),

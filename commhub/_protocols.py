@@ -25,7 +25,8 @@ class Setup:
     """What ``prepare`` is given, once, at registration, on every rank. All state is allocated there.
 
     Attributes:
-        names: of the model's trainable parameters, in the model's order.
+        names: of the parameters whose gradients are averaged, in the model's order: those that DDP was wrapped with,
+            or those of a bare module that are trained.
         shapes: theirs.
         dtypes: theirs.
         strides: theirs.
@@ -56,7 +57,7 @@ class Setup:
     _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
     _after_step: Callable[[Callable[[int], None]], None]
     _at_end: Callable[[Callable[[], None]], object] = lambda _function: None
-    _average: Callable[[Averager], object] = lambda _averager: None
+    _average: Callable[[tuple[Averager, Setup]], object] = lambda _pair: None
     _ranks: tuple[int, ...] | None = None
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Subgroup | None:
@@ -92,7 +93,7 @@ class Setup:
 
         It runs after the optimizers' steps. One averager serves a registration.
         """
-        self._average(averager)
+        self._average((averager, self))
         prepare = getattr(averager, "prepare", None)
         if prepare is not None:
             prepare(self)
@@ -139,6 +140,10 @@ class Averager(Protocol):
     again in the first step after ``load_state_dict`` of the module or a part of it. It may be called several times.
     Where state of the registration is loaded too, before or after the weights, that state counts and ``begin`` is
     not called.
+
+    Parameters that are trained only later, unfrozen or added, are averaged by a plain mean. One that has
+    ``extend(setup: Setup) -> None`` reduces them itself from then on: it is called once for them, as ``prepare`` was
+    for the others, when they are equal on all ranks. It makes no subgroups.
     """
 
     def due(self, step: int) -> Subgroup | None:
@@ -189,6 +194,12 @@ class InnerHook:
         bucket.enter()
         exchange = self._hook.reduce(bucket)
         return exchange if bucket.group is None else confine(exchange, bucket.group)
+
+    @property
+    def extend(self) -> Callable[[Setup], None] | None:
+        """The hook's own ``extend``, with its memory; ``None`` where it has none."""
+        own = getattr(self._hook, "extend", None)
+        return None if own is None else lambda setup: own(setup.inner(self._name))
 
     @property
     def made(self) -> tuple[str, Hook]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +10,21 @@ import torch
 import torch.distributed as dist
 
 from ._choosing import Chosen, choose
-from ._ddp import buffers_of, check_devices, find, group_of, refuse, trainable
+from ._ddp import check_devices, find, group_of, refuse
 from ._errors import HookOptionError, RegistrationError
-from ._protocols import InnerHook
+from ._protocols import InnerHook, is_averager
 from ._registration import Registration
 from ._session import Ground, checked_timeout, start, stop
 from ._slot import Slot
+from ._wrapped import outside, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch.nn.parallel import DistributedDataParallel
+
+
+logger = logging.getLogger("commhub")
 
 
 def register(
@@ -66,7 +71,7 @@ def register(
         if not isinstance(verify, bool):
             raise RegistrationError(f"verify is {verify!r}; it is True or False.")
         refuse(ddp)
-        check_devices(ddp, dist.get_backend(group))
+        check_devices((p for _, p in parameters), dist.get_backend(group))
         checked_timeout(timeout, group, ddp.device)
         optimizers_of(optimizer)
         chosen = choose(hook, every)
@@ -76,13 +81,13 @@ def register(
         return chosen
 
     group = group_of(ddp, process_group)
+    parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
     valid_timeout = isinstance(timeout, int | float) and timeout > 0
     ground = Ground(
         group=group,
         device=ddp.device,
         module=weakref.ref(ddp),
-        parameters=tuple(trainable(ddp)),
-        buffers=tuple(buffers_of(ddp)),
+        parameters=parameters,
         unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
         optimizers=optimizers_of(optimizer, strict=False),
@@ -93,13 +98,16 @@ def register(
     former = Slot.on(ddp)
     session = start(ground, chosen_here, None if former is None else former.engine)
     replaced = former.owner if former is not None else None
-    slot = Slot.install(ddp)
+    slot = Slot.install(ddp, parameters)
     leftover = slot.engine
     registration = Registration(ground, session, slot)
     if replaced is not None:
         replaced._retire()
     elif leftover is not None:
         stop(leftover)
+    said = outside(ddp, parameters, gradients=not is_averager(registration.hook))
+    if said and session.engine.rank == 0:
+        logger.warning("%s: %s", registration, said)
     return registration
 
 

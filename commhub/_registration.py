@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from . import _saving
 from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
-from ._engine import PlainMean
 from ._errors import RegistrationError
+from ._folder import Folder
+from ._means import PlainMean
+from ._saved import to_dict
 from ._session import Ground, Session, at_work, latest, start, stop
+from ._together import load, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from ._network import Network
     from ._protocols import Averager, Hook
@@ -168,13 +169,23 @@ class Registration:
     def _check_usable(self) -> None:
         if self._removed:
             raise RegistrationError("this registration was removed. Call commhub.register again.")
+        if self._session.engine.is_left_over:
+            self._session.engine.abandon()
         if self._session.engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
     def _replace(self, choose_one: Callable[[], Chosen]) -> None:
+        self._install(self._started(choose_one))
+
+    def _started(self, choose_one: Callable[[], Chosen]) -> Session:
+        """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
+        former = self._session.engine
+        session = start(self._ground, choose_one, former)
+        session.engine.step = latest(former.step, session.engine, self._ground.device)
+        return session
+
+    def _install(self, session: Session) -> None:
         former = self._session
-        session = start(self._ground, choose_one, former.engine)
-        session.engine.step = latest(former.engine.step, session.engine, self._ground.device)
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
         self._level(former)
@@ -219,76 +230,44 @@ class Registration:
         """
         self.finish()
         engine = self._session.engine
-        return _saving.to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state)
+        return to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what was saved. With a schedule every rank must call it: the hook may have to be swapped first.
+        """Go on from what was saved. An average that is due is dropped: its parameters are of the time before.
+
+        Each rank calls it for itself, and all end if it fails on one; with a schedule it is collective, as a swap is.
 
         Args:
             state: this rank's dict; or those of all former ranks, which may have been more or fewer: then the mean
                 of the residuals is kept.
 
         Raises:
-            ValueError: if it is of another hook, model or rank, or incomplete. Nothing is changed then.
+            CheckpointError: if it is of another hook, model or rank, incomplete or damaged. Nothing is changed then;
+                with a schedule on no rank.
         """
-        if self._schedule:
-            self._catch_up(state)
-        merged = _saving.merge(state)
-        engine = self._session.engine
-        _saving.from_dict(merged, str(self), engine.rank, engine.world_size, engine.state)
-        engine.step = int(merged["step"])
-        if engine.timetable is not None:
-            engine.timetable.forget()
-
-    def _catch_up(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Swap to the hook that was scheduled for the state's step; collective, as a swap is."""
-        failure: Exception | None = None
-        step, text = 0, None
-        try:
-            merged = _saving.merge(state)
-            step = int(merged["step"])
-            text = self._schedule.get(max((at for at in self._schedule if at <= step), default=-1))
-            _saving.check_hook(merged, str(self) if text is None else choose(text, {}).text())
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
-            failure = error
-        meeting = Meeting.of(self._ground.group, self._ground.timeout)
-        agree(meeting, "catch up", {"step": step}, failure)
-        if text is not None:
-            self._schedule = {at: hook for at, hook in self._schedule.items() if at > step}
-            self.swap(text)
+        load(self, lambda rank, size: _saving.select(state, rank, size), alone=not self._schedule)
 
     def save(self, directory: str | Path) -> None:
-        """Write each rank's state to a file of its own in ``directory``, which all ranks share."""
-        failure: Exception | None = None
-        engine = self._session.engine
-        try:
-            _saving.write(Path(directory), engine.rank, self.state_dict())
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
-            failure = error
-        self._meet("save", failure)
+        """Write all ranks' state into ``directory``, which all ranks share, in place of what an earlier ``save`` wrote.
+
+        The former checkpoint can be loaded until the new one is complete, whatever happens to any rank meanwhile.
+
+        Raises:
+            CheckpointError: on every rank, if it failed on any; the former checkpoint stays.
+            HookError: what went wrong with an average that was due.
+        """
+        save(self._ground, directory, self.state_dict)
 
     def load(self, directory: str | Path) -> None:
         """Go on from what ``save`` wrote, with as many ranks or with others.
 
-        Raises:
-            ValueError: if a file is missing or does not belong to the others.
-        """
-        failure: Exception | None = None
-        states: list[dict[str, Any]] = []
-        try:
-            states = _saving.read(Path(directory))
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
-            failure = error
-        self._meet("read", failure)
-        with torch.no_grad():
-            try:
-                self.load_state_dict(states)
-            except Exception as error:  # noqa: BLE001 - the same
-                failure = error
-        self._meet("load", failure)
+        An average that is due is dropped: its parameters are of the time before.
 
-    def _meet(self, topic: str, failure: Exception | None) -> None:
-        agree(Meeting.of(self._ground.group, self._ground.timeout), topic, {"step": self.step}, failure)
+        Raises:
+            CheckpointError: on every rank, if a file is missing, damaged or of another hook or model for any of them.
+                Nothing is changed then on any rank.
+        """
+        load(self, lambda rank, size: Folder(directory).read(rank, size))
 
     def close(self) -> None:
         """Stop the communication thread and free the group, on this rank alone, averaging nothing.

@@ -15,15 +15,19 @@ from ._averaging import Averaging
 from ._bucket import lay_out
 from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
-from ._engine import Driver, Engine
+from ._engine import Engine
 from ._errors import RegistrationError
+from ._optimizers import check_local, watch_steps
 from ._protocols import Averager, Hook, LocalSteps, Setup
 from ._state import State
 from ._timetable import Timetable
+from ._trained import Trained
 from .drivers._stats import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from .drivers._driver import Driver
 
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -38,7 +42,7 @@ class Ground:
         group: the ranks to average over.
         device: where the gradients lie.
         module: whose gradients they are: the DDP model, or the bare module. It holds what holds this.
-        parameters, buffers: by name, in the model's order.
+        parameters: whose gradients they are, by name, in the model's order.
         unused: whether backward may leave parameters out.
         traits: what else must be equal on all ranks.
         optimizers, scaler, timeout, verify: as given to ``register``.
@@ -48,7 +52,6 @@ class Ground:
     device: torch.device
     module: weakref.ref[torch.nn.Module]
     parameters: tuple[tuple[str, torch.nn.Parameter], ...]
-    buffers: tuple[tuple[str, torch.Tensor], ...] = ()
     unused: bool = False
     traits: Mapping[str, Any]
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
@@ -86,6 +89,8 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         _check_fit(ground, chosen, hook, former)
+        if former is not None and (why := former.driver.in_use()):
+            raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         facts = _facts(ground, chosen, wire)
     except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
@@ -172,7 +177,7 @@ def _prepared(
         wire=wire,
         callbacks=callbacks,
     )
-    averagers: list[Averager] = []
+    averagers: list[tuple[Averager, Setup]] = []
     prepare = getattr(hook, "prepare", None)
     if prepare is not None:
         setup = Setup(
@@ -201,19 +206,25 @@ def _prepared(
     return engine
 
 
-def _timetable(ground: Ground, engine: Engine, averagers: list[Averager]) -> Timetable:
+def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
+    averager, setup = averagers[0]
+    module = ground.module()
+    if engine.world_size > 1 and module is not None:
+        check_local(ground.optimizers, module.parameters())
+        engine.callbacks.at_end.append(watch_steps(module))
     averaging = Averaging(
-        averager=averagers[0],
+        averager=averager,
+        setup=setup,
         engine=weakref.ref(engine),
-        parameters=ground.parameters,
-        buffers=ground.buffers,
+        trained=Trained(ground.module),
         optimizers=ground.optimizers,
     )
     if averaging.optimizer_state and not ground.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
-    return Timetable(averagers[0], averaging, engine.world_size, lambda: averaging.parameters)
+    engine.callbacks.after_step.append(averaging.look)
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared)
 
 
 def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
@@ -222,14 +233,16 @@ def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
         from .drivers._stream import CudaStreams, StreamDriver
 
         return StreamDriver(ground.group, CudaStreams(ground.device), Meter(), label=label)
-    from .drivers._board import Board
-    from .drivers._gloo import Channel
+    from .drivers._board import FailureBoard
+    from .drivers._gloo import GlooCommunicator
+    from .drivers._signature import Signatures
     from .drivers._thread import ThreadDriver
 
     patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
-    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
-    board = Board(meeting.branch("board"), meeting.rank)
-    return ThreadDriver(channel, board, Meter(), timeout=ground.timeout, label=label)
+    communicator = GlooCommunicator(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    board = FailureBoard(meeting.branch("board"), meeting.rank)
+    signatures = Signatures(meeting.branch("signatures"), meeting.rank, meeting.size)
+    return ThreadDriver(communicator, board, signatures, Meter(), timeout=ground.timeout, label=label)
 
 
 def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ._bucket import Span, lay_out
-from ._ddp import SLOT, trainable
+from ._ddp import SLOT
 from ._errors import HookError, RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.nn.parallel import DistributedDataParallel
 
     from ._engine import Engine
+    from ._trained import Named
 
 Future = torch.futures.Future
 
@@ -31,20 +32,21 @@ Future = torch.futures.Future
 class Slot:
     """The state of one DDP model's hook: which bucket of which step comes next, and who reduces it."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: DistributedDataParallel, parameters: Sequence[Named]) -> None:
         self.owner: Any = None
         self.engine: Engine | None = None
         self.scaler: Any = None
         self.after: Callable[[], None] | None = None
         self._model = weakref.ref(model)
-        self._names = {id(p): name for name, p in trainable(model)}
+        self._names = {id(p): name for name, p in parameters}
         self._layouts: dict[tuple[int, ...], tuple[Span, ...]] = {}
         self._used: set[int] = set()
         self._seen = 0
         self._task: int | None = None
-        self._device = next(p.device for _, p in trainable(model))
+        self._device = parameters[0][1].device
         self._handles: list[Any] = []
         self._flags = model.find_unused_parameters or model.static_graph
+        self._error: BaseException | None = None
 
     @classmethod
     def on(cls, model: DistributedDataParallel) -> Slot | None:
@@ -53,14 +55,19 @@ class Slot:
         return slot if isinstance(slot, cls) else None
 
     @classmethod
-    def install(cls, model: DistributedDataParallel) -> Slot:
-        """The model's slot, made and handed to the reducer where there was none."""
+    def install(cls, model: DistributedDataParallel, parameters: Sequence[Named]) -> Slot:
+        """The model's slot, made and handed to the reducer where there was none.
+
+        ``parameters`` are those that the reducer holds. They stay the same; their names are the present ones.
+        """
         slot = cls.on(model)
         if slot is not None:
+            slot._names = {id(p): name for name, p in parameters}
+            slot._layouts.clear()
             return slot
-        slot = cls(model)
+        slot = cls(model, parameters)
         model.register_comm_hook(slot, commhub_slot)
-        slot._watch_use(model)
+        slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot
 
@@ -70,17 +77,37 @@ class Slot:
         if model is not None and model.logger is not None:
             model.logger._set_comm_hook_name(name)
 
-    def _watch_use(self, model: DistributedDataParallel) -> None:
+    def _watch_use(self, parameters: Sequence[Named]) -> None:
         """Where backward may leave parameters out, learn which it reached, from hooks of our own."""
         if self._flags:
-            used = self._used
-            for _, parameter in trainable(model):
-                mark = used.add
+            mark = self._used.add
+            for _, parameter in parameters:
+                frozen = not parameter.requires_grad
+                parameter.requires_grad_(True)  # a frozen one takes no hook, and keeps it when it is frozen again
                 handle = parameter.register_post_accumulate_grad_hook(lambda p, mark=mark: mark(id(p)))
+                parameter.requires_grad_(not frozen)
                 self._handles.append(handle)
 
     def reduce(self, grad_bucket: Any) -> Future[Tensor]:
-        """Start averaging one of the reducer's buckets."""
+        """Start averaging one of the reducer's buckets.
+
+        What goes wrong in the core itself, a Ctrl-C included, is raised after backward as well.
+        """
+        if self._error is None:
+            try:
+                return self._reduce(grad_bucket)
+            except BaseException as error:
+                if torch._C._current_graph_task_id() == -1:
+                    raise  # no backward is under way, and the reducer is not the caller
+                self._error = error
+        if self.engine is not None and self.engine.in_step:
+            self.engine.abandon()
+        self._call_back(ended=True)
+        future: Future[Tensor] = torch.futures.Future()
+        future.set_result(grad_bucket.buffer())
+        return future
+
+    def _reduce(self, grad_bucket: Any) -> Future[Tensor]:
         engine, model = self.engine, self._model()
         assert engine is not None
         assert model is not None
@@ -153,16 +180,31 @@ class Slot:
 
     def _after_backward(self) -> None:
         engine, model = self.engine, self._model()
+        error, self._error = self._error, None
+        if error is not None:
+            self._seen, self._task = 0, None
+            self._used.clear()
+
+            def tell_error() -> NoReturn:
+                raise error
+
+            Variable._execution_engine.queue_callback(tell_error)
+            return
         if engine is None or model is None or not engine.in_step:
             return
         complete = self._seen >= len(self._names) or model.skip_all_reduce_unused_params
         if not complete:
             engine.driver.wait()  # a backward within a backward; more buckets follow
             return
-        failure = self._end(engine)
+        failure: BaseException | None
+        try:
+            failure = self._end(engine)
+        except BaseException as error:  # noqa: BLE001 - a Ctrl-C, which must not keep DDP from ending its backward
+            engine.abandon()
+            failure = error
         if failure is not None:
 
-            def tell() -> NoReturn:
+            def tell(failure: BaseException = failure) -> NoReturn:
                 raise failure
 
             Variable._execution_engine.queue_callback(tell)

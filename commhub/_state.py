@@ -6,11 +6,13 @@ non-finite step wrote. Nothing here depends on buckets, so a rebuilt bucket chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ._errors import CheckpointError
 
 Scope = Literal["local", "shared"]
 Tables = dict[str, dict[str, Tensor]]
@@ -103,6 +105,10 @@ class State:
         """Whether no tensor is kept and none is about to be."""
         return not self._store.staged and not any(any(t.values()) for t in self._store.tables.values())
 
+    def extend(self, names: Iterable[str]) -> None:
+        """Take parameters that are trained only now."""
+        self._store.names |= frozenset(names)
+
     def begin(self) -> None:
         """Start a step: from here assignments wait for ``commit``."""
         self._store.step_open = True
@@ -139,11 +145,23 @@ class State:
             if table
         }
 
+    def keeps(self, scope: Scope) -> bool:
+        """Whether there is a tensor in this scope."""
+        return any(self._store.tables[scope].values())
+
+    def check(self, scope: Scope, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Compare saved tensors with the ones kept, by name, shape and dtype; nothing is copied.
+
+        Raises:
+            CheckpointError: if a tensor is missing, unknown, or of another shape or dtype.
+        """
+        check_same(self._store.tables[scope], saved)
+
     def restore(self, scope: Scope, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Copy saved tensors over the ones kept, in place.
 
         Raises:
-            ValueError: if a tensor is missing, unknown, or of another shape or dtype. Nothing is changed then.
+            CheckpointError: if a tensor is missing, unknown, or of another shape or dtype. Nothing is changed then.
         """
         check_same(self._store.tables[scope], saved)
         for name, table in self._store.tables[scope].items():
@@ -152,16 +170,16 @@ class State:
 
 
 def check_same(kept: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError unless ``saved`` has exactly the tensors that are ``kept``, with their shapes and dtypes."""
+    """Raise CheckpointError unless ``saved`` has exactly the tensors that are ``kept``, of their shapes and dtypes."""
     mine = {(name, key): value for name, table in kept.items() for key, value in table.items()}
     theirs = {(name, key): value for name, table in saved.items() for key, value in table.items()}
     for name, key in sorted(mine.keys() ^ theirs.keys()):
         where = "is missing from the saved state" if (name, key) in mine else "is saved but not kept here"
-        raise ValueError(f"{key!r} of parameter {name!r} {where}; save and load with the same model and hook.")
-    for (name, key), value in mine.items():
-        other = theirs[name, key]
+        raise CheckpointError(f"{key!r} of parameter {name!r} {where}; save and load with the same model and hook.")
+    for name, key in sorted(mine):
+        value, other = mine[name, key], theirs[name, key]
         if not isinstance(other, Tensor) or (other.shape, other.dtype) != (value.shape, value.dtype):
             found = f"{tuple(other.shape)} {other.dtype}" if isinstance(other, Tensor) else type(other).__name__
-            raise ValueError(
+            raise CheckpointError(
                 f"{key!r} of parameter {name!r} was saved as {found}; here it is {tuple(value.shape)} {value.dtype}."
             )

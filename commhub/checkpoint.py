@@ -38,10 +38,10 @@ class HookState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was loaded.
+        """Go on from what was loaded. Each rank calls it for itself; where it fails on one, all ranks must stop.
 
         Raises:
-            ValueError: as ``Registration.load_state_dict``.
+            CheckpointError: as ``Registration.load_state_dict``; nothing is changed then on this rank.
         """
         self._registration.load_state_dict(state)
 

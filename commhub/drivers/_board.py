@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
-class Board:
+class FailureBoard:
     """One message, the first that any rank posts, in the registration's store.
 
     The store may be gone, or say nothing more; neither is a second error, and nobody waits for it.
@@ -28,8 +28,9 @@ class Board:
 
     def post(self, text: str) -> None:
         """Tell the peers why this rank stopped."""
+        printable = text.encode("utf-8", "backslashreplace").decode()
         with contextlib.suppress(RuntimeError, ValueError, TimeoutError):
-            within(2.0, lambda: self._store.compare_set(self._KEY, "", f"{self._rank}:{text}"))
+            within(2.0, lambda: self._store.compare_set(self._KEY, "", f"{self._rank}:{printable}"))
 
     def read(self) -> tuple[int, str] | None:
         """The first failing peer's rank and message, if one failed. Asks the store, so call it seldom."""

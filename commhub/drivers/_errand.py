@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
+import weakref
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class Errand(Generic[T]):
@@ -19,7 +24,9 @@ class Errand(Generic[T]):
         self._over = threading.Event()
         self._value: list[T] = []
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="commhub-errand", daemon=True).start()
+        thread = threading.Thread(target=self._run, name="commhub-errand", daemon=True)
+        _threads.add(thread)
+        thread.start()
 
     def _run(self) -> None:
         try:
@@ -49,3 +56,11 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     if not errand.wait(seconds):
         raise TimeoutError(f"no answer within {seconds:g} s")
     return errand.result()
+
+
+@atexit.register
+def _let_them_return() -> None:
+    """Wait a moment for the errands: one that returns from C++ after the interpreter's end aborts the process."""
+    end = time.monotonic() + 1.0
+    for thread in list(_threads):
+        thread.join(max(0.0, end - time.monotonic()))

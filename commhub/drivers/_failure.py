@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._errors import HookError, HookTimeoutError
+from .._errors import HookError, HookTimeoutError, described
 
 if TYPE_CHECKING:
     from .._bucket import Bucket
@@ -17,12 +17,12 @@ class Stopped(Exception):  # noqa: N818 - it is no error: the interpreter is exi
 def own_error(label: str, bucket: Bucket, error: BaseException) -> HookError:
     """The error of this rank's hook in this bucket, its cause attached."""
     where = f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}"
-    if isinstance(error, HookTimeoutError):
-        made: HookError = HookTimeoutError(f"{where}: {error}")
-    elif isinstance(error, HookError):
-        made = HookError(f"{where}: {error}")
+    told = described(error)
+    if isinstance(error, HookError):
+        kind = HookTimeoutError if isinstance(error, HookTimeoutError) else HookError
+        made: HookError = kind(f"{where}: {told.partition(': ')[2]}")
     else:
-        made = HookError(f"{where}: the hook raised {type(error).__name__}: {error}")
+        made = HookError(f"{where}: the hook raised {told}")
     made.__cause__ = error
     return made
 
@@ -38,7 +38,7 @@ def peer_error(label: str, bucket: Bucket, peer: int, text: str, cause: BaseExce
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether Gloo reports that a peer is gone or silent, which is seldom the first cause."""
-    text = str(error).lower()
+    text = described(error).lower()
     return (
         isinstance(error, RuntimeError)
         and not isinstance(error, HookError)

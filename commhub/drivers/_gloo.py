@@ -7,8 +7,10 @@ hook's. Gloo's reduce-scatter sends a whole all-reduce and its large all-to-all 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
+import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -19,15 +21,23 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from .._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
 from ._job import Job, sum_shares
+from ._threads import are_at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 PIECE = 1 << 20
 """Bytes of payload in one piece of a large all-gather or all-to-all."""
 
-_graveyard: list[Channel] = []
-"""Closed channels with a collective that never ended: Gloo's destructor would wait for it, holding the interpreter."""
+_UNUSED_TAG = 0xAB0
+"""Of a message that nobody sends."""
+_GLOO_THREAD = "pt_gloo_runloop"
+"""The name of the threads in which Gloo's collectives run."""
+_ENDS_SOON = 0.05
+"""Seconds in which a collective ends whose connections are closed, if it ever does; it takes a millisecond or two."""
+
+_graveyard: list[GlooCommunicator] = []
+"""Closed communicators with a collective that has not ended: Gloo's destructor would wait for it."""
 
 
 @attrs.define(eq=False)
@@ -39,21 +49,21 @@ class _Piece:
     kept: Tensor  # the input, alive until the work is done
 
 
-class Flight:
-    """One job on its way."""
+class GlooFlight:
+    """One job on its way, in pieces."""
 
-    def __init__(self, job: Job, pieces: Sequence[_Piece]) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
-        self._pieces = pieces
+        self.pieces: list[_Piece] = []
         self.not_before = 0.0
 
     def is_done(self) -> bool:
         """Whether every piece has ended, well or badly."""
-        return all(piece.work.is_completed() for piece in self._pieces)
+        return all(piece.work.is_completed() for piece in self.pieces)
 
     def wait(self, seconds: float) -> None:
         """Block until the first piece that has not ended does, at most this long. Raises nothing."""
-        for piece in self._pieces:
+        for piece in self.pieces:
             if not piece.work.is_completed():
                 try:
                     piece.work.wait(datetime.timedelta(seconds=seconds))
@@ -66,12 +76,12 @@ class Flight:
         Raises:
             RuntimeError: what Gloo says, for instance that a peer closed its connection.
         """
-        for piece in self._pieces:
+        for piece in self.pieces:
             piece.work.wait()
         job = self.job
         if job.kind in (AllReduce, Broadcast):
             return job.payload
-        if not self._pieces:
+        if not self.pieces:
             return job.payload.clone()
         gathered = self._assembled()
         if job.kind is ReduceScatter:
@@ -79,16 +89,16 @@ class Flight:
         return gathered.view(job.payload.dtype)
 
     def _assembled(self) -> Tensor:
-        if len(self._pieces) == 1:
-            return self._pieces[0].out
-        return torch.cat([piece.out.view(self.job.p, -1) for piece in self._pieces], dim=1).view(-1)
+        if len(self.pieces) == 1:
+            return self.pieces[0].out
+        return torch.cat([piece.out.view(self.job.p, -1) for piece in self.pieces], dim=1).view(-1)
 
 
-class Channel:
+class GlooCommunicator:
     """A Gloo group among all ranks of a registration, and those that its hook asked for.
 
     Args:
-        store: where the members meet; a prefix that no other channel uses.
+        store: where the members meet; a prefix that no other communicator uses.
         rank, size: in the registration's group.
         timeout: seconds after which Gloo gives a collective up.
     """
@@ -98,7 +108,7 @@ class Channel:
         self._store = store
         self._timeout = datetime.timedelta(seconds=timeout)
         self._groups: dict[Subgroup | None, Any] = {}  # ProcessGroupGloo, whose stub lacks its collectives
-        self._flights: list[Flight] = []
+        self._flights: list[GlooFlight] = []
         self._partitions = 0
         self._join(None, store, rank, size)
 
@@ -116,41 +126,66 @@ class Channel:
         if size > 1:
             self._groups[group] = ProcessGroupGloo(store, rank, size, self._timeout)
 
-    def launch(self, job: Job) -> Flight:
+    def launch(self, job: Job) -> GlooFlight:
         """Start a job; nothing blocks."""
-        pieces: list[_Piece] = []
-        if job.p > 1 and job.payload.numel():
-            pieces = list(self._pieces(job, self._groups[job.group]))
-        flight = Flight(job, pieces)
         self._flights = [f for f in self._flights if not f.is_done()]
-        if pieces:
-            self._flights.append(flight)
+        flight = GlooFlight(job)
+        if job.p > 1 and job.payload.numel():
+            self._flights.append(flight)  # before anything is on its way, so that abort knows of it
+            for piece in self._pieces(job, self._groups[job.group]):
+                flight.pieces.append(piece)
         return flight
 
-    def _pieces(self, job: Job, group: Any) -> list[_Piece]:
+    def _pieces(self, job: Job, group: Any) -> Iterator[_Piece]:
         payload = job.payload
         if job.kind is AllReduce:
-            return [_Piece(group.allreduce([payload], dist.AllreduceOptions()), payload, payload)]
+            yield _Piece(group.allreduce([payload], dist.AllreduceOptions()), payload, payload)
+            return
         octets = payload.view(torch.uint8)  # what is only moved may have any dtype
         if job.kind is Broadcast:
             options = dist.BroadcastOptions()
             options.rootRank = job.src
-            return [_Piece(group.broadcast([octets], options), payload, payload)]
+            yield _Piece(group.broadcast([octets], options), payload, payload)
+            return
         if job.kind is AllGather:
             cuts = torch.split(octets, PIECE)
         else:
             table = octets.view(job.p, -1)
             columns = max(1, PIECE // job.p)
             cuts = tuple(part.reshape(-1) for part in torch.split(table, columns, dim=1))
-        pieces = []
         for cut in cuts:
             if job.kind is AllGather:
                 out = cut.new_empty(job.p * cut.numel())
-                pieces.append(_Piece(group._allgather_base(out, cut), out, cut))
+                yield _Piece(group._allgather_base(out, cut), out, cut)
             else:
                 out = torch.empty_like(cut)
-                pieces.append(_Piece(group.alltoall_base(out, cut, [], [], dist.AllToAllOptions()), out, cut))
-        return pieces
+                yield _Piece(group.alltoall_base(out, cut, [], [], dist.AllToAllOptions()), out, cut)
+
+    def abort(self, seconds: float) -> bool:
+        """End all that is in flight in any of the groups; whether it has ended within so many seconds.
+
+        Gloo's own ``abort`` and ``shutdown`` leave a collective running: it goes on writing whenever its peer sends
+        more. What ends it is a receive that runs out of time, upon which Gloo closes every connection of the group; a
+        receive over a connection that is closed already fails at once and closes nothing, so every peer is tried.
+
+        One thing Gloo forgets to wake: a message of which a part was on its way when its connection closed. It sleeps
+        until the group's timeout, and then fails. It can neither send nor receive, so it counts as ended when Gloo's
+        threads are at rest.
+        """
+        for group, backend in self._groups.items():
+            size = self.size if group is None else len(group)
+            own = self.rank if group is None else group.ranks.index(self.rank)
+            for distance in range(1, size):
+                peer = (own + distance) % size
+                with contextlib.suppress(RuntimeError):  # which it is meant to raise
+                    backend.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
+        end = time.monotonic() + seconds
+        soon = time.monotonic() + _ENDS_SOON
+        while not self._is_idle() and time.monotonic() < end:
+            if time.monotonic() > soon and are_at_rest(_GLOO_THREAD, 0.02):
+                return True
+            time.sleep(0.001)
+        return self._is_idle()
 
     def close(self) -> None:
         """Give the group up. Where a collective is stuck, the group is kept until it ends; nothing blocks."""
@@ -164,11 +199,11 @@ class Channel:
 
 def sweep(at_exit: bool = False) -> None:
     """Free the closed groups whose collectives have ended. At exit, the others are left to the operating system."""
-    for channel in list(_graveyard):
-        if channel._is_idle():
-            channel._flights.clear()
-            channel._groups.clear()
-            _graveyard.remove(channel)
+    for closed in list(_graveyard):
+        if closed._is_idle():
+            closed._flights.clear()
+            closed._groups.clear()
+            _graveyard.remove(closed)
         elif at_exit:
-            for kept in (*channel._groups.values(), *(p.work for f in channel._flights for p in f._pieces)):
+            for kept in (*closed._groups.values(), *(p.work for f in closed._flights for p in f.pieces)):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

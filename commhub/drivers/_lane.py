@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,25 @@ import torch
 from torch import Tensor
 
 from .._collectives import AllReduce
-from .._errors import HookError
+from .._errors import HookError, described
 from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:
     from .._bucket import Bucket
     from .._collectives import Subgroup
     from .._protocols import Hook
+    from ._signature import Place
     from ._stats import Meter
+
+
+logger = logging.getLogger("commhub")
 
 
 class Lane:
     """Drives ``hook.reduce(bucket)``: ``start``, then ``land`` the results of ``jobs`` until ``finished``.
 
-    ``groups`` are those among which it has communicated so far, ``None`` for all ranks.
+    ``groups`` are those among which it has communicated so far, ``None`` for all ranks; ``stage`` is the number of
+    times it has.
 
     Args:
         hook: whose generator to drive.
@@ -34,6 +40,7 @@ class Lane:
         wire: the registration's wire dtype.
         scratch, meter: the driver's.
         watch: whether to keep ``bucket.finite``: for hooks that hold state.
+        place: where it stands among all that the ranks do alike; ``None`` where nobody compares what they ask for.
         done: called once, when the exchange has ended or was given up.
     """
 
@@ -47,9 +54,12 @@ class Lane:
         scratch: Scratch,
         meter: Meter,
         watch: bool,
+        place: Place | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.bucket = bucket
+        self.place = place
+        self.stage = -1
         self.jobs: tuple[Job, ...] = ()
         self.groups: set[Subgroup | None] = set()
         self.finished = False
@@ -57,7 +67,8 @@ class Lane:
         self.issued_at = 0.0
         self.entered = 0
         self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
-        self._meter, self._watch, self._done = meter, watch, done
+        self._meter, self._watch = meter, watch
+        self._done = [done]
         self._flat = bucket.flat
         self._single = False
         self._exchange: Generator[Any, Any, None] | None = None
@@ -86,15 +97,19 @@ class Lane:
             self._send(results[0] if self._single else results, began)
 
     def settle(self) -> None:
-        """Say that this bucket is done with, however it ended."""
-        done, self._done = self._done, lambda: None
-        done()
+        """Say that this bucket is done with, however it ended. Any thread may, and the first one does."""
+        with contextlib.suppress(IndexError):
+            self._done.pop()()
 
     def abandon(self) -> None:
-        """Close the generator; the bucket keeps whatever is in it."""
+        """Close the generator; the bucket keeps whatever is in it. Raises nothing."""
         self.finished = True
-        if self._exchange is not None:
-            self._exchange.close()
+        exchange, self._exchange = self._exchange, None
+        try:
+            if exchange is not None:
+                exchange.close()
+        except BaseException as error:  # noqa: BLE001 - a hook may raise anything, and the step has failed already
+            logger.warning("a hook raised while its exchange was being given up: %s", described(error))
         self.settle()
 
     def _send(self, value: Any, began: float) -> None:
@@ -108,6 +123,7 @@ class Lane:
         self._single = not isinstance(request, tuple)
         requests = (request,) if self._single else request
         self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
+        self.stage += 1
         self.groups.update(job.group for job in self.jobs)
         self._meter.spent("encode", began, time.monotonic())
 

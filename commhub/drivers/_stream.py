@@ -98,7 +98,7 @@ class StreamDriver:
                     self.meter.step.sent_bytes += sum(job.sent_bytes for job in lane.jobs)
                     lane.land([self._carry_out(job) for job in lane.jobs])
                 lane.settle()
-        except Exception as error:  # noqa: BLE001 - a hook may raise anything
+        except BaseException as error:  # noqa: BLE001 - a hook may raise anything
             self.failure = own_error(self.label, lane.bucket, error)
             lane.abandon()
 
@@ -135,6 +135,10 @@ class StreamDriver:
     def wait(self) -> None:
         """Make the current stream wait for the exchanges."""
         self._streams.leave()
+
+    def in_use(self) -> str:
+        """Nothing: what is enqueued on a device runs before whatever is enqueued later."""
+        return ""
 
     def close(self) -> None:
         """Free the subgroups; the model's own group is not ours."""

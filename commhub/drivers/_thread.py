@@ -1,48 +1,40 @@
 """The driver for tensors in host memory: one communication thread and a Gloo group of its own per registration.
 
-Buckets are numbered by arrival within a round, and stage j of bucket k is issued in the order of (k + 2j, k) on every
-rank, whenever its turn comes and whatever else is ready: that order is all that keeps the ranks' collectives
-matched. Everything else (a hook's encoding, landing a result) happens as soon as it can. Nothing runs in Gloo's
-threads: the communication thread waits for Gloo in short slices, in which it also reads the peers' board.
-See README.md in this folder.
+Here is what the training thread calls, and the life of the communication thread; ``Pipeline`` is what that thread
+does in a round. Nothing runs in Gloo's threads. See README.md in this folder.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 
-from .._errors import HookError, HookTimeoutError
-from ._failure import Stopped, is_lost_connection, own_error, peer_error
-from ._gloo import Channel, Flight, sweep
+from .._errors import HookError, described
+from ._failure import Stopped
+from ._gloo import sweep
+from ._inbox import Inbox
+from ._pipeline import Pipeline
+from ._watch import SLICE, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from .._collectives import Subgroup
     from .._network import Network
-    from ._board import Board
+    from ._board import FailureBoard
+    from ._communicator import Communicator
     from ._lane import Lane
+    from ._signature import Signatures
     from ._stats import Meter
 
-_SHORTEST, _LONGEST = 0.0002, 0.002
-"""Seconds between looks at Gloo while more buckets may come: a tenth of the time waited so far, within these."""
-_STRIDE = 2
-"""Buckets that enter between two stages of one bucket, and so how many messages are in flight at the least.
-
-With 1, a hook of one stage would have a single message in flight: that there is no second is known when the first has
-landed. (12 buckets of 2 MiB, two ranks on one host: 1.3 x the time of bare DDP with 1, 1.2 x with 2 and 3.)
-"""
-_SLICE = 0.5
-"""Seconds of an uninterrupted wait, and between looks at the board."""
+_ENDS_WITHIN = 3.0
+"""Seconds in which a collective that was given up has ended; it takes some milliseconds."""
 _drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
 
 
@@ -50,37 +42,50 @@ class ThreadDriver:
     """Drives lanes in rounds: ``submit`` each bucket, ``end_round`` after the last, ``wait`` until all are settled.
 
     Args:
-        channel: the group to communicate on.
+        communicator: the groups to communicate on.
         board: where ranks report failures.
+        signatures: compares what the ranks ask for.
         meter: counts the figures.
-        timeout: seconds after which a collective has failed.
+        timeout: seconds after which a collective has failed, and a hook that has not returned.
         label: the hook's name, distribution and version, for errors.
     """
 
     confirms = True
 
-    def __init__(self, channel: Channel, board: Board, meter: Meter, *, timeout: float, label: str) -> None:
-        self.channel, self.meter = channel, meter
-        self.label = label
-        self.network: Network | None = None
+    def __init__(
+        self,
+        communicator: Communicator,
+        board: FailureBoard,
+        signatures: Signatures,
+        meter: Meter,
+        *,
+        timeout: float,
+        label: str,
+    ) -> None:
+        self.communicator, self.meter, self.label = communicator, meter, label
         self.failure: HookError | None = None
-        self._board, self._timeout = board, timeout
-        self._changed = threading.Condition()
-        self._arrived: deque[Lane] = deque()
-        self._ended = self._closing = False
-        self._idle = True
-        self._active: list[Lane] = []
-        self._flights: dict[Lane, list[Flight]] = {}
-        self._link_free = self._looked = 0.0
+        self._board, self._inbox = board, Inbox()
+        self._watch = Watch(board, signatures, timeout, label)
+        self._pipeline = Pipeline(communicator, self._inbox, self._watch, meter)
+        self._in_use = self._untold = ""
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         _drivers.add(self)
+
+    @property
+    def network(self) -> Network | None:
+        """The network to emulate."""
+        return self._pipeline.network
+
+    @network.setter
+    def network(self, network: Network | None) -> None:
+        self._pipeline.network = network
 
     # Called by the training thread.
 
     def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
         """Communicators among disjoint groups of ranks."""
-        return self.channel.connect(groups)
+        return self.communicator.connect(groups)
 
     def future(self) -> torch.futures.Future[torch.Tensor]:
         """A future for one bucket."""
@@ -88,209 +93,127 @@ class ThreadDriver:
 
     def submit(self, lane: Lane) -> None:
         """Take the round's next bucket. Its exchange goes on in the background."""
-        if self._closing:
+        if self._inbox.closing and self.failure is None:
             self.failure = HookError(f"{self.label}: this registration was closed. Register again.")
         if self.failure is not None:
-            lane.abandon()
+            lane.settle()
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="commhub", daemon=True)
             self._thread.start()
-        with self._changed:
-            self._idle = self._ended = False
-            self._arrived.append(lane)
-            self._changed.notify_all()
+        self._inbox.put(lane)
 
     def end_round(self) -> None:
         """Say that no more buckets come until ``wait`` has returned."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+        self._inbox.end()
 
     def wait(self) -> None:
-        """End the round and block until every lane is settled. Failures are in ``failure``."""
+        """End the round and block until every lane is settled. Failures are in ``failure``.
+
+        A Ctrl-C meanwhile is a failure too, and is raised.
+        """
         self.meter.blocked_since = time.monotonic()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-            while not self._idle:
-                self._changed.wait(_SLICE)
-                if self._thread is not None and not self._thread.is_alive():
-                    raise HookError(f"{self.label}: the communication thread has ended. Register again.")
-        self.meter.blocked_since = None
+        try:
+            self._inbox.end()
+            with self._inbox.changed:
+                while not self._inbox.idle:
+                    self._inbox.changed.wait(SLICE)
+                    overdue = self._watch.overdue(time.monotonic())
+                    if self._thread is not None and not self._thread.is_alive():
+                        overdue = HookError(f"{self.label}: the communication thread has ended. Register again.")
+                    if overdue is not None and not self._inbox.idle:
+                        self._leave(overdue)
+        except BaseException as error:
+            self._leave(HookError(f"{self.label}: training was interrupted by {type(error).__name__}."))
+            raise
+        finally:
+            self.meter.blocked_since = None
+            untold, self._untold = self._untold, ""
+            if untold:
+                self._board.post(untold)
+
+    def in_use(self) -> str:
+        """Why memory of this driver's buckets may still be written to, for people; empty if it is not.
+
+        A thread that is about to let go of them is waited for, a moment.
+        """
+        end = time.monotonic() + 0.3
+        with self._inbox.changed:
+            while self._in_use and self._watch.given_up is not None and time.monotonic() < end:
+                self._inbox.changed.wait(0.1)
+        return self._in_use
 
     def close(self) -> None:
         """Stop the thread and free the group; a step under way is given up. Does nothing in a forked child."""
         if os.getpid() != self._pid:
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        with self._inbox.changed:
+            self._inbox.closing = True
+            self._inbox.changed.notify_all()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=10.0)
         self._thread = None
-        self.channel.close()
+        self.communicator.close()
+
+    def _leave(self, failure: HookError) -> None:
+        """Let training go on without the communication thread, which holds on to the buckets."""
+        with self._inbox.changed:
+            if self._inbox.idle:
+                return
+            self.failure = self._watch.given_up = failure
+            self._in_use, self._untold = str(failure), str(failure).partition(": ")[2]
+            for lane in (*self._pipeline.active, *self._inbox.arrived):
+                lane.settle()
+            self._inbox.idle = True
 
     # The communication thread.
 
     def _serve(self) -> None:
+        inbox = self._inbox
         while True:
-            with self._changed:
-                while not self._arrived and not self._closing:
-                    if self._ended:
-                        self._idle = True
-                        self._changed.notify_all()
-                    self._changed.wait()
-                if self._closing or self.failure is not None:
+            with inbox.changed:
+                while not inbox.arrived and not inbox.closing:
+                    if inbox.ended:
+                        inbox.idle = True
+                        inbox.changed.notify_all()
+                    inbox.changed.wait()
+                closing = inbox.closing
+            if closing:
+                if inbox.arrived:
                     self._give_up()
-                    if self._closing:
-                        return
-                    continue
+                return
             try:
-                self._round()
+                if self.failure is None:
+                    self._pipeline.round()
             except Stopped:
-                with self._changed:
-                    self._give_up()
+                self._give_up()
                 return
             except HookError as failure:
-                self.failure = failure
-                self._flights.clear()
-                with self._changed:
-                    self._give_up()
-            with self._changed:
-                self._idle = True
-                self._changed.notify_all()
+                self.failure = self.failure or failure
+            except BaseException as error:  # noqa: BLE001 - whatever it is, this thread must answer for its lanes
+                self.failure = self.failure or HookError(f"{self.label}: the driver failed: {described(error)}")
+                self.failure.__cause__ = error
+                self._board.post(described(error))
+            if self.failure is not None:
+                self._give_up()
+            inbox.rest()
 
     def _give_up(self) -> None:
-        for lane in (*self._active, *self._arrived):
-            lane.abandon()
-        self._active.clear()
-        self._arrived.clear()
-        self._idle = True
-        self._changed.notify_all()
-
-    def _round(self) -> None:
-        for turn in itertools.count():
-            for lane in [lane for lane in self._active if (turn - lane.entered) % _STRIDE == 0]:
-                self._until_landed(lane)
-                if lane.finished:
-                    self._active.remove(lane)
-                    lane.settle()
-                else:
-                    self._issue(lane)
-            entering = self._next()
-            if entering is None and not self._active:
-                return
-            if entering is not None and not entering.finished:
-                entering.entered = turn
-                self._issue(entering)
-                self._active.append(entering)
-            elif entering is not None:
-                entering.settle()
-
-    def _next(self) -> Lane | None:
-        """The next bucket, encoded; None when the round has no more."""
-        while True:
-            with self._changed:
-                ready = self._arrived[0] if self._arrived else None
-                ended = self._ended and ready is None
-            if ready is not None:
-                self._start(ready)
-                self._arrived.popleft()
-                return ready
-            if ended:
-                return None
-            self._do_something()
-
-    def _until_landed(self, lane: Lane) -> None:
-        while lane in self._flights:
-            self._do_something()
-
-    def _do_something(self) -> None:
-        """Land what has arrived, else encode what waits, else sleep a little."""
-        if self._closing:
-            raise Stopped
-        for lane, flights in self._flights.items():
-            if all(self._is_over(flight) for flight in flights):
-                self._land(lane)
-                return
-        with self._changed:
-            waiting = next((lane for lane in self._arrived if not lane.started), None)
-        if waiting is not None:
-            self._start(waiting)
-            return
-        self._sleep()
-
-    def _start(self, lane: Lane) -> None:
-        if not lane.started:
-            self._guarded(lane, lane.start)
-
-    def _issue(self, lane: Lane) -> None:
-        now = time.monotonic()
-        flights = []
-        for job in lane.jobs:
-            flight = self.channel.launch(job)
-            if self.network is not None and job.p > 1:
-                self._link_free = max(now, self._link_free) + self.network.occupied(job.sent_bytes)
-                flight.not_before = self._link_free + self.network.latency
-            self.meter.step.sent_bytes += job.sent_bytes
-            flights.append(flight)
-        self._flights[lane] = flights
-        lane.issued_at = now
-
-    def _land(self, lane: Lane) -> None:
-        flights = self._flights.pop(lane)
-        self._guarded(lane, lambda: lane.land([flight.result() for flight in flights]))
-
-    def _is_over(self, flight: Flight) -> bool:
-        return flight.is_done() and time.monotonic() >= flight.not_before
-
-    def _sleep(self) -> None:
-        began = time.monotonic()
-        if began - self._looked > _SLICE:
-            self._looked = began
-            self._look_around(began)
-        pending = ((f, lane.issued_at) for lane, fs in self._flights.items() for f in fs if not self._is_over(f))
-        first, issued = next(pending, (None, 0.0))
-        if first is None:
-            with self._changed:
-                if not self._arrived and not self._ended and not self._closing:
-                    self._changed.wait(_SLICE)
-            return
-        if not self._ended:
-            with self._changed:
-                self._changed.wait(min(max(0.1 * (began - issued), _SHORTEST), _LONGEST))
-        elif not first.is_done():
-            first.wait(_SLICE)
+        """End what is in flight, and only then let go of the buckets."""
+        if not self.communicator.abort(_ENDS_WITHIN):
+            self._in_use = (
+                f"{self.label}: a collective that was given up has not ended, and would write into later gradients. "
+                "This model cannot be used any more; end this process."
+            )
         else:
-            time.sleep(min(max(first.not_before - began, 0.0), _SLICE))
-        self.meter.spent("wait", began, time.monotonic())
-
-    def _look_around(self, now: float) -> None:
-        lane = next(iter(self._flights), None)
-        if lane is None:
-            return
-        if (peer := self._board.read()) is not None:
-            raise peer_error(self.label, lane.bucket, *peer)
-        if now - lane.issued_at > self._timeout:
-            self._guarded(lane, lambda: self._give_up_waiting(lane))
-
-    def _give_up_waiting(self, lane: Lane) -> None:
-        kinds = ", ".join(job.kind.__name__ for job in lane.jobs)
-        raise HookTimeoutError(f"{kinds} did not end within {self._timeout:g} s; a peer is gone, late or stuck.")
-
-    def _guarded(self, lane: Lane, step: Callable[[], None]) -> None:
-        """Run a piece of a lane; whatever it raises becomes the failure that every rank will hear of."""
-        try:
-            step()
-        except Exception as error:
-            peer = self._board.read_soon(2.0) if is_lost_connection(error) else None
-            if peer is not None:
-                raise peer_error(self.label, lane.bucket, *peer, cause=error) from error
-            failure = own_error(self.label, lane.bucket, error)
-            self._board.post(str(failure).partition(": ")[2])
-            raise failure from error
+            self._in_use = ""
+        for lane in (*self._pipeline.active, *self._inbox.arrived):
+            lane.abandon()
+        self._pipeline.forget()
+        with self._inbox.changed:
+            self._inbox.arrived.clear()
+        self._inbox.rest()
 
 
 @atexit.register

@@ -82,18 +82,57 @@ def test_a_hook_is_told_once_that_its_registration_has_ended(ranks):
     ranks(at_its_end, 2)
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+ODD = {"ordinary": lambda: ZeroDivisionError("planned"), "exit": lambda: SystemExit(3), "unspeakable": Unspeakable}
+
+
 class FailsAtItsEnd(Told):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
     def end(self):
         super().end()
-        raise ZeroDivisionError("planned")
+        raise ODD[self.kind]()
 
 
 def fail_at_the_end():
-    hook, model = FailsAtItsEnd(), DistributedDataParallel(mlp())
-    commhub.register(model, hook).swap("allreduce")
-    backward(model, 0)
-    return hook.ends, all(torch.isfinite(p.grad).all() for p in model.parameters())
+    told = []
+    for kind in ODD:
+        hook, model = FailsAtItsEnd(kind), DistributedDataParallel(mlp())
+        commhub.register(model, hook).swap("allreduce")
+        backward(model, 0)
+        told.append((hook.ends, all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())))
+    return told
 
 
 def test_a_hook_that_fails_at_its_end_leaves_its_successor_at_work(ranks):
-    assert ranks(fail_at_the_end, 2) == [(1, True)] * 2
+    assert ranks(fail_at_the_end, 2) == [[(1, True)] * len(ODD)] * 2
+
+
+class FailsAfterAStep(Told):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def look(self, step):
+        if step == 0:
+            raise ODD[self.kind]()
+
+
+def fail_after_a_step():
+    for kind in ODD:
+        model = DistributedDataParallel(mlp())
+        registration = commhub.register(model, FailsAfterAStep(kind))
+        with pytest.raises(commhub.HookError, match=f"after_step raised {type(ODD[kind]()).__name__}"):
+            backward(model, 0)
+        backward(model, 1)
+        assert registration.step == 2
+
+
+def test_whatever_is_raised_after_a_step_is_one_error_and_the_next_step_is_well(ranks):
+    ranks(fail_after_a_step, 2)

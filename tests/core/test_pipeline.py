@@ -90,22 +90,22 @@ def test_twelve_buckets_in_many_steps_give_the_mean(ranks, kind, nproc, steps):
 
 def spying(delay):
     """What this rank handed to Gloo, in order, while the others are late at random."""
-    from commhub.drivers._gloo import Channel
+    from commhub.drivers._gloo import GlooCommunicator
 
-    launch, issued = Channel.launch, []
+    launch, issued = GlooCommunicator.launch, []
 
     def spy(self, job):
         issued.append((job.kind.__name__, job.payload.numel(), str(job.payload.dtype)))
         return launch(self, job)
 
-    Channel.launch = spy
+    GlooCommunicator.launch = spy
     try:
         random.seed(dist.get_rank())
         model = DistributedDataParallel(mlp([16, 8] * 6 + [16]), bucket_cap_mb=1 / 4096)
         commhub.register(model, ThreeRounds(delay if dist.get_rank() == 1 else 0.0))
         run = train(model, 6)
     finally:
-        Channel.launch = launch
+        GlooCommunicator.launch = launch
     assert_equal_across_ranks(run.parameters)
     return issued
 

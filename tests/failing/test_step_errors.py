@@ -2,7 +2,6 @@
 
 import time
 
-import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -180,35 +179,3 @@ def fail_in_the_last_bucket():
 def test_four_ranks_survive_a_fault_on_one_of_them(ranks):
     told = ranks(fail_in_the_last_bucket, 4, timeout=60)
     assert all("rank 2" in text and "planned" in text for text in told)
-
-
-class Slow:
-    def reduce(self, bucket):
-        if (bucket.rank, bucket.step, bucket.index) == (1, 1, 0):
-            time.sleep(6)
-        yield commhub.AllReduce(bucket.flat)
-
-
-def wait_for_a_slow_peer():
-    model = make("plain")
-    registration = commhub.register(model, Slow(), timeout=2)
-    told = None
-    try:
-        for at in range(4):
-            backward(model, dist.get_rank(), at)
-    except commhub.HookTimeoutError as error:
-        told = ("timeout", str(error))
-    except commhub.HookError as error:
-        told = ("other", str(error))
-    registration._ground = attrs.evolve(registration._ground, timeout=30.0)
-    registration.swap("allreduce")
-    backward(model, dist.get_rank(), 9)
-    assert_equal_across_ranks([p.grad for p in model.parameters()])
-    return told
-
-
-def test_a_peer_that_takes_longer_than_the_timeout_is_an_error_not_a_hang(ranks):
-    first, second = ranks(wait_for_a_slow_peer, 2, timeout=60)
-    assert first[0] == "timeout"
-    assert "within 2 s" in first[1]
-    assert second is not None

@@ -9,6 +9,7 @@ BUILTINS = {
     "HookConflictError": LookupError,
     "HookOptionError": ValueError,
     "HookMismatchError": RuntimeError,
+    "CheckpointError": ValueError,
     "PluginError": ImportError,
     "RegistrationError": RuntimeError,
     "HookError": RuntimeError,

@@ -1,0 +1,71 @@
+"""Which parameters of a module are trained. Asked whenever it matters: users freeze, unfreeze, add and replace them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    Named = tuple[str, nn.Parameter]
+
+
+def named(model: nn.Module, *, ignored: bool = False) -> Iterator[Named]:
+    """The module's parameters, frozen ones too, by the name they have in the bare module.
+
+    A name does not change when the module, or a part of it, is compiled. What DDP was told to ignore is left out,
+    unless ``ignored``.
+    """
+    module, left_out = _bare(model)
+    for name, parameter in module.named_parameters():
+        if ignored or name not in left_out:
+            yield name.replace("_orig_mod.", ""), parameter
+
+
+def trainable(model: nn.Module) -> Iterator[Named]:
+    """Those that require gradients now."""
+    return ((name, parameter) for name, parameter in named(model) if parameter.requires_grad)
+
+
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers, named as ``named`` names parameters."""
+    module, left_out = _bare(model)
+    for name, buffer in module.named_buffers():
+        if name not in left_out:
+            yield name.replace("_orig_mod.", ""), buffer
+
+
+def _bare(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    if isinstance(model, DistributedDataParallel):
+        return model.module, model.parameters_to_ignore
+    return model, set()
+
+
+class Trained:
+    """The parameters that this rank trains, and those that it has trained: one frozen later may have drifted.
+
+    Args:
+        module: whose; a DDP model or a bare one.
+    """
+
+    def __init__(self, module: weakref.ref[nn.Module]) -> None:
+        self._module = module
+        self._names: set[str] = set()
+        self.look()
+
+    def look(self) -> tuple[Named, ...]:
+        """Those that the module holds now, in its order; to be asked after each step that may train others."""
+        module = self._module()
+        every = () if module is None else tuple(named(module))
+        self._names.update(name for name, parameter in every if parameter.requires_grad)
+        return tuple((name, parameter) for name, parameter in every if name in self._names)
+
+    def buffers(self) -> tuple[tuple[str, Tensor], ...]:
+        """The buffers that the module holds now."""
+        module = self._module()
+        return () if module is None else tuple(buffers_of(module))

@@ -1,0 +1,48 @@
+"""What an engine asks of a driver."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from .._collectives import Subgroup
+    from .._errors import HookError
+    from .._network import Network
+    from ._lane import Lane
+    from ._stats import Meter
+
+
+class Driver(Protocol):
+    """What carries lanes out; see README.md in this folder."""
+
+    meter: Meter
+    failure: HookError | None
+    network: Network | None
+    confirms: bool
+    """Whether a round can end on this rank before it is known to have ended well on the others."""
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
+        """Communicators among disjoint groups of ranks."""
+
+    def submit(self, lane: Lane) -> None:
+        """Take the round's next bucket."""
+
+    def end_round(self) -> None:
+        """No more buckets come until ``wait`` has returned."""
+
+    def wait(self) -> None:
+        """Return when every lane is settled."""
+
+    def future(self) -> torch.futures.Future[Tensor]:
+        """A future for a bucket, to be completed from ``Lane``'s ``done``."""
+
+    def in_use(self) -> str:
+        """Why memory of its buckets may still be written to, for people; empty if it is not."""
+
+    def close(self) -> None:
+        """Give up threads and groups."""

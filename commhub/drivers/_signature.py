@@ -1,0 +1,299 @@
+"""Whether all ranks ask for the same collectives, found out before they are issued.
+
+Gloo matches collectives by their order alone, and ends the process where a message is longer than the buffer that
+waits for it. So each bucket and stage has a signature: kind, dtype, elements, group, and whose gradients they are. A
+rank whose signature is what it was in its step before issues at once; one whose signature is new waits until all of
+the group have the same. They count themselves under its digest in the store: two questions to the store per rank. Where
+that does not settle it, a rank asks aloud, and its peers, who look around while they wait, answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from .._errors import HookError
+from ._errand import Errand
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.distributed_c10d import Store
+
+    from .._bucket import Span
+    from .._collectives import Subgroup
+    from ._lane import Lane
+
+_REMEMBERED = 1024
+"""Lanes whose signatures are kept to answer with."""
+_PATIENCE = 0.25
+"""Seconds after which a rank asks aloud."""
+
+Serial = tuple[int, ...]
+
+
+@attrs.frozen
+class Place:
+    """Where a lane stands in what all members of its group do alike.
+
+    Attributes:
+        topic: what it is a part of: the step's buckets, an average of parameters.
+        serial: which of those: growing, and counted alike on all members. Where anything but its first number has
+            changed, what was asked for before says nothing.
+        index: which of its buckets.
+        compared: whether what it asks for is compared at all; what is the same by construction need not be.
+    """
+
+    topic: str
+    serial: Serial
+    index: int = 0
+    compared: bool = True
+
+
+@attrs.define(eq=False)
+class _Asked:
+    """What one lane has asked for so far: of each stage the collectives, and the group that they are in."""
+
+    place: Place
+    spans: tuple[Span, ...]
+    stages: list[tuple[tuple[Any, ...], ...]] = attrs.Factory(list)
+    groups: list[Subgroup | None] = attrs.Factory(list)
+    finished: bool = False
+
+    def told(self, stage: int, size: int) -> str:
+        """What it asked for in a stage, the same words on every rank that asked for the same."""
+        if stage >= len(self.stages):
+            return "nothing more"
+        parts = []
+        for kind, dtype, numel, group, src in self.stages[stage]:
+            among = f"all {size} ranks" if group is None else f"ranks {', '.join(map(str, group.ranks))}"
+            parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" from {src}" if src else ""))
+        return " and ".join(parts).replace("torch.", "")
+
+    def names(self) -> str:
+        """The parameters, as a short digest."""
+        return hashlib.sha256(repr([(s.name, s.shape) for s in self.spans]).encode()).hexdigest()[:16]
+
+
+class Signatures:
+    """What this rank has asked for, and its part in comparing that with its peers.
+
+    Args:
+        store: where the ranks of a registration meet; a prefix that nothing else uses.
+        rank, size: in the registration's group.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self._before: dict[tuple[str, int], _Asked] = {}
+        self._log: OrderedDict[tuple[str, Serial, int], _Asked] = OrderedDict()
+        self._latest: dict[str, Serial] = {}
+        self._agreed: dict[str, tuple[Serial, str]] = {}
+        self._open: list[dict[str, Any]] = []
+        self._owed: list[tuple[str, int]] = []
+        self._heard = 0
+        self._look: Errand[None] | None = None
+
+    def note(self, lane: Lane) -> Comparison | None:
+        """Take down what a lane asks for next, or that it has ended; what to wait for first, if that is new."""
+        place = lane.place
+        if place is None or self.size == 1:
+            return None
+        asked = self._log.get((place.topic, place.serial, place.index)) or self._enter(place, lane.bucket.spans)
+        before = self._before.get((place.topic, place.index))
+        stage = len(asked.stages)
+        if lane.finished:
+            asked.finished = True
+            self._before[place.topic, place.index] = asked
+            new = before is not None and len(before.stages) > stage
+            group = before.groups[stage] if before is not None and new else None
+        else:
+            jobs = tuple((job.kind, job.payload.dtype, job.payload.numel(), job.group, job.src) for job in lane.jobs)
+            group = lane.jobs[0].group if lane.jobs else None
+            asked.stages.append(jobs)
+            asked.groups.append(group)
+            new = (
+                before is None
+                or len(before.stages) <= stage
+                or before.stages[stage] != jobs
+                or before.place.serial[1:] != place.serial[1:]
+                or (before.spans is not asked.spans and before.spans != asked.spans)
+            )
+        members = tuple(range(self.size)) if group is None else group.ranks
+        if not new or not place.compared or len(members) == 1 or not (lane.finished or lane.jobs):
+            return None
+        return Comparison(self, asked, stage, members)
+
+    def _enter(self, place: Place, spans: tuple[Span, ...]) -> _Asked:
+        asked = _Asked(place, spans)
+        self._log[place.topic, place.serial, place.index] = asked
+        self._latest[place.topic] = place.serial
+        while len(self._log) > _REMEMBERED:
+            self._log.popitem(last=False)
+        return asked
+
+    def issued(self) -> list[list[Any]]:
+        """What this rank has asked for lately: topic, serial, index and number of stages of each lane."""
+        return [[topic, list(serial), i, len(a.stages)] for (topic, serial, i), a in self._log.items()]
+
+    def count(self, key: str, members: int) -> None:
+        """Say that this rank asks for what ``key`` stands for."""
+        if int(self.store.add(key, 1)) == members:
+            self.store.set(f"{key}/all", "")
+
+    def agree(self, where: str, serial: Serial, key: str) -> str | None:
+        """Note that this rank asks for what ``key`` stands for; the key that it had at this place before."""
+        former = self._agreed.get(where)
+        self._agreed[where] = serial, key
+        return None if former is None else former[1]
+
+    def answer(self, waiting: Sequence[Lane]) -> None:
+        """Answer the peers who ask aloud.
+
+        Args:
+            waiting: the lanes for whose collectives this rank waits, or which it holds back itself.
+
+        Raises:
+            HookError: where a peer asks for something else than this rank does.
+        """
+        self._look = self._look or Errand(self._hear)
+        if not self._look.wait(_PATIENCE):
+            return  # the store does not answer; a later call takes what it says
+        look, self._look = self._look, None
+        with contextlib.suppress(RuntimeError):  # the store is gone: nobody can ask or be answered
+            look.result()
+        self._open = [question for question in self._open if not self._answered(question, waiting)]
+        if self._owed:
+            self._look = Errand(self._hear)
+
+    def _hear(self) -> None:
+        while self._owed:
+            self.count(*self._owed.pop())
+        asked = int(self.store.add("questions", 0))
+        if asked > self._heard or self._open:
+            self._heard = asked
+            slots = [f"question/{rank}" for rank in range(self.size) if rank != self.rank]
+            texts = [self.store.get(slot) for slot in slots if self.store.check([slot])]
+            questions = [json.loads(text) for text in texts if text]
+            self._open = [question for question in questions if self.rank in question["members"]]
+
+    def _answered(self, question: dict[str, Any], waiting: Sequence[Lane]) -> bool:
+        topic, serial, index, stage = question["place"]
+        serial = tuple(serial)
+        agreed = self._agreed.get(question["where"])
+        if agreed is not None and agreed[0] >= serial and (agreed[0] > serial or agreed[1] == question["key"]):
+            return True
+        asked = self._log.get((topic, serial, index))
+        if asked is not None and (asked.finished or len(asked.stages) > stage):
+            mine = asked.told(stage, self.size)
+            if (mine, asked.names()) != (question["told"], question["names"]):
+                raise self._differs(question, mine)
+            self.agree(question["where"], serial, question["key"])
+            self._owed.append((question["key"], len(question["members"])))
+            return True
+        if self._latest.get(topic, ()) > serial:
+            raise self._differs(question, "nothing more")
+        for lane in waiting:
+            if lane.place is not None and lane.jobs and self._is_stuck(lane, question):
+                held = self._log[lane.place.topic, lane.place.serial, lane.place.index]
+                told = held.told(lane.stage, self.size)
+                raise self._differs(question, f"{told} ({lane.place.topic}, bucket {lane.place.index})")
+        return False
+
+    def _is_stuck(self, lane: Lane, question: dict[str, Any]) -> bool:
+        """Whether a lane needs a peer that has stopped before it came there: the two would wait for each other."""
+        assert lane.place is not None
+        group = lane.jobs[0].group
+        if group is not None and question["rank"] not in group.ranks:
+            return False
+        place = [lane.place.topic, list(lane.place.serial), lane.place.index]
+        return not any(place == theirs[:3] and lane.stage < theirs[3] for theirs in question["issued"])
+
+    def _differs(self, question: dict[str, Any], mine: str) -> HookError:
+        topic, _, index, _ = question["place"]
+        return HookError(
+            f"rank {question['rank']} asks for {question['told']} ({topic}, bucket {index}) where rank {self.rank} "
+            f"asks for {mine}. Every rank must ask for the same: kinds, shapes and dtypes must not depend on a "
+            "rank's own values."
+        )
+
+
+class Comparison:
+    """A question to all members of a group: do you ask for this too?"""
+
+    def __init__(self, signatures: Signatures, asked: _Asked, stage: int, members: tuple[int, ...]) -> None:
+        self._signatures, self._members = signatures, members
+        self._stage = stage
+        place = asked.place
+        told, names = asked.told(stage, signatures.size), asked.names()
+        digest = hashlib.sha256(f"{told} {names}".encode()).hexdigest()[:16]
+        where = f"{place.topic}/{place.index}/{stage}/{'.'.join(map(str, members))}"
+        self._key = f"{where}/{'.'.join(map(str, place.serial))}/{digest}"
+        self._former = signatures.agree(where, place.serial, self._key)
+        self._question: dict[str, Any] = {
+            "rank": signatures.rank,
+            "members": members,
+            "place": [place.topic, place.serial, place.index, stage],
+            "where": where,
+            "key": self._key,
+            "told": told,
+            "names": names,
+        }
+        self._asked_aloud = False
+        self._errand: Errand[bool] = Errand(self._begin)
+
+    def is_over(self) -> bool:
+        """Whether all members ask for this, after waiting for a moment.
+
+        Raises:
+            RuntimeError: if the store is gone.
+        """
+        if not self._errand.wait(2 * _PATIENCE):
+            return False
+        if self._errand.result():
+            return True
+        self._errand = Errand(self._go_on)
+        return False
+
+    def _begin(self) -> bool:
+        self._signatures.count(self._key, len(self._members))
+        return self._is_unanimous()
+
+    def _go_on(self) -> bool:
+        store = self._signatures.store
+        if not self._asked_aloud:
+            # What this rank has issued does not change while it waits here.
+            question = {**self._question, "issued": self._issued()}
+            store.set(f"question/{self._signatures.rank}", json.dumps(question))
+            store.add("questions", 1)
+            self._asked_aloud = True
+        return self._is_unanimous()
+
+    def _issued(self) -> list[list[Any]]:
+        place = [self._question["place"][0], list(self._question["place"][1]), self._question["place"][2]]
+        return [
+            [*lane[:3], lane[3] - 1 if lane[:3] == place and lane[3] > self._stage else lane[3]]
+            for lane in self._signatures.issued()
+        ]
+
+    def _is_unanimous(self) -> bool:
+        store, pause = self._signatures.store, 0.0001
+        end = time.monotonic() + _PATIENCE
+        while not store.check([f"{self._key}/all"]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.005)
+        if self._asked_aloud:
+            store.set(f"question/{self._signatures.rank}", "")
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # not every store can forget
+            if self._former is not None and self._signatures.rank == self._members[0]:
+                store.delete_key(self._former)
+                store.delete_key(f"{self._former}/all")
+        return True

@@ -1,0 +1,37 @@
+"""What other threads of this process are doing, as the operating system tells it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+_TASKS = Path("/proc/self/task")
+
+
+def are_at_rest(name: str, seconds: float) -> bool:
+    """Whether all threads of this name sleep, and have not run for so many seconds; waits that long to see it.
+
+    Where the operating system does not tell, a second is waited instead.
+    """
+    if not _TASKS.exists():
+        time.sleep(1.0)
+        return True
+    before = _running_times(name)
+    time.sleep(seconds)
+    return before is not None and before == _running_times(name)
+
+
+def _running_times(name: str) -> dict[str, str] | None:
+    """How long each of the threads has run, in the kernel's own words; ``None`` if one runs now."""
+    times = {}
+    for task in _TASKS.iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            if (task / "comm").read_text().strip() != name:
+                continue
+            state, *figures = (task / "stat").read_text().rpartition(")")[2].split()
+            if state != "S":
+                return None
+            exact = task / "schedstat"  # in nanoseconds; the figures in "stat" are hundredths of a second
+            times[task.name] = exact.read_text().split()[0] if exact.exists() else " ".join(figures[10:12])
+    return times

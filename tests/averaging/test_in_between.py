@@ -570,10 +570,16 @@ def right_after():
     model = DistributedDataParallel(mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     seen = []
-    optimizer.register_step_post_hook(lambda *_: seen.append(are_equal(model)))
+
+    def look(*_):
+        seen.append(are_equal(model))
+
+    handles = [optimizer.register_step_post_hook(look)]
     commhub.register(model, "periodic(period=1)", optimizer=optimizer, timeout=10)
-    optimizer.register_step_post_hook(lambda *_: seen.append(are_equal(model)))
+    handles.append(optimizer.register_step_post_hook(look))
     step(model, optimizer, 0)
+    for handle in handles:
+        handle.remove()
     assert seen == [True, True]
 
 

@@ -85,6 +85,11 @@ class Averaging:
         """See what this step has trained, even if it is frozen again when an average is due."""
         self.trained.look()
 
+    def prepared(self) -> list[Named]:
+        """The parameters that the averager itself reduces."""
+        every = ((Entry.of("parameter", name, p), p) for name, p in self.trained.look())
+        return [(entry.name, p) for entry, p in every if entry in self._prepared]
+
     def _mine(self) -> dict[Entry, Tensor]:
         """What this rank has to average, in the model's order."""
         found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}

@@ -60,6 +60,11 @@ class ManualRegistration(Registration):
             raise
         self._pack()
 
+    def _take(self, session: Session) -> None:
+        super()._take(session)
+        if session.engine.timetable is not None:
+            session.engine.timetable.is_late = is_averager(self.hook)
+
     def average(self) -> None:
         """Average the gradients of all parameters over the ranks, in place.
 

@@ -134,6 +134,13 @@ class Averager(Protocol):
     (the optimizers' tensors that have a parameter's shape; in a bucket they are named ``"parameter:key"``). A third,
     ``partial``, says that an average that is due leaves parameters out; the last one, among all ranks, must not.
 
+    One that remembers parameters has ``begin(parameters: Mapping[str, Tensor]) -> None``, and takes them from there and
+    not from ``prepare``: weights are often loaded after registration. It is called, not collectively, with the
+    parameters by name that the first synchronised step was computed with, before an optimizer uses its gradients; and
+    again in the first step after ``load_state_dict`` of the module or a part of it. It may be called several times.
+    Where state of the registration is loaded too, before or after the weights, that state counts and ``begin`` is
+    not called.
+
     Parameters that are trained only later, unfrozen or added, are averaged by a plain mean. One that has
     ``extend(setup: Setup) -> None`` reduces them itself from then on: it is called once for them, as ``prepare`` was
     for the others, when they are equal on all ranks. It makes no subgroups.

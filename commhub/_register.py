@@ -45,7 +45,7 @@ def register(
         model: a DistributedDataParallel model, or what holds one.
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
         process_group: the ranks to average over; default: the model's own.
-        optimizer: one or several, for hooks that need them.
+        optimizer: one or several, for hooks that need them, and for parameters to be averaged at the end of their step.
         scaler: the ``torch.amp.GradScaler`` in use, so that residuals are kept unscaled.
         wire: a 16-bit dtype (or ``"fp16"``, ``"bf16"``) in which the hook's payloads travel.
         verify: compare hook, options and model across ranks.

@@ -74,8 +74,6 @@ class Registration:
         """Bytes and seconds so far, and of the last step."""
         return self._session.engine.stats
 
-    # Changing the hook.
-
     def swap(self, hook: object, **options: Any) -> None:
         """Replace the hook; the step count and the figures go on, the former hook's memory is dropped.
 
@@ -101,6 +99,7 @@ class Registration:
         failure: Exception | None = None
         texts: dict[int, str] = {}
         try:
+            self.finish()
             for step, hook in sorted(hooks.items()):
                 if isinstance(step, bool) or not isinstance(step, int) or step < self.step:
                     raise RegistrationError(f"schedule: {step!r} is no step to come; {self.step} are done.")
@@ -119,10 +118,10 @@ class Registration:
 
     def _follow_schedule(self) -> None:
         timetable = self._session.engine.timetable
-        if timetable is not None and timetable.is_open:
-            return  # the optimizers have yet to use this step's gradients; the timetable calls again
         due = [step for step in self._schedule if step <= self.step]
-        if due:
+        if due and timetable is not None and timetable.is_open:
+            timetable.hold()  # the optimizers have yet to use this step's gradients; it calls again
+        elif due:
             text = self._schedule[max(due)]
             for step in due:
                 del self._schedule[step]
@@ -131,15 +130,15 @@ class Registration:
     def finish(self) -> None:
         """Run what is still outstanding: an average that fell due and that no optimizer's step or forward has run.
 
-        Collective. ``state_dict`` and ``save`` do it by themselves. At the end of training ``remove`` also averages the
-        parameters a last time, so that all ranks hold the same.
+        Collective. ``state_dict`` and ``save`` do it by themselves. ``remove`` also averages a last time.
 
         Raises:
+            RegistrationError: if one is due, and the parameters were moved since the backward before.
             HookError: what went wrong with the average.
         """
         timetable = self._session.engine.timetable
         if timetable is not None and not self._session.engine.in_step:
-            timetable.settle()
+            timetable.finish()
 
     def remove(self) -> None:
         """Give the model back its plain average, with the same parameters on all ranks.
@@ -220,8 +219,8 @@ class Registration:
         engine = self._session.engine
         if engine.rank == 0:
             logger.info("%s %s on %d ranks at step %d", verb, self, engine.world_size, self.step)
-
-    # Saving.
+            if verb == "registered" and engine.timetable is not None:
+                engine.timetable.advise(str(self))
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.

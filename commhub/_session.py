@@ -79,6 +79,8 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
+    if former is not None and former.timetable is not None and former.driver.failure is None:
+        former.timetable.let_through()
     meeting = Meeting.of(ground.group, ground.timeout)
     failure: Exception | None = None
     facts: dict[str, Any] = {}
@@ -222,7 +224,7 @@ def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, S
     if averaging.optimizer_state and not ground.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
-    return Timetable(averager, averaging, engine.world_size)
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared)
 
 
 def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:

@@ -11,7 +11,9 @@ import commhub
 from commhub import AllReduce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from commhub import Bucket, Exchange, Setup, State, Subgroup
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class DiLoCo:
     """DiLoCo (Douillard et al. 2023, arXiv 2311.08105); with fragments, streaming (2025, arXiv 2501.18512).
 
-    All ranks keep the same global parameters, at first those at registration, and take ``period`` local steps.
+    All ranks keep the same global parameters, at first those that training begins with, and take ``period`` steps.
 
     1. Outer gradient: the global parameters minus the rank's own, averaged among all ranks by ``exchange``.
     2. Outer step: SGD with Nesterov momentum takes the global parameters along it.
@@ -71,25 +73,33 @@ class DiLoCo:
         return self.fragments > 1
 
     def prepare(self, setup: Setup) -> None:
-        """Copy the parameters: they are the first global ones. A simulation has none; there the first average is."""
+        """Keep room for global parameters. A simulation has none; there the first average is the first of them."""
         if self.fragments > max(len(setup.names), 1):
             raise commhub.HookOptionError(
                 f"diloco: fragments={self.fragments}, and the model has {len(setup.names)} parameters. Choose fewer."
             )
         self._group, self._state = setup.partition([range(setup.world_size)]), setup.state
-        self._unknown = set() if setup.parameters else set(setup.names)
+        self._unknown = set(setup.names)
         sizes = [torch.Size(shape).numel() for shape in setup.shapes]
         self._turns = dict(zip(setup.names, _cut(sizes, self.fragments), strict=True))
         for i, name in enumerate(setup.names):
             dtype = torch.promote_types(setup.dtypes[i], torch.float32)
             momentum = torch.zeros(sizes[i], dtype=dtype, device=setup.device)
             kept = torch.empty_strided(setup.shapes[i], setup.strides[i], dtype=dtype, device=setup.device)
-            if setup.parameters:
-                kept.copy_(setup.parameters[i].detach())
             entries = setup.state.shared(name)
             entries["global"] = kept
             entries["momentum"] = momentum.as_strided(kept.shape, kept.stride())
+        if setup.parameters:
+            self.begin(dict(zip(setup.names, (p.detach() for p in setup.parameters), strict=True)))
         self._exchange.prepare(setup)
+
+    def begin(self, parameters: Mapping[str, Tensor]) -> None:
+        """Go out from these parameters, without momentum: training begins, or goes on from weights that were loaded."""
+        for name, value in parameters.items():
+            if name in self._turns:
+                self._entries(name)["global"].copy_(value)
+                self._entries(name)["momentum"].zero_()
+        self._unknown.difference_update(parameters)
 
     def due(self, step: int) -> Subgroup | None:
         """All ranks, at the end of the warm-up and in every ``period / fragments`` steps from there."""
@@ -108,11 +118,11 @@ class DiLoCo:
         for part in _runs(bucket, [turn in (None, self._turns[name]) for name in bucket.names]):
             if since <= 0 or not self._unknown.isdisjoint(part.names):
                 part.flat.copy_((yield AllReduce(part.flat, wire=torch.float64)))
-                self._begin(part)
+                self._first(part)
             else:
                 yield from self._outer_step(part)
 
-    def _begin(self, part: Bucket) -> None:
+    def _first(self, part: Bucket) -> None:
         for name, value in zip(part.names, part.gradients, strict=True):
             self._entries(name)["global"] = value.to(self._entries(name)["global"].dtype, copy=True)
         self._unknown.difference_update(part.names)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._changes import fingerprint
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
@@ -23,32 +25,34 @@ class Masters:
 
     def __init__(self, setup: Setup) -> None:
         self._tables: dict[int, MutableMapping[str, Tensor]] = {}
-        self._written: dict[int, int] = {}
+        self._written: dict[int, tuple[int, int]] = {}
         for name, parameter in zip(setup.names, setup.parameters, strict=True):
             if parameter.dtype in LOW:
                 table = setup.state.shared(name)
                 table[_KEY] = parameter.detach().to(torch.float32)
                 self._tables[id(parameter)] = table
-                self._written[id(parameter)] = parameter._version
 
     def __contains__(self, parameter: Tensor) -> bool:
         return id(parameter) in self._tables
 
     def of(self, parameter: Tensor) -> Tensor | None:
-        """The parameter's master: its value in float32, unless the parameter was since set to something else."""
+        """The parameter's master: its value in float32, unless the parameter was since set to something else.
+
+        The first time values are compared, as weights are often loaded after registration, also through ``.data``.
+        """
         if id(parameter) not in self._tables:
             return None
         master = self._tables[id(parameter)][_KEY]
-        if parameter._version != self._written[id(parameter)]:
+        if fingerprint(parameter) != self._written.get(id(parameter)):
             if not torch.equal(parameter, master.to(parameter.dtype)):
                 master.copy_(parameter)
-            self._written[id(parameter)] = parameter._version
+            self._written[id(parameter)] = fingerprint(parameter)
         return master
 
     def write(self, parameter: Tensor) -> None:
         """Set the parameter to its master, rounded."""
         parameter.copy_(self._tables[id(parameter)][_KEY])
-        self._written[id(parameter)] = parameter._version
+        self._written[id(parameter)] = fingerprint(parameter)
 
 
 def widen(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:

@@ -183,6 +183,39 @@ def test_masters_and_their_state_are_saved_loaded_and_taken_away(ranks):
     ranks(resumed, 2)
 
 
+@torch.no_grad()
+def in_place(p, value):
+    p.copy_(value)
+
+
+def through_data(p, value):
+    p.data.copy_(value)
+
+
+def in_its_stead(p, value):
+    p.data = value
+
+
+def set_after_registration():
+    """However parameters are set before the first step, their masters are of these; later, unless through ``.data``."""
+    drawn = [p.detach() * 3 for p in Low().parameters()]
+    for way, late in ((in_place, True), (through_data, False), (in_its_stead, True)):
+        model, optimizer, registration = hooked(KINDS["SGD"], "optimizer_overlap", master=True, reduce_dtype="fp32")
+        for steps in (range(3), range(3, 6)) if late else (range(3),):
+            for p, value in zip(model.parameters(), drawn, strict=True):
+                way(p, value.clone())
+            optimizer.state.clear()
+            reference = ByHand(copy.deepcopy(model.module), KINDS["SGD"], torch.float32)
+            for number in steps:
+                reference.step(batch(number), True)
+                step(model, optimizer, number)
+                same_as(reference, model, optimizer, registration)
+
+
+def test_masters_are_of_the_parameters_that_were_set_after_registration(ranks):
+    ranks(set_after_registration, 2)
+
+
 def scaled():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model, optimizer, _ = hooked(KINDS["Adam"], "optimizer_overlap", master=True, reduce_dtype="fp32", scaler=scaler)

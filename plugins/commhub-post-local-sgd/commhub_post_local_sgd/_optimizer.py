@@ -34,7 +34,8 @@ class PostLocalSGDOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: takes the local steps; ``.optim`` afterwards.
         averager: what ``commhub.create("periodic", period=4)`` returns, a hook string, or an averager object. What one
-            remembers between averages beside the number of steps is not part of ``state_dict``.
+            remembers between averages beside the number of steps is not part of ``state_dict``: one that remembers
+            parameters begins anew after ``load_state_dict``, which then every rank calls.
         process_group: among whom; default: all ranks.
 
     Raises:
@@ -110,6 +111,8 @@ class PostLocalSGDOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, on every rank; they are averaged from the next step on."""
         self.optim.add_param_group(param_group)
+        if self._registration is not None and hasattr(self.averager, "begin"):
+            self._registration.remove()  # averages: it begins anew, with parameters that are the same on all ranks
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,7 +125,9 @@ class PostLocalSGDOptimizer(torch.optim.Optimizer):
         if "step" not in state_dict:
             warnings.warn("the state has no 'step': the averager counts from 0, warm-up included.", stacklevel=2)
         self._steps = int(state_dict.get("step", 0))
-        if self._registration is not None:
+        if hasattr(self.averager, "begin"):
+            self._let_go()  # it begins anew, with the parameters as the next step finds them
+        elif self._registration is not None:
             self._count_from(self._registration)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,9 +137,9 @@ class PostLocalSGDOptimizer(torch.optim.Optimizer):
             HookError: what went wrong with an average.
             RegistrationError, HookMismatchError: in the first step, if ranks cannot begin together.
         """
-        loss = self._local_step(closure)
         if self._registration is None:
-            self._registration = self._registered()
+            self._registration = self._registered()  # before the parameters move: an averager may begin with them
+        loss = self._local_step(closure)
         self._registration.average()
         self._steps = self._registration.step
         return loss

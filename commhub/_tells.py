@@ -1,0 +1,40 @@
+"""Hooks on a user's modules and optimizers: they keep nothing alive, and copies of what they are on go without them."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+
+class Tells:
+    """Calls a method of an object for as long as there is the object, outside of what is compiled."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        reference = weakref.WeakMethod(method)
+
+        def tell(*about: Any) -> Any:
+            method = reference()
+            return None if method is None else method(*about)
+
+        self._tell: Callable[..., Any] = torch.compiler.disable(tell)
+
+    def __call__(self, *about: Any) -> Any:
+        """What the method returns."""
+        return self._tell(*about)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # does nothing, where commhub is not installed too
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module that computes: its mode is what counts, whatever mode its wrapper says it is in."""
+    return module.module if isinstance(module, DistributedDataParallel) else module

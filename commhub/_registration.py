@@ -177,18 +177,19 @@ class Registration:
     def _replace(self, choose_one: Callable[[], Chosen]) -> None:
         self._install(self._started(choose_one))
 
-    def _started(self, choose_one: Callable[[], Chosen]) -> Session:
+    def _started(self, choose_one: Callable[[], Chosen], *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
         former = self._session.engine
-        session = start(self._ground, choose_one, former)
+        session = start(self._ground, choose_one, former, loading=loading)
         session.engine.step = latest(former.step, session.engine, self._ground.device)
         return session
 
-    def _install(self, session: Session) -> None:
+    def _install(self, session: Session, *, loading: bool = False) -> None:
         former = self._session
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
-        self._level(former)
+        if not loading:  # then the parameters are, or will be, those of the checkpoint
+            self._level(former)
         self._session = session
         self._take(session)
         stop(former.engine)

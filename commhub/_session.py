@@ -69,7 +69,9 @@ class Session:
     wire: torch.dtype | None
 
 
-def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None) -> Session:
+def start(
+    ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None, *, loading: bool = False
+) -> Session:
     """Make the hook that ``choose`` names work on ``ground``; collective.
 
     Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
@@ -79,7 +81,7 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
-    if former is not None and former.timetable is not None and former.driver.failure is None:
+    if former is not None and former.timetable is not None and former.driver.failure is None and not loading:
         former.timetable.let_through()
     meeting = Meeting.of(ground.group, ground.timeout)
     failure: Exception | None = None

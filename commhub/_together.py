@@ -134,7 +134,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         text = registration._schedule[max(due)] if due else None
         _saving.check_hook(part, str(registration) if text is None else choose(text, {}).text())
         facts.update({"checkpoint": part.source, "step": part.step, "hook": text})
-    session = former if text is None else registration._started(lambda: choose(text, {}))
+    session = former if text is None else registration._started(lambda: choose(text, {}), loading=True)
     try:
         with together.round("fit", so):
             part = _saving.fit(part, session.engine.state)
@@ -146,7 +146,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         raise
     with together.round("change"):
         if session is not former:
-            registration._install(session)
+            registration._install(session, loading=True)
             registration._announce("swapped")
         _change(registration, part)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._collectives import AllReduce
+from .._collectives import AllGather, AllReduce, Broadcast
 from .._errors import HookError
+from .._finite import is_number
 from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Lane:
         self.finished = True
         if self._exchange is not None:
             self._exchange.close()
+        self.bucket.look_at_written()
         self.settle()
 
     def _send(self, value: Any, began: float) -> None:
@@ -122,8 +123,14 @@ class Lane:
                 "gave a part with a subgroup to a hook that does not keep to it. Make that one with commhub.create."
             )
         result, flat = self.bucket.flat, self._flat
-        if result is flat:
-            return
+        if result is not flat:
+            self._take(result)
+        if self._watch and self.groups:
+            self.bucket.look_at_end()
+
+    def _take(self, result: Tensor) -> None:
+        """Copy what the hook left in another tensor into the bucket's own."""
+        flat = self._flat
         if not isinstance(result, Tensor) or result.shape != flat.shape:
             found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise HookError(f"left {found} in bucket.flat for shape {tuple(flat.shape)}. Write into bucket.flat.")
@@ -137,9 +144,8 @@ class Lane:
 
     def _note_finite(self, results: tuple[Tensor, ...]) -> None:
         for job, result in zip(self.jobs, results, strict=True):
-            if job.kind is AllReduce and (result.is_floating_point() or result.is_complex()):
-                total = result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
-                if total.device.type != "cpu":
-                    self.bucket.finite = self.bucket.finite & torch.isfinite(total)
-                elif not cmath.isfinite(total.item()):  # on the host the answer is there, and rarely changes anything
-                    self.bucket.finite = torch.zeros_like(self.bucket.finite)
+            alike = job.kind in (AllReduce, AllGather, Broadcast) and is_number(result)
+            if alike:
+                self.bucket.look_at(result)
+            if not alike or job.p != self.bucket.world_size:
+                self.bucket.overlook()

@@ -181,8 +181,9 @@ class PowerSGD:
     def _settle(self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice) -> None:
         feedback = self._feedback
         residual = feedback.writable(bucket, places[0]) if feedback is not None and len(places) == 1 else None
-        if residual is not None:
-            one.exchange(part.start, residual)
+        if feedback is not None and residual is not None:
+            if one.exchange(part.start, residual):
+                feedback.wrote(bucket, places[0])
             return
         if feedback is not None:
             one.subtract_own(part)

@@ -97,9 +97,12 @@ class Approximation:
         """M = P Q^T, the mean."""
         self._products.store(part, *self._mean())
 
-    def exchange(self, i: int, error: Tensor) -> None:
-        """Both at once for the i-th matrix: ``error`` (n m elements) is what this rank left unsent."""
-        self._products.exchange(i, *self._mean(), error)
+    def exchange(self, i: int, error: Tensor) -> bool:
+        """Both at once for the i-th matrix: ``error`` (n m elements) is what this rank left unsent.
+
+        Returns whether that is known to be finite.
+        """
+        return self._products.exchange(i, *self._mean(), error)
 
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""

@@ -76,12 +76,13 @@ class OnHost:
             for run, terms in zip(runs, columns, strict=True):
                 self._store(terms, rows, run)
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> bool:
         own, mean = self.right.terms[i], right.terms[i]
         runs = zip(self._runs[i], self._other(i, error, keep=True), self.left.terms[i], left.terms[i], strict=True)
         for run, rest, contributed, result in runs:
             self._subtract(run, contributed, own, rest)
             self._store(result, mean, run)
+        return False
 
     def _sums(self, i: int, addends: Addends | None) -> Iterator[Tensor]:
         """The runs of the i-th matrix after adding to them, each at an aligned address.

@@ -159,10 +159,11 @@ def power_iteration(
         if iteration:
             for one in taken:
                 one.send_left(_finite_orthonormal(one, "q", bucket, source))
-        _note((yield AllReduce(factors if iteration else first)), bucket, look)
+        sent = factors if iteration else first
+        _note(sent.copy_((yield AllReduce(sent))), bucket, look)  # no copy where it is the very tensor
         for one in taken:
             one.send_right(_finite_orthonormal(one, "p", bucket, source))
-        _note((yield AllReduce(second)), bucket, look)
+        _note(second.copy_((yield AllReduce(second))), bucket, look)
     spoil = torch.where(bucket.finite, 1.0, torch.nan)
     for one in taken:
         one.receive(spoil)

@@ -11,6 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from ._finite import all_finite
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -47,14 +49,19 @@ class _Flag:
     """What a bucket and its parts share.
 
     Attributes:
-        value: whether everything that was reduced so far is finite.
+        value: whether everything that was reduced so far is finite, as far as was looked.
+        looked: whether anything was looked at.
+        overlooked: whether there was a result that says nothing: of integers, or not equal on all ranks.
+        written: residuals that were given out to be written into, by address; see ``ErrorFeedback.writable``.
         unentered: parts with a subgroup of their own that no hook from ``create`` has taken up yet.
     """
 
-    __slots__ = ("unentered", "value")
+    __slots__ = ("looked", "overlooked", "unentered", "value", "written")
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.ones((), dtype=torch.bool, device=device)
+        self.looked = self.overlooked = False
+        self.written: dict[int, Tensor] = {}
         self.unentered = 0
 
 
@@ -129,14 +136,59 @@ class Bucket:
     def finite(self) -> Tensor:
         """Whether all that was reduced so far is finite, equal on all ranks; 0-dim bool on the bucket's device.
 
-        The core keeps it for hooks that hold state, from the results of floating-point reductions. A hook that
-        sends codes instead of numbers adds its own finding: ``bucket.finite = bucket.finite & mine``.
+        The core keeps it for hooks that hold state, from the floating and complex results that all ranks get alike:
+        those of AllReduce, AllGather and Broadcast. Where others took part, it looks at ``flat`` when the exchange has
+        ended, and only then decides what is remembered. A hook that sends codes instead of numbers spares it that with
+        its own finding, the same on all ranks: ``bucket.finite = bucket.finite & mine``.
         """
         return self._finite.value
 
     @finite.setter
     def finite(self, value: Tensor) -> None:
-        self._finite.value = value
+        if value is not self._finite.value:
+            self._finite.value = value
+            self._finite.looked, self._finite.overlooked = True, False  # the hook knows what it was sent
+
+    @property
+    def judged(self) -> bool:
+        """Whether ``finite`` comes of all that was reduced so far; else it takes the end of the exchange to know."""
+        return self._finite.looked and not self._finite.overlooked
+
+    # The next six are the core's.
+
+    def look_at(self, result: Tensor) -> None:
+        """Take a collective's result into account, which all its ranks have alike."""
+        self._finite.looked = True
+        self._and(all_finite(result))
+
+    def overlook(self) -> None:
+        """Note that there was a result that says nothing about all ranks."""
+        self._finite.overlooked = True
+
+    def look_at_end(self) -> None:
+        """Take the exchange's own result into account, where that of its collectives does not say it all."""
+        narrow = self.flat.dtype == torch.float16 and self.loss_scale != 1.0  # more may overflow there than was reduced
+        if narrow or not self.judged:
+            self._and(all_finite(self.flat))
+        self.look_at_written()
+
+    @property
+    def written(self) -> dict[int, Tensor]:
+        """Residuals that were given out to be written into, by address."""
+        return self._finite.written
+
+    def look_at_written(self) -> None:
+        """Take out of the residuals that were written into what is not finite."""
+        for residual in self._finite.written.values():
+            if not all_finite(residual):
+                torch.nan_to_num(residual, nan=0.0, posinf=0.0, neginf=0.0, out=residual)
+        self._finite.written.clear()
+
+    def _and(self, finite: Tensor) -> None:
+        if finite.device.type != "cpu":
+            self._finite.value = self._finite.value & finite
+        elif not finite:  # on the host the answer is there, and rarely changes anything
+            self._finite.value = torch.zeros_like(self._finite.value)
 
     def enter(self) -> None:
         """Say that a hook which keeps to the bucket's subgroup has taken it up; ``create``'s hooks do."""

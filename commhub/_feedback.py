@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._finite import all_finite
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -58,50 +60,81 @@ class ErrorFeedback:
         """
         return self._residual(bucket, i) if bucket.used[i] else None
 
-    def keep(self, bucket: Bucket, i: int, error: Tensor) -> None:
-        """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the bucket is finite so far.
+    def keep(self, bucket: Bucket, i: int, error: Tensor, *, finite: bool = False) -> None:
+        """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the step is finite.
 
-        Branch-free: a non-finite bucket leaves the residual as it was. ``error`` is consumed.
+        Branch-free: a non-finite bucket, or error, leaves the residual as it was. What the bucket comes to is waited
+        for where that is not known yet (see ``Bucket.finite``): then, and with a loss scale, what was kept counts from
+        the end of the step on. ``error`` is consumed.
+
+        Args:
+            bucket, i: which parameter.
+            error: what was not sent.
+            finite: says that ``error`` cannot but be finite where ``bucket.finite`` is; that spares a look at it.
         """
         if not bucket.used[i]:
             return
-        residual = self._residual(bucket, i)
-        if bucket.loss_scale == 1.0:
-            if residual.device.type != "cpu":
-                torch.where(bucket.finite, error.to(residual.dtype), residual, out=residual)
-            elif bool(bucket.finite):  # on the host the answer is there already, and a copy is four times as fast
-                residual.copy_(error)
-            return
-        # A loss scaler skips the step if any bucket is not finite, so the end of the step decides, not this bucket.
-        entries = self._entries[bucket.names[i]]
-        kept = entries["residual"]
-        unscaled = torch.where(bucket.finite, error.div_(bucket.loss_scale).to(residual.dtype), residual)
-        entries["residual"] = unscaled.as_strided(kept.shape, kept.stride())
+        if bucket.loss_scale != 1.0:
+            error.div_(bucket.loss_scale)
+        self._put(bucket, i, 0, error, finite=finite)
 
     def deposit(self, bucket: Bucket, i: int, start: int, missed: Tensor) -> None:
-        """Add ``missed`` (1-D, consumed) to a residual's elements from ``start`` on, if the bucket is finite so far.
+        """Add ``missed`` (1-D, consumed) to a residual's elements from ``start`` on, as ``keep`` would replace them.
 
         For a rank that owes more than its own gradient, and may not have used the parameter in this step.
         """
-        entries = self._entries[bucket.names[i]]
-        if bucket.loss_scale != 1.0:
-            kept = entries["residual"]
-            entries["residual"] = kept.clone(memory_format=torch.preserve_format)
-            missed.div_(bucket.loss_scale)
         some = self._residual(bucket, i).narrow(0, start, missed.numel())
-        some.add_(torch.where(bucket.finite, missed, 0.0))
+        if bucket.loss_scale != 1.0:
+            missed.div_(bucket.loss_scale)
+        self._put(bucket, i, start, missed.add_(some))
+
+    def _put(self, bucket: Bucket, i: int, start: int, new: Tensor, *, finite: bool = False) -> None:
+        """Write a part of a residual, or all of it; in place where nothing can come that would undo it."""
+        entries = self._entries[bucket.names[i]]
+        kept = entries["residual"]
+        on_host = kept.device.type == "cpu"
+        if on_host and not bucket.finite:  # the answer is there already, and a copy is four times as fast
+            return
+        if not finite:
+            new = new.to(kept.dtype)  # a narrow one may overflow
+            ok = all_finite(new)
+            if on_host and not ok:
+                return
+        old = _flat(kept).narrow(0, start, new.numel())
+        # A loss scaler skips the step if any bucket is not finite, so the end of the step decides, not this bucket.
+        if bucket.loss_scale != 1.0 or not bucket.judged:
+            whole = new.numel() == kept.numel()
+            entries["residual"] = kept = torch.empty_like(kept) if whole else kept.clone()
+        place = _flat(kept).narrow(0, start, new.numel())
+        if on_host:
+            place.copy_(new)
+        else:
+            torch.where(bucket.finite if finite else bucket.finite & ok, new.to(kept.dtype), old, out=place)
 
     def writable(self, bucket: Bucket, i: int) -> Tensor | None:
         """The residual itself (1-D, memory order), to write the error into instead of calling ``keep``, where safe.
 
-        It is where ``keep`` would do nothing but copy: the bucket is finite so far, which is known on the host, the
+        It is where ``keep`` would do nothing but look and copy: the bucket is finite, which is known on the host, the
         parameter was used, and no loss scaler decides later. Else ``None``, and ``keep`` is to be called.
+
+        When the exchange has ended, the core looks at what was written, and puts zeros for what is not finite. A hook
+        that has seen to that itself spares it the look by ``wrote``.
         """
         on_host = bucket.flat.device.type == "cpu"
-        if on_host and bucket.used[i] and bucket.loss_scale == 1.0 and bool(bucket.finite):
-            return self._residual(bucket, i)
+        if on_host and bucket.used[i] and bucket.loss_scale == 1.0 and bucket.judged and bool(bucket.finite):
+            residual = self._residual(bucket, i)
+            bucket.written[residual.data_ptr()] = residual
+            return residual
         return None
 
+    def wrote(self, bucket: Bucket, i: int) -> None:
+        """Say that what was written into a ``writable`` residual is finite, each element of it."""
+        bucket.written.pop(self._residual(bucket, i).data_ptr(), None)
+
     def _residual(self, bucket: Bucket, i: int) -> Tensor:
-        residual = self._entries[bucket.names[i]]["residual"]
-        return residual.as_strided((residual.numel(),), (1,))
+        return _flat(self._entries[bucket.names[i]]["residual"])
+
+
+def _flat(residual: Tensor) -> Tensor:
+    """Its elements in memory order, 1-D."""
+    return residual.as_strided((residual.numel(),), (1,))

@@ -58,6 +58,7 @@ class Setup:
     _after_step: Callable[[Callable[[int], None]], None]
     _at_end: Callable[[Callable[[], None]], object] = lambda _function: None
     _average: Callable[[tuple[Averager, Setup]], object] = lambda _pair: None
+    _agree: Callable[[str, Callable[[], str], str], object] = lambda _what, _value, _here: None
     _ranks: tuple[int, ...] | None = None
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Subgroup | None:
@@ -97,6 +98,19 @@ class Setup:
         prepare = getattr(averager, "prepare", None)
         if prepare is not None:
             prepare(self)
+
+    def agree(self, what: str, value: Callable[[], str], here: str = "") -> None:
+        """Have the ranks compare ``value()`` when all are prepared, where there are others.
+
+        For what decides a result's bits and is none of the options. If it is not the same everywhere, registration
+        fails on every rank with a HookMismatchError, unless ``verify=False``.
+
+        Args:
+            what: it is, as the error names it: ``"the bits of my factors"``.
+            value: returns it.
+            here: a half-sentence on this rank's own circumstances, and what to do: ``"it computes with ..."``.
+        """
+        self._agree(what, value, here)
 
     def within(self, group: Subgroup) -> Setup:
         """The setup of a hook that works inside ``group``: its rank, size and hosts are the group's."""

@@ -15,6 +15,7 @@ from ._averaging import Averaging
 from ._bucket import lay_out
 from ._callbacks import Callbacks
 from ._choosing import Chosen, short_dtype, wire_dtype
+from ._compared import Compared
 from ._engine import Engine
 from ._errors import RegistrationError
 from ._optimizers import check_local, watch_steps
@@ -98,14 +99,16 @@ def start(
         failure = error
     hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
     driver: Driver | None = None
-    callbacks = Callbacks()
+    callbacks, compared = Callbacks(), Compared()
     try:
         driver = make_driver(ground, meeting, chosen.label)
-        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks)
+        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks, compared)
+        facts = compared.facts() if meeting.size > 1 and ground.verify else {}
     except Exception as error:  # noqa: BLE001 - the same
-        failure = error
+        failure, facts = error, {}
     try:
-        agree(meeting, "prepared", {}, failure)
+        with compared.told():
+            agree(meeting, "prepared", facts, failure, verify=ground.verify)
     except BaseException:
         callbacks.end()
         if driver is not None:
@@ -166,6 +169,7 @@ def _prepared(
     hosts: tuple[int, ...],
     driver: Driver,
     callbacks: Callbacks,
+    compared: Compared,
 ) -> Engine:
     names = tuple(name for name, _ in ground.parameters)
     tensors = [parameter for _, parameter in ground.parameters]
@@ -200,6 +204,7 @@ def _prepared(
             after_step=callbacks.after_step.append,
             at_end=callbacks.at_end.append,
             average=averagers.append,
+            agree=compared.add,
         )
         with torch.no_grad():
             prepare(setup)

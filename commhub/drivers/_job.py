@@ -52,6 +52,8 @@ class Job:
             in it.
         sent_bytes: what this rank sends.
         raw: the result as it travelled, where whoever carries the job out leaves it here.
+        apart: whether to give every result in memory of its own, and spoil the payload: a hook that goes on with what
+            it yielded is found out.
     """
 
     kind: type[Collective]
@@ -63,20 +65,25 @@ class Job:
     _collective: Collective
     _scratch: Scratch
     raw: Tensor | None = None
+    apart: bool = False
 
     def finish(self, raw: Tensor) -> Tensor:
         """What the hook is sent: ``raw`` (1-D, as it travelled) in the payload's dtype, complex again if it was.
 
-        An all-reduce or a broadcast gives back the very tensor that was yielded.
+        An all-reduce or a broadcast gives back the very tensor that was yielded, unless results are kept apart.
         """
         tensor = self._collective.tensor
-        if self.kind in (AllReduce, Broadcast):
+        in_place = self.kind in (AllReduce, Broadcast)
+        if in_place and not self.apart:
             if raw.data_ptr() != tensor.data_ptr() or raw.dtype != tensor.dtype:
                 _real(tensor).copy_(raw)
         else:
             real = torch.view_as_real(tensor).dtype if tensor.is_complex() else tensor.dtype
             result = raw.to(real)
-            tensor = torch.view_as_complex(result.view(-1, 2)) if tensor.is_complex() else result
+            made = torch.view_as_complex(result.view(-1, 2)) if tensor.is_complex() else result
+            if self.apart:
+                _spoil(tensor)
+            tensor = made.view(tensor.shape) if in_place else made
         if self.payload.data_ptr() != self._collective.tensor.data_ptr():
             self._scratch.give(self.payload)
         return tensor
@@ -90,6 +97,12 @@ def sum_shares(shares: Sequence[Tensor]) -> Tensor:
     for share in shares[1:]:
         total += share
     return total
+
+
+def _spoil(payload: Tensor) -> None:
+    """Fill with what is no number, or in integers with a number that nobody meant."""
+    odd = 1 if payload.dtype == torch.bool else 0xFF if payload.is_floating_point() or payload.is_complex() else 0x7F
+    payload.view(-1).view(torch.uint8).fill_(odd)
 
 
 def _real(tensor: Tensor) -> Tensor:

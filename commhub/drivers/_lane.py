@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import contextlib
 import logging
 import time
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._collectives import AllReduce
+from .._collectives import AllGather, AllReduce, Broadcast
 from .._errors import HookError, described
+from .._finite import is_number
 from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class Lane:
         try:
             if exchange is not None:
                 exchange.close()
+            self.bucket.look_at_written()
         except BaseException as error:  # noqa: BLE001 - a hook may raise anything, and the step has failed already
             logger.warning("a hook raised while its exchange was being given up: %s", described(error))
         self.settle()
@@ -138,8 +139,14 @@ class Lane:
                 "gave a part with a subgroup to a hook that does not keep to it. Make that one with commhub.create."
             )
         result, flat = self.bucket.flat, self._flat
-        if result is flat:
-            return
+        if result is not flat:
+            self._take(result)
+        if self._watch and self.groups:
+            self.bucket.look_at_end()
+
+    def _take(self, result: Tensor) -> None:
+        """Copy what the hook left in another tensor into the bucket's own."""
+        flat = self._flat
         if not isinstance(result, Tensor) or result.shape != flat.shape:
             found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise HookError(f"left {found} in bucket.flat for shape {tuple(flat.shape)}. Write into bucket.flat.")
@@ -153,9 +160,8 @@ class Lane:
 
     def _note_finite(self, results: tuple[Tensor, ...]) -> None:
         for job, result in zip(self.jobs, results, strict=True):
-            if job.kind is AllReduce and (result.is_floating_point() or result.is_complex()):
-                total = result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
-                if total.device.type != "cpu":
-                    self.bucket.finite = self.bucket.finite & torch.isfinite(total)
-                elif not cmath.isfinite(total.item()):  # on the host the answer is there, and rarely changes anything
-                    self.bucket.finite = torch.zeros_like(self.bucket.finite)
+            alike = job.kind in (AllReduce, AllGather, Broadcast) and is_number(result)
+            if alike:
+                self.bucket.look_at(result)
+            if not alike or job.p != self.bucket.world_size:
+                self.bucket.overlook()

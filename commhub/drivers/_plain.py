@@ -37,10 +37,9 @@ def _carry_out(jobs: list[Job]) -> None:
         total = payloads[0].clone()
         for payload in payloads[1:]:
             total += payload
-        results = [payload.copy_(total) for payload in payloads]
+        results = [total.clone() for _ in jobs]
     elif kind is Broadcast:
-        source = payloads[jobs[0].src].clone()
-        results = [payload.copy_(source) for payload in payloads]
+        results = [payloads[jobs[0].src].clone() for _ in jobs]
     elif kind is AllGather:
         results = [torch.cat(payloads) for _ in jobs]
     else:

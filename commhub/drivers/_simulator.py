@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .._network import Network
     from .._protocols import Averager
 
+APART = True
+"""Whether payloads are spoiled and results in memory of their own: no hook can then live on what it yielded."""
+
 Gradients = Sequence[Sequence[Tensor]] | Callable[[int, int], Sequence[Tensor]]
 
 
@@ -191,14 +194,7 @@ class _World:
         group = averager.due(step)
         return (LocalSteps(averager), None) if group is None else (Confined(averager, group), group)
 
-    def _lane(
-        self,
-        rank: int,
-        tensors: Sequence[Tensor],
-        places: list[int],
-        index: int,
-        step: int,
-    ) -> Lane:
+    def _lane(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Lane:
         hook, group = self._turn(rank, step)
         mine = [tensors[i].detach() for i in places]
         spans = lay_out([self.names[i] for i in places], mine)
@@ -234,6 +230,7 @@ class _World:
             for stage in zip(*(lane.jobs for lane in lanes), strict=True):
                 exchange(stage)
                 for rank, job in enumerate(stage):
+                    job.apart = APART
                     self.meters[rank].step.sent_bytes += job.sent_bytes
                 if self.network is not None and stage[0].p > 1:
                     self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))

@@ -22,6 +22,8 @@ HOOKS = {
     "takes_more": ("TakesMore", EXACT, ("factory_takes_the_options",)),
     "says_nothing": ("TakesMore", UNEXPLAINED, ("options_are_documented",)),
     "declares_no_bytes": ("Right", {"exact": True}, ("bytes_are_declared",)),
+    "leaves_the_result": ("LeavesTheResult", EXACT, ("takes_results",)),
+    "uses_the_payload_again": ("UsesThePayloadAgain", EXACT, ("takes_results",)),
     "wrong_dtype": ("WrongDtype", EXACT, ("runs",)),
     "wrong_shape": ("WrongShape", EXACT, ("runs",)),
     "communicates_itself": ("CommunicatesItself", EXACT, ("runs",)),

@@ -2,12 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
 import torch.distributed as dist
 
+import commhub
 from commhub.testing import assert_equal_across_ranks, bitwise_equal
 
-from .matrix import BUCKETS, ONE, agrees, assert_mean, build, drawn, give, on_ranks, state_of
+from .matrix import BUCKETS, ONE, SHAPES, agrees, assert_mean, build, drawn, give, on_ranks, state_of
 
 ALWAYS_ZERO = ("tall", "vector", "scalar")
 
@@ -78,3 +80,43 @@ def bad_steps(hook, buckets):
 def test_one_rank_s_inf_or_nan_reaches_all_and_leaves_nothing_behind(ranks, hook, nproc):
     for buckets in BUCKETS:
         ranks(bad_steps, nproc, hook, buckets)
+
+
+COMPRESSED = "start_step=0, min_compression_rate=0.5"
+FEEDING_BACK = [
+    *(
+        f"{name}(bits={bits}, symmetric={symmetric}, error_feedback=true, dense_small=false{more})"
+        for name in ("quantize_per_tensor", "quantize_per_channel")
+        for bits, symmetric, more in (
+            (8, "true", ""),
+            (4, "false", ""),
+            (2, "true", ", residual_dtype=bf16"),
+            (4, "true", ", stochastic_rounding=true"),
+        )
+    ),
+    *(f"{name}({COMPRESSED}, rank=2)" for name in ("powersgd", "batched_powersgd")),
+    f"powersgd({COMPRESSED}, alternating=true)",
+    f"powersgd({COMPRESSED}, num_power_iterations=2)",
+    f"powersgd({COMPRESSED}, warm_start=false)",
+]
+
+
+@pytest.mark.parametrize("hook", FEEDING_BACK)
+def test_a_struck_step_counts_for_nothing_in_any_mode(hook):
+    for place, dtype in ((0, torch.float32), (4, torch.float32), (3, torch.float16)):
+
+        def gradients(rank, step, place=place, dtype=dtype):
+            made = [g.to(dtype) for g in drawn(rank, step).values()]
+            if (rank, step) == (2, 1):
+                made[place].view(-1)[-1] = float("inf")
+            return made
+
+        before, struck, after = (commhub.simulate(hook, gradients, ranks=3, steps=steps) for steps in (1, 2, 3))
+        for rank in range(3):
+            assert not struck.gradients[rank][place].isfinite().all(), list(SHAPES)[place]
+            assert all(g.isfinite().all() for g in after.gradients[rank])
+            for scope in ("local", "shared"):
+                table, kept = struck.states[rank].export(scope), before.states[rank].export(scope)
+                for name, entries in table.items():
+                    for key, tensor in entries.items():
+                        assert bitwise_equal(tensor, kept[name][key]), f"{key} of {name} on rank {rank}"

@@ -28,7 +28,7 @@ class TwoLevel:
             self.inner.prepare(setup.within(self.across))
 
     def reduce(self, bucket):
-        yield commhub.AllReduce(bucket.flat, group=self.pair)
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat, group=self.pair)))
         yield from self.inner.reduce(bucket.part(bucket.parameters, self.across))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from commhub.drivers import _simulator
 from commhub.testing._compare import bitwise_equal
 from commhub.testing.conformance._check import rule
 from commhub.testing.conformance._material import (
@@ -23,20 +25,40 @@ from commhub.testing.conformance._static import LOADED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from commhub.testing.conformance._subject import Subject
-
-RUNS = (*LOADED, "runs")
 
 
 @rule("simulated", after=LOADED)
 def runs(subject: Subject) -> None:
     """A step on two ranks ends, and leaves tensors of the gradients' dtypes and shapes."""
     own = drawn(0, 0)
-    found = by_name(simulate(subject, lambda _rank, _step: own, 2), 0)
+    with in_place():
+        found = by_name(simulate(subject, lambda _rank, _step: own, 2), 0)
     for name, gradient in own.items():
         assert (found[name].dtype, found[name].shape) == (gradient.dtype, gradient.shape), name
         assert found[name].isfinite().all(), f"{name} is not finite"
+
+
+def in_place() -> AbstractContextManager[object]:
+    """Inside, an all-reduce leaves its result in the payload, as drivers may; elsewhere payloads are spoiled."""
+    return patch.object(_simulator, "APART", new=False)
+
+
+@rule("simulated", after=(*LOADED, "runs"))
+def takes_results(subject: Subject) -> None:
+    """It takes results from what its yields return: what was yielded is the driver's, and undefined afterwards."""
+    with in_place():
+        expected = by_name(simulate(subject, drawn, 2, steps=3), 0)
+    for name, tensor in by_name(simulate(subject, drawn, 2, steps=3), 0).items():
+        assert bitwise_equal(tensor, expected[name]), (
+            f"{name} is another one where results are in memory of their own. Use what a yield returns, "
+            "never what was yielded: bucket.flat.copy_((yield AllReduce(bucket.flat)))"
+        )
+
+
+RUNS = (*LOADED, "runs", "takes_results")
 
 
 @rule("simulated", after=RUNS)

@@ -136,8 +136,10 @@ class DiLoCo:
         # 2. SGD with Nesterov momentum, as torch.optim.SGD has it. What is assigned here counts if all is finite.
         for name, gradient, parameter in zip(part.names, wide.gradients, part.gradients, strict=True):
             entries = self._entries(name)
-            momentum = gradient.add(entries["momentum"], alpha=self.outer_momentum)
-            moved = entries["global"].sub(gradient.add(momentum, alpha=self.outer_momentum), alpha=self.outer_lr)
+            # Products are rounded before they are added: some processors would add at once, and ranks would differ.
+            momentum = entries["momentum"].mul(self.outer_momentum).add_(gradient)
+            step = momentum.mul(self.outer_momentum).add_(gradient).mul_(self.outer_lr)
+            moved = entries["global"].sub(step)
             # 3. All ranks go on from there, or from where they last were.
             parameter.copy_(torch.where(part.finite, moved, entries["global"]))
             entries["momentum"], entries["global"] = momentum, moved

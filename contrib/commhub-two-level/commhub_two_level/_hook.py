@@ -8,7 +8,7 @@ import attrs
 import torch
 
 import commhub
-from commhub import AllReduce
+from commhub import AllGather, AllReduce, Broadcast
 
 from ._shares import Hosts
 
@@ -105,6 +105,7 @@ class TwoLevel:
         summed, *used = yield tuple(asked)
         bucket.flat.copy_(summed)
         bucket.finite = finite
+        bucket.overlook()
         # 2. Between hosts: the same bucket, of one rank for each host.
         virtual = attrs.evolve(
             bucket,
@@ -145,8 +146,11 @@ def _one_stage(asked: Sequence[Collective], bucket: Bucket, hosts: Hosts) -> Any
     gathered = yield tuple(share.within(part) for share, part in zip(shares, parts, strict=True))
     results = tuple(share.whole(tensor) for share, tensor in zip(shares, gathered, strict=True))
     # The core has looked at this rank's shares alone; all ranks hold the whole.
-    for one, result in zip(asked, results, strict=True):
-        if isinstance(one, AllReduce) and (result.is_floating_point() or result.is_complex()):
-            finite = finite & torch.isfinite(result.sum(dtype=torch.promote_types(result.dtype, torch.float32)))
     bucket.finite = finite
+    for one, result in zip(asked, results, strict=True):
+        alike = isinstance(one, AllReduce | AllGather | Broadcast)
+        if alike and (result.is_floating_point() or result.is_complex()):
+            bucket.finite = bucket.finite & torch.isfinite(result.sum())
+        else:
+            bucket.overlook()
     return results

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import torch
-from commhub_powersgd import Compiled, Limit, Source, Tally, compiled_passes, power_iteration
+from commhub_powersgd import Compiled, Limit, Source, Tally, compare_bits, compiled_passes, power_iteration
 from torch import Tensor
 
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
@@ -18,6 +18,9 @@ from ._warm import WarmStart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_BUCKET = 25 << 18
+"""Elements of float32 in a bucket of DDP's usual size: of which square the ranks compare the bits."""
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -89,9 +92,14 @@ class BatchedPowerSGD:
             if settings[name] is not None and dtype.is_floating_point and torch.Size(shape).numel()
         }
         self._compressed = frozenset(dtypes)
+        sizes = dict(zip(setup.names, setup.shapes, strict=True))
+        elements = sum(math.prod(sizes[name]) for name in dtypes)
+        side = math.isqrt(max(min(elements, _BUCKET) - 1, 0)) + 1
+        compare_bits(
+            setup, "batched_powersgd", ((side, side, min(self.rank, side), dtype) for dtype in dtypes.values())
+        )
         if setup.device.type == "cpu":
-            sizes = dict(zip(setup.names, setup.shapes, strict=True))
-            self._compiled = compiled_passes(sum(math.prod(sizes[name]) for name in dtypes))
+            self._compiled = compiled_passes(elements)
         self._feedback = ErrorFeedback(setup, dtypes) if self.error_feedback else None
         self._warm = WarmStart(setup, dtypes, self.rank) if self.warm_start else None
         if setup.rank == 0:

@@ -2,7 +2,8 @@
 
 Besides the hook, what another low-rank hook can be made of: ``power_iteration`` turns ``Approximation`` of matrices
 into factors by all-reduces, with ``compiled_passes`` where there are any; ``Matrix`` and ``Source`` name matrices and
-draw the same random factors for them on every rank; ``Tally`` and ``Limit`` keep what goes along with it.
+draw the same random factors for them on every rank; ``compare_bits`` has ranks see whether they compute alike;
+``Tally`` and ``Limit`` keep what goes along with it.
 
 Importing this package loads no torch; each name is loaded when it is first asked for.
 """
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._bits import compare_bits
     from ._bookkeeping import Tally
     from ._compiled import Compiled, compiled_passes
     from ._hook import PowerSGD
@@ -29,6 +31,7 @@ __all__ = [
     "PowerSGD",
     "Source",
     "Tally",
+    "compare_bits",
     "compiled_passes",
     "power_iteration",
 ]
@@ -41,6 +44,7 @@ _HOMES = {
     "PowerSGD": "_hook",
     "Source": "_random",
     "Tally": "_bookkeeping",
+    "compare_bits": "_bits",
     "compiled_passes": "_compiled",
     "power_iteration": "_iteration",
 }

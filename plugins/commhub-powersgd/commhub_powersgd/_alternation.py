@@ -55,7 +55,7 @@ def alternate(
         else:
             one.send_right(stale, one.take_addends())
         taken.append(one)
-    yield AllReduce(message)
+    message.copy_((yield AllReduce(message)))
     spoil = torch.where(bucket.finite, 1.0, torch.nan)
     for one in taken:
         one.receive(spoil, left=left)

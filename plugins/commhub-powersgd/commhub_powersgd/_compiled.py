@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -31,7 +31,7 @@ class Passes:
 
     multiply: Callable[..., None]
     project: Callable[..., None]
-    settle: Callable[..., None]
+    settle: Callable[..., int]
 
 
 class Compiled:
@@ -49,13 +49,15 @@ class Compiled:
         return Passes(
             multiply=self._function("multiply", dtype, rank, adding),
             project=self._function("project", dtype, rank, adding),
-            settle=self._function("settle", dtype, rank, [*[_POINTER] * 6, *sizes]),
+            settle=self._function("settle", dtype, rank, [*[_POINTER] * 6, *sizes], ctypes.c_int),
         )
 
-    def _function(self, name: str, dtype: torch.dtype, rank: int, arguments: Sequence[type]) -> Callable[..., None]:
+    def _function(
+        self, name: str, dtype: torch.dtype, rank: int, arguments: Sequence[type], result: type | None = None
+    ) -> Callable[..., Any]:
         found = getattr(self._functions, f"{name}_{_NAMES[dtype]}_{rank}")
-        found.argtypes, found.restype = arguments, None
-        made: Callable[..., None] = found
+        found.argtypes, found.restype = arguments, result
+        made: Callable[..., Any] = found
         return made
 
 
@@ -101,9 +103,9 @@ class Fused:
             new = left.addresses[i], right.addresses[i]
             self._passes.settle(self._at[i], None, None, None, *new, *self._sizes())
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> bool:
         factors = [factor.addresses[i] for factor in (self.left, self.right, left, right)]
-        self._passes.settle(self._at[i], self._address(error), *factors, *self._sizes())
+        return bool(self._passes.settle(self._at[i], self._address(error), *factors, *self._sizes()))
 
     def _factor(self, side: str) -> Factor:
         values = self._m.new_empty(self._shapes[side])

@@ -76,8 +76,11 @@ class Products(Protocol):
     def store(self, part: slice, left: Factor, right: Factor) -> None:
         """M = P Q^T with these factors."""
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
-        """``error`` (n m elements) = M - P Q^T with ``left`` and ``right``, then M = P Q^T with these, in one pass."""
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> bool:
+        """``error`` (n m elements) = M - P Q^T with ``left`` and ``right``, then M = P Q^T with these, in one pass.
+
+        Returns whether the error is known to be finite.
+        """
 
 
 def addresses(tensor: Tensor) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
 
 from ._alternation import alternate
+from ._bits import compare_bits
 from ._bookkeeping import Tally
 from ._compiled import Compiled, compiled_passes
 from ._factors import Addends
@@ -116,6 +117,15 @@ class PowerSGD:
                 if self.alternating:
                     left = torch.zeros(matrix.rank, matrix.rows, dtype=wide, device=setup.device)
                     entries["p"] = left.T
+        dtypes = dict(zip(setup.names, setup.dtypes, strict=True))
+        compare_bits(
+            setup,
+            "powersgd",
+            (
+                (m.rows, m.cols, m.rank, torch.promote_types(dtypes[m.name], torch.float32))
+                for m in self._matrices.values()
+            ),
+        )
         if setup.device.type == "cpu":
             self._compiled = compiled_passes(sum(matrix.rows * matrix.cols for matrix in self._matrices.values()))
         if self.error_feedback:
@@ -181,8 +191,9 @@ class PowerSGD:
     def _settle(self, bucket: Bucket, places: Sequence[int], one: Approximation, part: slice) -> None:
         feedback = self._feedback
         residual = feedback.writable(bucket, places[0]) if feedback is not None and len(places) == 1 else None
-        if residual is not None:
-            one.exchange(part.start, residual)
+        if feedback is not None and residual is not None:
+            if one.exchange(part.start, residual):
+                feedback.wrote(bucket, places[0])
             return
         if feedback is not None:
             one.subtract_own(part)

@@ -97,9 +97,12 @@ class Approximation:
         """M = P Q^T, the mean."""
         self._products.store(part, *self._mean())
 
-    def exchange(self, i: int, error: Tensor) -> None:
-        """Both at once for the i-th matrix: ``error`` (n m elements) is what this rank left unsent."""
-        self._products.exchange(i, *self._mean(), error)
+    def exchange(self, i: int, error: Tensor) -> bool:
+        """Both at once for the i-th matrix: ``error`` (n m elements) is what this rank left unsent.
+
+        Returns whether that is known to be finite.
+        """
+        return self._products.exchange(i, *self._mean(), error)
 
     def next_start(self) -> Tensor:
         """The right factor to begin the next step with; see ``renew``."""
@@ -156,10 +159,11 @@ def power_iteration(
         if iteration:
             for one in taken:
                 one.send_left(_finite_orthonormal(one, "q", bucket, source))
-        _note((yield AllReduce(factors if iteration else first)), bucket, look)
+        sent = factors if iteration else first
+        _note(sent.copy_((yield AllReduce(sent))), bucket, look)  # no copy where it is the very tensor
         for one in taken:
             one.send_right(_finite_orthonormal(one, "p", bucket, source))
-        _note((yield AllReduce(second)), bucket, look)
+        _note(second.copy_((yield AllReduce(second))), bucket, look)
     spoil = torch.where(bucket.finite, 1.0, torch.nan)
     for one in taken:
         one.receive(spoil)

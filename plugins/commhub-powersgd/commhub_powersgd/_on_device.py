@@ -44,11 +44,12 @@ class OnDevice:
     def store(self, part: slice, left: Factor, right: Factor) -> None:
         torch.bmm(left.values[part].mT, right.values[part], out=self._m[part])
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> bool:
         part = slice(i, i + 1)
         self.subtract(part)
         error.view(self._m.shape[1:]).copy_(self._m[i])
         self.store(part, left, right)
+        return False
 
     def _add(self, addends: Addends | None) -> None:
         if addends is not None:

@@ -22,7 +22,7 @@ _ALIGNMENT = 64
 _RUN = 1 << 17
 """Elements to take at once, 0.5 MiB in float32. (Rank 1, 24 MiB of matrices, the passes alone: 5.1 ms with a quarter
 of it, 4.4 with half of it, 4.2 with this, 4.5 with twice of it, 4.7 with four times.)"""
-_OUTER = 8
+OUTER = 8
 """Up to this rank, a sum of outer products is faster than one matrix product. (M of 4096 x 1024, rank 2: 0.5 and 2.9
 ms.)"""
 
@@ -31,13 +31,13 @@ class OnHost:
     """See ``Products``."""
 
     def __init__(self, m: Tensor, rank: int) -> None:
-        self._m = m
+        self.m = m
         _, self._rows, self._cols = m.shape
         self._step = run_length(self._rows, self._cols)
         self._runs = [one.split(self._step) for one in m.unbind()]
         self._others: list[tuple[int, Sequence[Tensor]] | None] = [None] * len(m)
         self._rank = rank
-        self._subtract, self._store = (_subtract, _store) if rank <= _OUTER else (_subtract_at_once, _store_at_once)
+        self._subtract, self._store = (_subtract, _store) if rank <= OUTER else (_subtract_at_once, _store_at_once)
         self.left, self.right = self._left(), self._right()
 
     def averaged(self, *, left: bool) -> Factor:
@@ -45,7 +45,7 @@ class OnHost:
 
     def multiply_right(self, q: Tensor, addends: Addends | None = None) -> None:
         factors = [_aligned(one[0] if self._rank == 1 else one) for one in q]
-        for i in reversed(range(len(self._m))):
+        for i in reversed(range(len(self.m))):
             for run, place in zip(self._sums(i, addends), self.left.runs[i], strict=True):
                 if self._rank == 1:
                     torch.mv(run, factors[i], out=place)
@@ -64,7 +64,7 @@ class OnHost:
                     total.addmm_(factor, run)
 
     def parts(self) -> Sequence[slice]:
-        return [slice(i, i + 1) for i in reversed(range(len(self._m)))]
+        return [slice(i, i + 1) for i in reversed(range(len(self.m)))]
 
     def subtract(self, part: slice) -> None:
         for runs, columns, rows in zip(self._runs[part], self.left.terms[part], self.right.terms[part], strict=True):
@@ -76,12 +76,13 @@ class OnHost:
             for run, terms in zip(runs, columns, strict=True):
                 self._store(terms, rows, run)
 
-    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> None:
+    def exchange(self, i: int, left: Factor, right: Factor, error: Tensor) -> bool:
         own, mean = self.right.terms[i], right.terms[i]
         runs = zip(self._runs[i], self._other(i, error, keep=True), self.left.terms[i], left.terms[i], strict=True)
         for run, rest, contributed, result in runs:
             self._subtract(run, contributed, own, rest)
             self._store(result, mean, run)
+        return False
 
     def _sums(self, i: int, addends: Addends | None) -> Iterator[Tensor]:
         """The runs of the i-th matrix after adding to them, each at an aligned address.
@@ -129,8 +130,8 @@ class OnHost:
     def _aligned_factors(self, length: int) -> Tensor:
         """(batch, rank, length), each matrix's beginning at an aligned address."""
         spacing = -(-self._rank * length // 16) * 16
-        memory = self._m.new_empty(len(self._m) * spacing)
-        return memory.as_strided((len(self._m), self._rank, length), (spacing, length, 1))
+        memory = self.m.new_empty(len(self.m) * spacing)
+        return memory.as_strided((len(self.m), self._rank, length), (spacing, length, 1))
 
 
 def run_length(rows: int, cols: int) -> int:
@@ -140,7 +141,7 @@ def run_length(rows: int, cols: int) -> int:
 
 
 def _vectors(each: Tensor, whole: Tensor) -> Sequence[Tensor]:
-    return list(each) if len(each) <= _OUTER else [whole]
+    return list(each) if len(each) <= OUTER else [whole]
 
 
 def _subtract(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
@@ -150,9 +151,12 @@ def _subtract(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor],
 
 
 def _store(columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:
+    """Products are rounded before they are added, as in the compiled pass: ranks with and without it agree."""
     torch.mul(columns[0], rows[0], out=out)
-    for column, row in zip(columns[1:], rows[1:], strict=True):
-        out.addcmul_(column, row)
+    if len(columns) > 1:
+        term = torch.empty_like(out)
+        for column, row in zip(columns[1:], rows[1:], strict=True):
+            out.add_(torch.mul(column, row, out=term))
 
 
 def _subtract_at_once(matrix: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], out: Tensor) -> None:

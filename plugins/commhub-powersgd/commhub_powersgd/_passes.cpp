@@ -133,12 +133,14 @@ void project(T* matrix, const T* addend, T scale, const T* left, T* right, int64
 }
 
 // Where there is room for an error, error = M - P Q^T; it may be M itself. Then, where there are new factors, M = P' Q'^T.
+// Returns whether every element of the error is finite: zero times anything else is not zero.
 template <typename T, int R, bool Keeps, bool Stores>
-void settle(T* matrix, T* error, const T* left, const T* right, const T* new_left, const T* new_right, int64_t n,
+bool settle(T* matrix, T* error, const T* left, const T* right, const T* new_left, const T* new_right, int64_t n,
             int64_t m, int threads) {
   using L = Lanes<T>;
   const Interleaved<T, R> factors(right, Keeps ? m : 0), new_factors(new_right, Stores ? m : 0);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  int64_t odd = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : odd) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
     T* row = matrix + i * m;
     T* rest = Keeps ? error + i * m : nullptr;
@@ -147,6 +149,8 @@ void settle(T* matrix, T* error, const T* left, const T* right, const T* new_lef
       if (Keeps) own[r] = left[r * n + i];
       if (Stores) mean[r] = new_left[r * n + i];
     }
+    typename L::Vector zeros = {};
+    T zero = 0;
     int64_t j = 0;
     for (; j + L::count <= m; j += L::count) {
       if (Keeps) {
@@ -154,6 +158,7 @@ void settle(T* matrix, T* error, const T* left, const T* right, const T* new_lef
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) value -= own[r] * factors.at(j, r);
         L::store(rest + j, value);
+        zeros += value * T(0);
       }
       if (Stores) {
         auto result = mean[0] * new_factors.at(j, 0);
@@ -168,10 +173,16 @@ void settle(T* matrix, T* error, const T* left, const T* right, const T* new_lef
         if (Keeps) value -= own[r] * right[r * m + j];
         if (Stores) result += mean[r] * new_right[r * m + j];
       }
-      if (Keeps) rest[j] = value;
+      if (Keeps) {
+        rest[j] = value;
+        zero += value * T(0);
+      }
       if (Stores) row[j] = result;
     }
+    for (int64_t k = 0; k < L::count; ++k) zero += zeros[k];
+    odd += zero != 0;
   }
+  return odd == 0;
 }
 
 }  // namespace
@@ -188,14 +199,14 @@ void settle(T* matrix, T* error, const T* left, const T* right, const T* new_lef
 #define PASSES(T, NAME, R)                                                                                   \
   ADDING(multiply, T, NAME, R)                                                                               \
   ADDING(project, T, NAME, R)                                                                                \
-  extern "C" void settle_##NAME##_##R(T* matrix, T* error, const T* left, const T* right, const T* new_left, \
+  extern "C" int settle_##NAME##_##R(T* matrix, T* error, const T* left, const T* right, const T* new_left, \
                                       const T* new_right, int64_t n, int64_t m, int threads) {               \
     if (error && new_left)                                                                                   \
-      settle<T, R, true, true>(matrix, error, left, right, new_left, new_right, n, m, threads);              \
+      return settle<T, R, true, true>(matrix, error, left, right, new_left, new_right, n, m, threads);              \
     else if (error)                                                                                          \
-      settle<T, R, true, false>(matrix, error, left, right, nullptr, nullptr, n, m, threads);                \
+      return settle<T, R, true, false>(matrix, error, left, right, nullptr, nullptr, n, m, threads);                \
     else                                                                                                     \
-      settle<T, R, false, true>(matrix, nullptr, nullptr, nullptr, new_left, new_right, n, m, threads);      \
+      return settle<T, R, false, true>(matrix, nullptr, nullptr, nullptr, new_left, new_right, n, m, threads);      \
   }
 
 #define RANKS(T, NAME) \

@@ -163,7 +163,8 @@ class _Quantize:
             else:  # it keeps its residual, and takes this on top
                 self._feedback.deposit(bucket, line.place, line.skipped, missed)
         for line in part.section.lines:
-            self._feedback.keep(bucket, line.place, part_of(values, line.stretch))
+            # All values that any rank coded were finite, or the mean's marks are not.
+            self._feedback.keep(bucket, line.place, part_of(values, line.stretch), finite=True)
 
     def _lay_out(self, bucket: Bucket) -> Plan:
         sizes = [segment.numel() for segment in bucket.segments]

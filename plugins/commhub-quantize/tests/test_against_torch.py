@@ -27,7 +27,7 @@ class TorchMode:
         marks = torch.stack([mark.float().flatten() for mark in observer.calculate_qparams()])
         encode = getattr(quantization_hooks, f"_quantize_per_{kind}_backend")
         decode = getattr(quantization_hooks, f"_dequantize_per_{kind}_backend")
-        all_marks = (yield commhub.AllGather(marks.flatten())).view(-1, *marks.shape)
+        all_marks = (yield commhub.AllGather(marks.flatten().clone())).view(-1, *marks.shape)
         codes = yield commhub.AllGather(encode(rows, *marks).flatten())
         total = sum(decode(c, *m) for c, m in zip(codes.view(-1, *rows.shape), all_marks, strict=True))
         bucket.flat.copy_(total.flatten()[: bucket.flat.numel()] / bucket.world_size)

@@ -16,10 +16,10 @@ from ._bucket import Bucket, Span
 from ._callbacks import Callbacks, call_after
 from ._means import PlainMean, Sum
 from ._sparse import SparseMean
+from .drivers._asked import Place
 from .drivers._failure import to_raise
 from .drivers._job import Scratch
 from .drivers._lane import Lane
-from .drivers._signature import Place
 from .drivers._stats import Stats
 
 if TYPE_CHECKING:

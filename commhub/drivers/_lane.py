@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .._bucket import Bucket
     from .._collectives import Subgroup
     from .._protocols import Hook
-    from ._signature import Place
+    from ._asked import Place
     from ._stats import Meter
 
 

@@ -13,12 +13,10 @@ import contextlib
 import hashlib
 import json
 import time
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from .._errors import HookError
+from ._asked import Asked
 from ._errand import Errand
 
 if TYPE_CHECKING:
@@ -27,58 +25,13 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
     from .._bucket import Span
-    from .._collectives import Subgroup
+    from ._asked import Place, Serial
     from ._lane import Lane
 
-_REMEMBERED = 1024
-"""Lanes whose signatures are kept to answer with."""
+_REMEMBERED = 3
+"""Of each topic, how many serials are remembered to answer with. No peer that needs this rank is further behind."""
 _PATIENCE = 0.25
 """Seconds after which a rank asks aloud."""
-
-Serial = tuple[int, ...]
-
-
-@attrs.frozen
-class Place:
-    """Where a lane stands in what all members of its group do alike.
-
-    Attributes:
-        topic: what it is a part of: the step's buckets, an average of parameters.
-        serial: which of those: growing, and counted alike on all members. Where anything but its first number has
-            changed, what was asked for before says nothing.
-        index: which of its buckets.
-        compared: whether what it asks for is compared at all; what is the same by construction need not be.
-    """
-
-    topic: str
-    serial: Serial
-    index: int = 0
-    compared: bool = True
-
-
-@attrs.define(eq=False)
-class _Asked:
-    """What one lane has asked for so far: of each stage the collectives, and the group that they are in."""
-
-    place: Place
-    spans: tuple[Span, ...]
-    stages: list[tuple[tuple[Any, ...], ...]] = attrs.Factory(list)
-    groups: list[Subgroup | None] = attrs.Factory(list)
-    finished: bool = False
-
-    def told(self, stage: int, size: int) -> str:
-        """What it asked for in a stage, the same words on every rank that asked for the same."""
-        if stage >= len(self.stages):
-            return "nothing more"
-        parts = []
-        for kind, dtype, numel, group, src in self.stages[stage]:
-            among = f"all {size} ranks" if group is None else f"ranks {', '.join(map(str, group.ranks))}"
-            parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" from {src}" if src else ""))
-        return " and ".join(parts).replace("torch.", "")
-
-    def names(self) -> str:
-        """The parameters, as a short digest."""
-        return hashlib.sha256(repr([(s.name, s.shape) for s in self.spans]).encode()).hexdigest()[:16]
 
 
 class Signatures:
@@ -91,9 +44,8 @@ class Signatures:
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
-        self._before: dict[tuple[str, int], _Asked] = {}
-        self._log: OrderedDict[tuple[str, Serial, int], _Asked] = OrderedDict()
-        self._latest: dict[str, Serial] = {}
+        self._before: dict[tuple[str, int], Asked] = {}
+        self._log: dict[str, dict[Serial, dict[int, Asked]]] = {}
         self._agreed: dict[str, tuple[Serial, str]] = {}
         self._open: list[dict[str, Any]] = []
         self._owed: list[tuple[str, int]] = []
@@ -105,7 +57,7 @@ class Signatures:
         place = lane.place
         if place is None or self.size == 1:
             return None
-        asked = self._log.get((place.topic, place.serial, place.index)) or self._enter(place, lane.bucket.spans)
+        asked = self._found(place.topic, place.serial, place.index) or self._enter(place, lane.bucket.spans)
         before = self._before.get((place.topic, place.index))
         stage = len(asked.stages)
         if lane.finished:
@@ -130,17 +82,26 @@ class Signatures:
             return None
         return Comparison(self, asked, stage, members)
 
-    def _enter(self, place: Place, spans: tuple[Span, ...]) -> _Asked:
-        asked = _Asked(place, spans)
-        self._log[place.topic, place.serial, place.index] = asked
-        self._latest[place.topic] = place.serial
-        while len(self._log) > _REMEMBERED:
-            self._log.popitem(last=False)
+    def _enter(self, place: Place, spans: tuple[Span, ...]) -> Asked:
+        serials = self._log.setdefault(place.topic, {})
+        if place.serial not in serials:
+            serials[place.serial] = {}
+            for old in sorted(serials)[:-_REMEMBERED]:
+                del serials[old]
+        asked = serials[place.serial][place.index] = Asked(place, spans)
         return asked
+
+    def _found(self, topic: str, serial: Serial, index: int) -> Asked | None:
+        return self._log.get(topic, {}).get(serial, {}).get(index)
 
     def issued(self) -> list[list[Any]]:
         """What this rank has asked for lately: topic, serial, index and number of stages of each lane."""
-        return [[topic, list(serial), i, len(a.stages)] for (topic, serial, i), a in self._log.items()]
+        return [
+            [topic, list(serial), index, len(asked.stages)]
+            for topic, serials in self._log.items()
+            for serial, lanes in serials.items()
+            for index, asked in lanes.items()
+        ]
 
     def count(self, key: str, members: int) -> None:
         """Say that this rank asks for what ``key`` stands for."""
@@ -189,7 +150,7 @@ class Signatures:
         agreed = self._agreed.get(question["where"])
         if agreed is not None and agreed[0] >= serial and (agreed[0] > serial or agreed[1] == question["key"]):
             return True
-        asked = self._log.get((topic, serial, index))
+        asked = self._found(topic, serial, index)
         if asked is not None and (asked.finished or len(asked.stages) > stage):
             mine = asked.told(stage, self.size)
             if (mine, asked.names()) != (question["told"], question["names"]):
@@ -197,12 +158,12 @@ class Signatures:
             self.agree(question["where"], serial, question["key"])
             self._owed.append((question["key"], len(question["members"])))
             return True
-        if self._latest.get(topic, ()) > serial:
+        if max(self._log.get(topic, ()), default=()) > serial:
             raise self._differs(question, "nothing more")
         for lane in waiting:
             if lane.place is not None and lane.jobs and self._is_stuck(lane, question):
-                held = self._log[lane.place.topic, lane.place.serial, lane.place.index]
-                told = held.told(lane.stage, self.size)
+                held = self._found(lane.place.topic, lane.place.serial, lane.place.index)
+                told = "nothing" if held is None else held.told(lane.stage, self.size)
                 raise self._differs(question, f"{told} ({lane.place.topic}, bucket {lane.place.index})")
         return False
 
@@ -227,7 +188,7 @@ class Signatures:
 class Comparison:
     """A question to all members of a group: do you ask for this too?"""
 
-    def __init__(self, signatures: Signatures, asked: _Asked, stage: int, members: tuple[int, ...]) -> None:
+    def __init__(self, signatures: Signatures, asked: Asked, stage: int, members: tuple[int, ...]) -> None:
         self._signatures, self._members = signatures, members
         self._stage = stage
         place = asked.place

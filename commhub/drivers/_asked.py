@@ -1,0 +1,57 @@
+"""What a lane asks for, as ranks compare it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from .._bucket import Span
+    from .._collectives import Subgroup
+
+Serial = tuple[int, ...]
+
+
+@attrs.frozen
+class Place:
+    """Where a lane stands in what all members of its group do alike.
+
+    Attributes:
+        topic: what it is a part of: the step's buckets, an average of parameters.
+        serial: which of those: growing, and counted alike on all members. Where anything but its first number has
+            changed, what was asked for before says nothing.
+        index: which of its buckets.
+        compared: whether what it asks for is compared at all; what is the same by construction need not be.
+    """
+
+    topic: str
+    serial: Serial
+    index: int = 0
+    compared: bool = True
+
+
+@attrs.define(eq=False)
+class Asked:
+    """What one lane has asked for so far: of each stage the collectives, and the group that they are in."""
+
+    place: Place
+    spans: tuple[Span, ...]
+    stages: list[tuple[tuple[Any, ...], ...]] = attrs.Factory(list)
+    groups: list[Subgroup | None] = attrs.Factory(list)
+    finished: bool = False
+
+    def told(self, stage: int, size: int) -> str:
+        """What it asked for in a stage, the same words on every rank that asked for the same."""
+        if stage >= len(self.stages):
+            return "nothing more"
+        parts = []
+        for kind, dtype, numel, group, src in self.stages[stage]:
+            among = f"all {size} ranks" if group is None else f"ranks {', '.join(map(str, group.ranks))}"
+            parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" from {src}" if src else ""))
+        return " and ".join(parts).replace("torch.", "")
+
+    def names(self) -> str:
+        """The parameters, as a short digest."""
+        return hashlib.sha256(repr([(s.name, s.shape) for s in self.spans]).encode()).hexdigest()[:16]

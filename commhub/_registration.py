@@ -39,6 +39,7 @@ class Registration:
         self._schedule: dict[int, str] = {}
         self._network: Network | None = None
         self._removed = False
+        self._closing: weakref.finalize[Any, Any] | None = None
         self._take(session)
         self._announce("registered")
 
@@ -97,7 +98,7 @@ class Registration:
             RegistrationError: for a step that has passed.
         """
         self._check_usable()
-        failure: Exception | None = None
+        failure: BaseException | None = None
         texts: dict[int, str] = {}
         try:
             for step, hook in sorted(hooks.items()):
@@ -107,7 +108,7 @@ class Registration:
                     raise RegistrationError("schedule takes hook strings or HookType members, so that it can be shown.")
                 texts[step] = str(getattr(hook, "value", hook))
                 choose(hook, {}).make()
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+        except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         meeting = Meeting.of(self._ground.group, self._ground.timeout)
         agree(meeting, "schedule", {"schedule": texts}, failure, verify=self._ground.verify)
@@ -147,7 +148,7 @@ class Registration:
         """
         self._check_usable()
         self._schedule.clear()
-        self._replace(lambda: Chosen(name="none", make=PlainMean))
+        self._replace(lambda: Chosen(name="none", make=PlainMean), "remove")
         self._removed = True
         if self._slot is not None:
             self._slot.owner = None
@@ -172,9 +173,9 @@ class Registration:
         if self._session.engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
-    def _replace(self, choose_one: Callable[[], Chosen]) -> None:
+    def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
         former = self._session
-        session = start(self._ground, choose_one, former.engine)
+        session = start(self._ground, choose_one, former.engine, call=call)
         session.engine.step = latest(former.engine.step, session.engine, self._ground.device)
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
@@ -191,7 +192,9 @@ class Registration:
             logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
 
     def _take(self, session: Session) -> None:
-        weakref.finalize(self._slot or self, session.engine.driver.close)
+        if self._closing is not None:
+            self._closing.detach()  # it would keep the former hook's groups and connections open
+        self._closing = weakref.finalize(self._slot or self, session.engine.driver.close)
         if session.engine.timetable is not None:
             session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
         if self._slot is not None:
@@ -242,17 +245,17 @@ class Registration:
 
     def _catch_up(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Swap to the hook that was scheduled for the state's step; collective, as a swap is."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         step, text = 0, None
         try:
             merged = _saving.merge(state)
             step = int(merged["step"])
             text = self._schedule.get(max((at for at in self._schedule if at <= step), default=-1))
             _saving.check_hook(merged, str(self) if text is None else choose(text, {}).text())
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+        except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         meeting = Meeting.of(self._ground.group, self._ground.timeout)
-        agree(meeting, "catch up", {"step": step}, failure)
+        agree(meeting, "load", {"step": step}, failure)
         if text is not None:
             self._schedule = {at: hook for at, hook in self._schedule.items() if at > step}
             self.swap(text)

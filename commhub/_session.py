@@ -66,18 +66,20 @@ class Session:
     wire: torch.dtype | None
 
 
-def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None) -> Session:
+def start(
+    ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None, *, call: str = "register"
+) -> Session:
     """Make the hook that ``choose`` names work on ``ground``; collective.
 
     Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
-    engine that this one replaces, if any.
+    engine that this one replaces, if any; ``call`` is what the user called.
 
     Raises:
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
     meeting = Meeting.of(ground.group, ground.timeout)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     facts: dict[str, Any] = {}
     try:
         chosen = choose()
@@ -85,18 +87,18 @@ def start(ground: Ground, choose: Callable[[], Chosen], former: Engine | None = 
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         _check_fit(ground, chosen, hook, former)
         facts = _facts(ground, chosen, wire)
-    except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+    except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
-    hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
+    hosts = agree(meeting, call, facts, failure, verify=ground.verify, more=True)
     driver: Driver | None = None
     callbacks = Callbacks()
     try:
         driver = make_driver(ground, meeting, chosen.label)
         engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks)
-    except Exception as error:  # noqa: BLE001 - the same
+    except BaseException as error:  # noqa: BLE001 - the same
         failure = error
     try:
-        agree(meeting, "prepared", {}, failure)
+        agree(meeting, call, {}, failure)
     except BaseException:
         callbacks.end()
         if driver is not None:

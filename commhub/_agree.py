@@ -84,10 +84,12 @@ def agree(
             if told := _absent(meeting, topic, everyone):
                 raise RegistrationError(told)
             raise HookMismatchError(_difference([json.loads(everyone.brought[rank]) for rank in range(meeting.size)]))
-    except (RegistrationError, HookMismatchError):
-        if failure is not None:
-            raise failure from failure.__cause__
-        raise
+    except (RegistrationError, HookMismatchError) as error:
+        if failure is None:
+            raise
+        if not str(error).endswith(why):
+            failure.add_note(str(error))
+        raise failure from failure.__cause__
     return tuple(words[rank].host for rank in range(meeting.size))
 
 

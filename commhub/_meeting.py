@@ -1,7 +1,7 @@
 """Where the ranks of a group meet: in the group's store, all of them in the same meeting, whatever was called before.
 
 A call that takes all ranks is one meeting. Who comes draws the next number of a counter in the store, and as many
-numbers in a row as there are ranks make one meeting: no rank keeps a count of its own, which could stay behind the others'.
+numbers in a row as there are ranks make one meeting: no rank keeps a count of its own that could stay behind.
 A meeting has rounds, and a round has one verdict, written by compare-and-set. Who came last writes what everyone
 brought; who has waited too long writes who came until then. The first to write decides and all others take it, so
 that nobody succeeds in a round that failed for somebody else. Who has waited too long also raises the counter to the
@@ -228,14 +228,14 @@ class Meeting:
         while isinstance(store, PrefixStore):
             store = store.underlying_store
         elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return isinstance(store, dist.TCPStore) and not elsewhere and dist.get_rank() == 0
+        return type(store).__name__ == "TCPStore" and not elsewhere and dist.get_rank() == 0
 
     def _tidy(self) -> None:
         """Delete what former meetings left behind. All ranks have come to this one, so none is in those."""
         with _lock:
             spared = {number for group, number in _in_use.values() if group == self.group}
         with contextlib.suppress(RuntimeError):  # a store that cannot
-            for key in self._base.list_keys():  # type: ignore[attr-defined]  # missing from the stub
+            for key in self._base.list_keys():
                 number = key.partition("/")[0]
                 if number.isdigit() and int(number) < (self._number or 0) and int(number) not in spared:
                     self._base.delete_key(key)

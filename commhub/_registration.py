@@ -35,10 +35,9 @@ class Registration:
     """
 
     def __init__(self, ground: Ground, session: Session, slot: Slot | None) -> None:
-        self._ground, self._session, self._slot = ground, session, slot
+        self._ground, self._session, self._slot, self._removed = ground, session, slot, False
         self._schedule: dict[int, str] = {}
         self._network: Network | None = None
-        self._removed = False
         self._closing: weakref.finalize[Any, Any] | None = None
         self._take(session)
         self._announce("registered")
@@ -198,8 +197,7 @@ class Registration:
         if session.engine.timetable is not None:
             session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
         if self._slot is not None:
-            self._slot.owner, self._slot.engine = self, session.engine
-            self._slot.scaler = self._ground.scaler
+            self._slot.owner, self._slot.engine, self._slot.scaler = self, session.engine, self._ground.scaler
             self._slot.show(str(self))
 
     def _retire(self) -> None:

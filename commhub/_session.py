@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 """By the hook's identity: an object's memory belongs to one model."""
+_starting: set[int] = set()
+"""Those that some thread is about to put to work."""
+_taking = threading.Lock()
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -78,6 +83,13 @@ def start(
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
+    with contextlib.ExitStack() as at_end:
+        return _start(ground, choose, former, call, at_end)
+
+
+def _start(
+    ground: Ground, choose: Callable[[], Chosen], former: Engine | None, call: str, at_end: contextlib.ExitStack
+) -> Session:
     meeting = Meeting.of(ground.group, ground.timeout)
     failure: BaseException | None = None
     facts: dict[str, Any] = {}
@@ -85,7 +97,8 @@ def start(
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
-        _check_fit(ground, chosen, hook, former)
+        _check_fit(ground, chosen)
+        _take(at_work(hook), chosen.name, former, at_end)
         facts = _facts(ground, chosen, wire)
     except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
@@ -136,7 +149,7 @@ def stop(engine: Engine) -> None:
     engine.driver.close()
 
 
-def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None) -> None:
+def _check_fit(ground: Ground, chosen: Chosen) -> None:
     if ground.device.type not in chosen.devices:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {ground.device}."
@@ -145,10 +158,17 @@ def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None
     for need in chosen.needs:
         if not given.get(need, True):
             raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
-    worker = at_work(hook)
-    other = _at_work.get(id(worker))
-    if other is not None and other is not former and at_work(other.hook) is worker:
-        raise RegistrationError(f"this {chosen.name} object is at work already. Give each model a hook of its own.")
+
+
+def _take(worker: Hook | Averager, name: str, former: Engine | None, at_end: contextlib.ExitStack) -> None:
+    """Keep other threads from putting the object to work until this one has, or has failed to."""
+    with _taking:
+        other = _at_work.get(id(worker))
+        elsewhere = other is not None and other is not former and at_work(other.hook) is worker
+        if elsewhere or id(worker) in _starting:
+            raise RegistrationError(f"this {name} object is at work already. Give each model a hook of its own.")
+        _starting.add(id(worker))
+    at_end.callback(_starting.discard, id(worker))
 
 
 def _prepared(
@@ -227,7 +247,10 @@ def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
     from .drivers._thread import ThreadDriver
 
     patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
-    channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    try:
+        channel = Channel(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    except RuntimeError as error:
+        raise RegistrationError(f"the ranks could not be connected: {error}") from error
     board = Board(meeting.branch("board"), meeting.rank)
     return ThreadDriver(channel, board, Meter(), timeout=ground.timeout, label=label)
 

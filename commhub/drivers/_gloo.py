@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import threading
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20
 """Bytes of payload in one piece of a large all-gather or all-to-all."""
 
+_sweeping = threading.Lock()
 _graveyard: list[Channel] = []
 """Closed channels with a collective that never ended: Gloo's destructor would wait for it, holding the interpreter."""
 
@@ -154,8 +156,9 @@ class Channel:
 
     def close(self) -> None:
         """Give the group up. Where a collective is stuck, the group is kept until it ends; nothing blocks."""
-        if self._groups and self not in _graveyard:
-            _graveyard.append(self)
+        with _sweeping:
+            if self._groups and self not in _graveyard:
+                _graveyard.append(self)
         sweep()
 
     def _is_idle(self) -> bool:
@@ -164,11 +167,13 @@ class Channel:
 
 def sweep(at_exit: bool = False) -> None:
     """Free the closed groups whose collectives have ended. At exit, the others are left to the operating system."""
-    for channel in list(_graveyard):
-        if channel._is_idle():
+    with _sweeping:  # of two threads that free a channel, one would find it gone
+        closed, idle = list(_graveyard), [channel for channel in _graveyard if channel._is_idle()]
+        _graveyard[:] = [channel for channel in closed if channel not in idle]
+    for channel in closed:
+        if channel in idle:
             channel._flights.clear()
             channel._groups.clear()
-            _graveyard.remove(channel)
         elif at_exit:
             for kept in (*channel._groups.values(), *(p.work for f in channel._flights for p in f._pieces)):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

@@ -10,51 +10,33 @@ import hashlib
 import json
 import os
 import socket
-import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
 from ._errors import HookMismatchError, RegistrationError
-from .drivers._board import own_connection
-from .drivers._errand import within
+from ._meeting import Meeting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ._meeting import Verdict
+
+__all__ = ["Meeting", "agree", "number_hosts"]
+
+_INTERRUPTED = 1.0
+"""Seconds that an interrupted rank waits for its peers."""
+
 
 @attrs.frozen
-class Meeting:
-    """A place in the group's store that only this occasion uses, the same on every rank."""
+class _Word:
+    """What a rank says of itself: the call it makes, a digest of its facts, why it cannot go on if it cannot."""
 
-    store: Store
-    rank: int
-    size: int
-    timeout: float
-
-    @classmethod
-    def of(cls, group: ProcessGroup, timeout: float) -> Meeting:
-        """The group's next meeting. Registration is collective, so every rank counts alike.
-
-        Raises:
-            RegistrationError: if the group has no store.
-        """
-        rank = dist.get_rank(group)
-        try:
-            given = dist.distributed_c10d._get_process_group_store(group)
-            base = within(timeout, lambda: own_connection(given, timeout))
-            number = within(timeout, lambda: base.add(f"commhub/meetings of rank {rank}", 1))
-        except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
-            text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
-            raise RegistrationError(text) from error
-        return cls(PrefixStore(f"commhub/{number}", base), rank, dist.get_world_size(group), timeout)
-
-    def branch(self, name: str) -> Store:
-        """A part of the store for something made at this meeting."""
-        return PrefixStore(name, self.store)
+    call: str
+    digest: str
+    host: str
+    failure: str
+    verify: bool
 
 
 def agree(
@@ -64,77 +46,85 @@ def agree(
     failure: BaseException | None,
     *,
     verify: bool = True,
+    more: bool = False,
 ) -> tuple[str, ...]:
     """Meet the other ranks; return every rank's host.
 
     Args:
         meeting: where.
-        topic: which of the meeting's rounds this is.
+        topic: the call that this is part of, as the user knows it: ``"swap"``. Ranks that call different things are
+            told so.
         facts: what must be the same everywhere, JSON-able. Ranks exchange a digest; the facts only where it differs.
         failure: why this rank cannot go on, if it cannot.
         verify: whether facts that differ are an error; one rank that says so is enough.
+        more: whether this meeting has another round if all goes well.
 
     Raises:
         HookMismatchError: on every rank, naming ranks and values, when facts differ.
-        RegistrationError: where nothing failed, naming a rank where something did, or ranks that did not come.
+        RegistrationError: where nothing failed, naming a rank where something did, ranks that did not come, or what
+            the ranks called.
         BaseException: ``failure`` itself, on its rank.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     why = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    mine = json.dumps([digest, _host(), why, verify])
-    summary = json.loads(_gathered(meeting, topic, mine))
-    if isinstance(summary, str):
-        raise failure or RegistrationError(summary)
-    if failure is not None:
-        raise failure
-    for rank, (_, _, text, _) in enumerate(summary):
-        if text:
-            raise RegistrationError(f"rank {rank} could not go on: {text}")
-    if any(verify for *_, verify in summary) and len({digest for digest, *_ in summary}) > 1:
-        everyone = json.loads(_gathered(meeting, f"{topic}/facts", json.dumps(facts)))
-        raise HookMismatchError(_difference(everyone))
-    return tuple(host for _, host, *_ in summary)
+    mine = json.dumps([topic, digest, _host(), why, verify])
+    patience = min(_INTERRUPTED, meeting.timeout) if isinstance(failure, KeyboardInterrupt) else meeting.timeout
 
+    def goes_on(verdict: Verdict) -> bool:
+        words = _words(verdict)
+        return not _trouble(meeting, topic, verdict, words) and (more or _differ(words))
 
-def _gathered(meeting: Meeting, topic: str, mine: str) -> str:
-    """The list of what every rank brought, as JSON; or, as a JSON string, why there is none."""
-    longest = 2 * meeting.timeout + 5.0  # what is waited for within ends before
     try:
-        return within(longest, lambda: _brought(meeting, topic, mine))
-    except TimeoutError as error:
-        text = (
-            f"the process group's store does not answer ({error}); the machine that holds it is gone, or the network."
-        )
-        raise RegistrationError(text) from error
+        verdict = meeting.round(mine, patience, goes_on)
+        words = _words(verdict)
+        if told := _trouble(meeting, topic, verdict, words):
+            raise RegistrationError(told)
+        if _differ(words):
+            everyone = meeting.round(json.dumps(facts), meeting.timeout, lambda _: False)
+            if told := _absent(meeting, topic, everyone):
+                raise RegistrationError(told)
+            raise HookMismatchError(_difference([json.loads(everyone.brought[rank]) for rank in range(meeting.size)]))
+    except (RegistrationError, HookMismatchError) as error:
+        if failure is None:
+            raise
+        if not str(error).endswith(why):
+            failure.add_note(str(error))
+        raise failure from failure.__cause__
+    return tuple(words[rank].host for rank in range(meeting.size))
 
 
-def _brought(meeting: Meeting, topic: str, mine: str) -> str:
-    store = meeting.branch(topic)
-    if meeting.rank > 0:
-        store.set(str(meeting.rank), mine)
-        try:
-            store.wait(["all"], timedelta(seconds=meeting.timeout + min(10.0, meeting.timeout)))
-        except RuntimeError as error:
-            text = f"rank 0 did not come within {meeting.timeout:g} s; register, swap and remove are collective."
-            raise RegistrationError(text) from error
-        return store.get("all").decode()
-    brought = [mine]
-    missing = []
-    deadline = time.monotonic() + meeting.timeout
-    for rank in range(1, meeting.size):
-        left = max(0.01, deadline - time.monotonic())
-        try:
-            store.wait([str(rank)], timedelta(seconds=left))
-            brought.append(store.get(str(rank)).decode())
-        except RuntimeError:
-            missing.append(rank)
-    summary = f"[{', '.join(brought)}]"
-    if missing:
-        names = ", ".join(map(str, missing))
-        told = f"rank {names} did not come within {meeting.timeout:g} s; register, swap and remove are collective."
-        summary = json.dumps(told)
-    store.set("all", summary)
-    return summary
+def _words(verdict: Verdict) -> dict[int, _Word]:
+    return {rank: _Word(*json.loads(text)) for rank, text in sorted(verdict.brought.items())}
+
+
+def _trouble(meeting: Meeting, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
+    """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
+    told = [f"rank {rank} could not go on: {word.failure}" for rank, word in words.items() if word.failure][:1]
+    if not told and (absent := _absent(meeting, topic, verdict)):
+        told.append(absent)
+    calls: dict[str, list[int]] = {}
+    for rank, word in words.items():
+        calls.setdefault(word.call, []).append(rank)
+    if len(calls) > 1:
+        several = "; ".join(f"{_ranks(ranks)}: {call}" for call, ranks in calls.items())
+        told.append(f"the ranks called different things ({several}); each of them is to be called on all ranks.")
+    return " And ".join(told)
+
+
+def _absent(meeting: Meeting, topic: str, verdict: Verdict) -> str:
+    if verdict.left is not None:
+        return f"rank {verdict.left} was interrupted while it waited for the others."
+    missing = [rank for rank in range(meeting.size) if rank not in verdict.brought]
+    if not missing:
+        return ""
+    if meeting.rank in missing:
+        return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
+    names = ", ".join(map(str, missing))
+    return f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
+
+
+def _differ(words: Mapping[int, _Word]) -> bool:
+    return any(word.verify for word in words.values()) and len({word.digest for word in words.values()}) > 1
 
 
 def _difference(everyone: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ._kernels import wants_compiling
+from ._kernels import _compiling, wants_compiling
 
 if TYPE_CHECKING:
     from ctypes import CDLL
@@ -34,7 +34,8 @@ def cpp_library(source: str, *, name: str, elements: int) -> CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        made: CDLL = CppCodeCache.load(source)
+        with _compiling:
+            made: CDLL = CppCodeCache.load(source)
     except Exception as err:  # noqa: BLE001 - a compiler can fail in any way, and none of them matters here
         reason = " ".join(str(err).split())[:300]
         logger.warning("%s runs uncompiled: %s: %s", name, type(err).__name__, reason)

@@ -6,6 +6,7 @@ Built from metadata alone. What an editor or a type checker sees instead is a ge
 
 from __future__ import annotations
 
+import threading
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,17 +34,19 @@ class HookEnum(StrEnum):
 
 
 _built: dict[tuple[str, ...], type[HookEnum]] = {}
+_lock = threading.Lock()
 
 
 def hook_type() -> type[HookEnum]:
     """Return the enum of the hooks that a bare name resolves to; the same object while these are the same."""
     names = _installed("hook")
-    if names not in _built:
-        _built.clear()
-        build = cast("Any", HookEnum)  # type checkers take a call of an enum for the look-up of a value
-        # Under its public address, so that members can be pickled.
-        _built[names] = build("HookType", _members(names), module="commhub", qualname="HookType")
-    return _built[names]
+    with _lock:
+        if names not in _built:
+            _built.clear()
+            build = cast("Any", HookEnum)  # type checkers take a call of an enum for the look-up of a value
+            # Under its public address, so that members can be pickled.
+            _built[names] = build("HookType", _members(names), module="commhub", qualname="HookType")
+        return _built[names]
 
 
 def installed_source() -> str:

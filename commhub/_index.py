@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
@@ -27,6 +28,8 @@ GROUPS: Final[dict[str, Kind]] = {"commhub.hooks.v1": "hook", "commhub.averagers
 """Entry-point groups; the number is the major version of the plugin API."""
 
 _cache: dict[object, tuple[Claim, ...]] = {}
+_lock = threading.RLock()
+"""One thread reads or forgets at a time: `importlib.invalidate_caches` itself fails when two threads call it."""
 
 
 @attrs.frozen(order=True)
@@ -48,18 +51,20 @@ class Claim:
 
 def claims() -> tuple[Claim, ...]:
     """Return every claim, sorted; read again whenever a directory on `sys.path` has changed."""
-    key = tuple((path, _changed(path)) for path in _search_path())
-    found = _cache.get(key)
-    if found is None:
-        refresh()
-        found = _cache[key] = tuple(sorted(_read()))
-    return found
+    with _lock:
+        key = tuple((path, _changed(path)) for path in _search_path())
+        found = _cache.get(key)
+        if found is None:
+            refresh()
+            found = _cache[key] = tuple(sorted(_read()))
+        return found
 
 
 def refresh() -> None:
     """Forget what was read, for changes that leave no trace in a directory's time."""
-    _cache.clear()
-    importlib.invalidate_caches()
+    with _lock:
+        _cache.clear()
+        importlib.invalidate_caches()
 
 
 def _search_path() -> list[str]:

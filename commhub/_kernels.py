@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ WORTH_COMPILING = 1 << 20
 
 _BLOCK = 1 << 17
 """Elements of one eager block: its temporaries stay in a core's second-level cache."""
+
+_compiling = threading.RLock()
+"""One thread compiles at a time; the others find what it compiled."""
 
 logger = logging.getLogger("commhub")
 
@@ -68,6 +72,10 @@ class Kernel:
             examples: of the dtypes, device and row sizes to come; some rows each, overwritten.
             elements: how many a training step puts through this kernel.
         """
+        with _compiling:
+            self._warm(examples, elements)
+
+    def _warm(self, examples: tuple[Tensor, ...], elements: int) -> None:
         traits = _traits(examples)
         if traits in self._traits or not wants_compiling(elements):
             return

@@ -15,11 +15,12 @@ from ._bucket import lay_out
 from ._choosing import choose
 from ._ddp import check_devices
 from ._errors import RegistrationError
+from ._ground import Ground, checked_timeout
 from ._late import Late, pack, sparse_in
 from ._protocols import is_averager
 from ._register import optimizers_of
 from ._registration import Registration
-from ._session import Ground, Session, checked_timeout, start
+from ._session import Session, start
 from ._trained import Trained, trainable
 
 if TYPE_CHECKING:
@@ -50,11 +51,11 @@ class ManualRegistration(Registration):
         self._sparse = [(name, p) for name, p in parameters if id(p) in sparse]
         self._late = Late(self._trained, self._module, parameters)
 
-    def _replace(self, choose_one: Callable[[], Chosen]) -> None:
+    def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
         former = self._ground
         self._ground = attrs.evolve(former, parameters=self._trained.look())
         try:
-            super()._replace(choose_one)
+            super()._replace(choose_one, call)
         except BaseException:
             self._ground = former
             raise

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from ._choosing import Chosen, choose
 from ._ddp import check_devices, find, group_of, refuse
 from ._errors import HookOptionError, RegistrationError
+from ._ground import Ground, checked_timeout
 from ._protocols import InnerHook, is_averager
 from ._registration import Registration
-from ._session import Ground, checked_timeout, start, stop
+from ._session import start, stop
 from ._slot import Slot
 from ._wrapped import outside, wrapped
 

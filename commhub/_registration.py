@@ -12,9 +12,10 @@ from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
 from ._errors import RegistrationError
 from ._folder import Folder
+from ._ground import Ground
 from ._means import PlainMean
 from ._saved import to_dict
-from ._session import Ground, Session, at_work, latest, start, stop
+from ._session import Session, at_work, latest, start, stop
 from ._together import load, save
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ class Registration:
     """
 
     def __init__(self, ground: Ground, session: Session, slot: Slot | None) -> None:
-        self._ground, self._session, self._slot = ground, session, slot
+        self._ground, self._session, self._slot, self._removed = ground, session, slot, False
         self._schedule: dict[int, str] = {}
         self._network: Network | None = None
-        self._removed = False
+        self._closing: weakref.finalize[Any, Any] | None = None
         self._take(session)
         self._announce("registered")
 
@@ -96,7 +97,7 @@ class Registration:
             RegistrationError: for a step that has passed.
         """
         self._check_usable()
-        failure: Exception | None = None
+        failure: BaseException | None = None
         texts: dict[int, str] = {}
         try:
             self.finish()
@@ -107,7 +108,7 @@ class Registration:
                     raise RegistrationError("schedule takes hook strings or HookType members, so that it can be shown.")
                 texts[step] = str(getattr(hook, "value", hook))
                 choose(hook, {}).make()
-        except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+        except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         meeting = Meeting.of(self._ground.group, self._ground.timeout)
         agree(meeting, "schedule", {"schedule": texts}, failure, verify=self._ground.verify)
@@ -147,7 +148,7 @@ class Registration:
         """
         self._check_usable()
         self._schedule.clear()
-        self._replace(lambda: Chosen(name="none", make=PlainMean))
+        self._replace(lambda: Chosen(name="none", make=PlainMean), "remove")
         self._removed = True
         if self._slot is not None:
             self._slot.owner = None
@@ -174,13 +175,13 @@ class Registration:
         if self._session.engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
-    def _replace(self, choose_one: Callable[[], Chosen]) -> None:
-        self._install(self._started(choose_one))
+    def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
+        self._install(self._started(choose_one, call))
 
-    def _started(self, choose_one: Callable[[], Chosen], *, loading: bool = False) -> Session:
+    def _started(self, choose_one: Callable[[], Chosen], call: str, *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
         former = self._session.engine
-        session = start(self._ground, choose_one, former, loading=loading)
+        session = start(self._ground, choose_one, former, call=call, loading=loading)
         session.engine.step = latest(former.step, session.engine, self._ground.device)
         return session
 
@@ -202,12 +203,13 @@ class Registration:
             logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
 
     def _take(self, session: Session) -> None:
-        weakref.finalize(self._slot or self, session.engine.driver.close)
+        if self._closing is not None:
+            self._closing.detach()  # it would keep the former hook's groups and connections open
+        self._closing = weakref.finalize(self._slot or self, session.engine.driver.close)
         if session.engine.timetable is not None:
             session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
         if self._slot is not None:
-            self._slot.owner, self._slot.engine = self, session.engine
-            self._slot.scaler = self._ground.scaler
+            self._slot.owner, self._slot.engine, self._slot.scaler = self, session.engine, self._ground.scaler
             self._slot.show(str(self))
 
     def _retire(self) -> None:

@@ -6,6 +6,7 @@ plugin are loaded. Listing loads all plugins, each apart.
 
 from __future__ import annotations
 
+import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HookInfo", "hooks", "info", "installed", "refresh", "resolve"]
 
-_loaded: dict[tuple[Claim, ...], Mapping[str, HookSpec | AveragerSpec] | PluginError] = {}
+_loaded: dict[tuple[Claim, ...], _Loaded] = {}
+_lock = threading.Lock()
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +61,8 @@ _COLUMNS = ("name", "kind", "distribution", "version", "status", "summary", "err
 def refresh() -> None:
     """Forget everything that was discovered; needed only where installed files were edited in place."""
     _index.refresh()
-    _loaded.clear()
+    with _lock:
+        _loaded.clear()
 
 
 def installed() -> tuple[HookInfo, ...]:
@@ -138,12 +141,26 @@ def _specs(claim: Claim) -> Mapping[str, HookSpec | AveragerSpec]:
     siblings = tuple(
         other for other in _index.claims() if (other.distribution, other.module) == (claim.distribution, claim.module)
     )
-    if siblings not in _loaded:
-        try:
-            _loaded[siblings] = load_specs(siblings)
-        except PluginError as err:
-            _loaded[siblings] = err
-    found = _loaded[siblings]
-    if isinstance(found, PluginError):
-        raise PluginError(str(found)) from found.__cause__
-    return found
+    with _lock:
+        loaded = _loaded.setdefault(siblings, _Loaded())
+    return loaded.specs(siblings)
+
+
+class _Loaded:
+    """What one plugin declares, or why it cannot be used; a lock of its own, since an import may wait for another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._found: Mapping[str, HookSpec | AveragerSpec] | PluginError | None = None
+
+    def specs(self, siblings: tuple[Claim, ...]) -> Mapping[str, HookSpec | AveragerSpec]:
+        with self._lock:
+            if self._found is None:
+                try:
+                    self._found = load_specs(siblings)
+                except PluginError as err:
+                    self._found = err
+            found = self._found
+        if isinstance(found, PluginError):
+            raise PluginError(str(found)) from found.__cause__
+        return found

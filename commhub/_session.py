@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
-import torch.distributed as dist
 
 from . import __version__
 from ._agree import Meeting, agree, number_hosts
@@ -26,39 +27,17 @@ from ._trained import Trained
 from .drivers._stats import Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
+    from ._ground import Ground
     from .drivers._driver import Driver
 
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 """By the hook's identity: an object's memory belongs to one model."""
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Ground:
-    """What a hook works on; it stays the same when the hook is swapped.
-
-    Attributes:
-        group: the ranks to average over.
-        device: where the gradients lie.
-        module: whose gradients they are: the DDP model, or the bare module. It holds what holds this.
-        parameters: whose gradients they are, by name, in the model's order.
-        unused: whether backward may leave parameters out.
-        traits: what else must be equal on all ranks.
-        optimizers, scaler, timeout, verify: as given to ``register``.
-    """
-
-    group: dist.ProcessGroup
-    device: torch.device
-    module: weakref.ref[torch.nn.Module]
-    parameters: tuple[tuple[str, torch.nn.Parameter], ...]
-    unused: bool = False
-    traits: Mapping[str, Any]
-    optimizers: tuple[torch.optim.Optimizer, ...] = ()
-    scaler: Any = None
-    timeout: float = 1800.0
-    verify: bool = True
+_starting: set[int] = set()
+"""Those that some thread is about to put to work."""
+_taking = threading.Lock()
 
 
 @attrs.frozen(eq=False)
@@ -71,12 +50,17 @@ class Session:
 
 
 def start(
-    ground: Ground, choose: Callable[[], Chosen], former: Engine | None = None, *, loading: bool = False
+    ground: Ground,
+    choose: Callable[[], Chosen],
+    former: Engine | None = None,
+    *,
+    call: str = "register",
+    loading: bool = False,
 ) -> Session:
     """Make the hook that ``choose`` names work on ``ground``; collective.
 
     Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
-    engine that this one replaces, if any.
+    engine that this one replaces, if any; ``call`` is what the user called.
 
     Raises:
         HookMismatchError: on all ranks where they disagree.
@@ -84,31 +68,39 @@ def start(
     """
     if former is not None and former.timetable is not None and former.driver.failure is None and not loading:
         former.timetable.let_through()
+    with contextlib.ExitStack() as at_end:
+        return _start(ground, choose, former, call, at_end)
+
+
+def _start(
+    ground: Ground, choose: Callable[[], Chosen], former: Engine | None, call: str, at_end: contextlib.ExitStack
+) -> Session:
     meeting = Meeting.of(ground.group, ground.timeout)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     facts: dict[str, Any] = {}
     try:
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
-        _check_fit(ground, chosen, hook, former)
+        _check_fit(ground, chosen)
         if former is not None and (why := former.driver.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
+        _take(at_work(hook), chosen.name, former, at_end)
         facts = _facts(ground, chosen, wire)
-    except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
+    except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
-    hosts = agree(meeting, "hook", facts, failure, verify=ground.verify)
+    hosts = agree(meeting, call, facts, failure, verify=ground.verify, more=True)
     driver: Driver | None = None
     callbacks, compared = Callbacks(), Compared()
     try:
         driver = make_driver(ground, meeting, chosen.label)
         engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks, compared)
         facts = compared.facts() if meeting.size > 1 and ground.verify else {}
-    except Exception as error:  # noqa: BLE001 - the same
+    except BaseException as error:  # noqa: BLE001 - the same
         failure, facts = error, {}
     try:
         with compared.told():
-            agree(meeting, "prepared", facts, failure, verify=ground.verify)
+            agree(meeting, call, facts, failure, verify=ground.verify)
     except BaseException:
         callbacks.end()
         if driver is not None:
@@ -146,7 +138,7 @@ def stop(engine: Engine) -> None:
     engine.driver.close()
 
 
-def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None) -> None:
+def _check_fit(ground: Ground, chosen: Chosen) -> None:
     if ground.device.type not in chosen.devices:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {ground.device}."
@@ -155,10 +147,17 @@ def _check_fit(ground: Ground, chosen: Chosen, hook: Hook, former: Engine | None
     for need in chosen.needs:
         if not given.get(need, True):
             raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
-    worker = at_work(hook)
-    other = _at_work.get(id(worker))
-    if other is not None and other is not former and at_work(other.hook) is worker:
-        raise RegistrationError(f"this {chosen.name} object is at work already. Give each model a hook of its own.")
+
+
+def _take(worker: Hook | Averager, name: str, former: Engine | None, at_end: contextlib.ExitStack) -> None:
+    """Keep other threads from putting the object to work until this one has, or has failed to."""
+    with _taking:
+        other = _at_work.get(id(worker))
+        elsewhere = other is not None and other is not former and at_work(other.hook) is worker
+        if elsewhere or id(worker) in _starting:
+            raise RegistrationError(f"this {name} object is at work already. Give each model a hook of its own.")
+        _starting.add(id(worker))
+    at_end.callback(_starting.discard, id(worker))
 
 
 def _prepared(
@@ -246,7 +245,10 @@ def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
     from .drivers._thread import ThreadDriver
 
     patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
-    communicator = GlooCommunicator(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    try:
+        communicator = GlooCommunicator(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+    except RuntimeError as error:
+        raise RegistrationError(f"the ranks could not be connected: {error}") from error
     board = FailureBoard(meeting.branch("board"), meeting.rank)
     signatures = Signatures(meeting.branch("signatures"), meeting.rank, meeting.size)
     return ThreadDriver(communicator, board, signatures, Meter(), timeout=ground.timeout, label=label)
@@ -273,24 +275,3 @@ def _others(chosen: Chosen) -> dict[str, str]:
 def _shown(value: object) -> str:
     """An option's value as ranks compare it: equal dicts alike, in whatever order they were written."""
     return repr(dict(sorted(value.items(), key=repr)) if isinstance(value, dict) else value)
-
-
-def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """The group's own timeout in seconds."""
-    try:
-        return float(group._get_backend(device).options._timeout.total_seconds())
-    except (RuntimeError, AttributeError):
-        return 1800.0
-
-
-def checked_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:
-    """``timeout`` in seconds, the group's own by default.
-
-    Raises:
-        RegistrationError: if it is no positive number.
-    """
-    if timeout is None:
-        return group_timeout(group, device)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-        raise RegistrationError(f"timeout is {timeout!r}; give seconds above zero.")
-    return float(timeout)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from ._ground import Ground
     from ._registration import Registration
-    from ._session import Ground
 
 
 class Together:
@@ -37,12 +37,12 @@ class Together:
         self.rank, self.size = self._meeting.rank, self._meeting.size
 
     @contextlib.contextmanager
-    def round(self, topic: str, so: str = "") -> Iterator[dict[str, Any]]:
+    def round(self, so: str = "", *, more: bool = True) -> Iterator[dict[str, Any]]:
         """Do the block on every rank, and go on if it went well on all.
 
         Args:
-            topic: names the round.
             so: what a failure here means for what there was before.
+            more: whether another round follows.
 
         What the block puts into the dict that it is given must be the same on all ranks, and JSON-able.
 
@@ -60,7 +60,7 @@ class Together:
         except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = CheckpointError(f"{self._doing}: {described(error)}")
             failure.__cause__ = error
-        self._told(so, lambda: agree(self._meeting, topic, facts, failure), failure)
+        self._told(so, lambda: agree(self._meeting, self._doing, facts, failure, more=more), failure)
 
     def _told(self, so: str, function: Callable[[], Any], failure: CommhubError | None = None) -> Any:
         """What the function returns; of its errors, one class on all ranks, so that all can do the same about it."""
@@ -92,7 +92,7 @@ def save(ground: Ground, directory: str | Path, state_dict: Callable[[], dict[st
     """
     together = Together(ground, "save")
     so = "What the directory held before is as it was."
-    with together.round("state", so) as facts:
+    with together.round(so) as facts:
         state = state_dict()  # first, and on every rank: an average may be due, which all of them make together
         check_finite(state)
         facts["step"] = state["step"]
@@ -100,9 +100,9 @@ def save(ground: Ground, directory: str | Path, state_dict: Callable[[], dict[st
         folder.make()
         if together.rank == 0:
             folder.tidy()
-    with together.round("written", so):
+    with together.round(so):
         together.give(folder.write(together.rank, state))
-    with together.round("switched"):
+    with together.round(more=False):
         if together.rank == 0:
             folder.switch(state["hook"], state["step"], together.given())
 
@@ -127,16 +127,16 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         return
     together = Together(registration._ground, "load")
     so = "Nothing was changed on any rank."
-    with together.round("read", so) as facts:
+    with together.round(so) as facts:
         registration._check_usable()
         part = take(together.rank, together.size)
         due = [step for step in registration._schedule if step <= part.step]
         text = registration._schedule[max(due)] if due else None
         _saving.check_hook(part, str(registration) if text is None else choose(text, {}).text())
         facts.update({"checkpoint": part.source, "step": part.step, "hook": text})
-    session = former if text is None else registration._started(lambda: choose(text, {}), loading=True)
+    session = former if text is None else registration._started(lambda: choose(text, {}), "load", loading=True)
     try:
-        with together.round("fit", so):
+        with together.round(so):
             part = _saving.fit(part, session.engine.state)
             if former.engine.timetable is not None:
                 former.engine.timetable.join()
@@ -144,7 +144,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         if session is not former:
             stop(session.engine)
         raise
-    with together.round("change"):
+    with together.round(more=False):
         if session is not former:
             registration._install(session, loading=True)
             registration._announce("swapped")

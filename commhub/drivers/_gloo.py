@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ _GLOO_THREAD = "pt_gloo_runloop"
 _ENDS_SOON = 0.05
 """Seconds in which a collective ends whose connections are closed, if it ever does; it takes a millisecond or two."""
 
+_sweeping = threading.Lock()
 _graveyard: list[GlooCommunicator] = []
 """Closed communicators with a collective that has not ended: Gloo's destructor would wait for it."""
 
@@ -189,8 +191,9 @@ class GlooCommunicator:
 
     def close(self) -> None:
         """Give the group up. Where a collective is stuck, the group is kept until it ends; nothing blocks."""
-        if self._groups and self not in _graveyard:
-            _graveyard.append(self)
+        with _sweeping:
+            if self._groups and self not in _graveyard:
+                _graveyard.append(self)
         sweep()
 
     def _is_idle(self) -> bool:
@@ -199,11 +202,13 @@ class GlooCommunicator:
 
 def sweep(at_exit: bool = False) -> None:
     """Free the closed groups whose collectives have ended. At exit, the others are left to the operating system."""
-    for closed in list(_graveyard):
-        if closed._is_idle():
-            closed._flights.clear()
-            closed._groups.clear()
-            _graveyard.remove(closed)
+    with _sweeping:  # of two threads that free one, the other would find it gone
+        closed, idle = list(_graveyard), [one for one in _graveyard if one._is_idle()]
+        _graveyard[:] = [one for one in closed if one not in idle]
+    for one in closed:
+        if one in idle:
+            one._flights.clear()
+            one._groups.clear()
         elif at_exit:
-            for kept in (*closed._groups.values(), *(p.work for f in closed._flights for p in f.pieces)):
+            for kept in (*one._groups.values(), *(p.work for f in one._flights for p in f.pieces)):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

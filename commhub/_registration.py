@@ -12,7 +12,6 @@ from ._agree import Meeting, agree
 from ._choosing import Chosen, choose
 from ._errors import RegistrationError
 from ._folder import Folder
-from ._ground import Ground
 from ._means import PlainMean
 from ._saved import to_dict
 from ._session import Session, at_work, latest, start, stop

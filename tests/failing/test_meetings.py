@@ -86,7 +86,7 @@ def test_after_calls_of_some_ranks_alone_the_next_call_of_all_meets(ranks, tmp_p
         assert swapped == ["", "", ""]
         assert len(told) == (len(calls) if rank in who else 0)
         for call, (text, seconds) in zip(calls, told, strict=False):
-            assert text.startswith("RegistrationError: ")
+            assert text.startswith(("RegistrationError: ", "CheckpointError: "))
             assert f"rank {', '.join(map(str, missing))} did not come to {call} within 0.25 s" in text
             assert seconds < 5
 
@@ -103,7 +103,7 @@ def different(folder):
 def test_ranks_that_call_different_things_are_told_both_at_once(ranks, tmp_path, nproc):
     others = "rank 1" if nproc == 2 else "ranks 1, 2"
     for told, seconds, hook, swapped in ranks(different, nproc, tmp_path):
-        assert told.startswith("RegistrationError: ")
+        assert told.startswith(("RegistrationError: ", "CheckpointError: "))
         assert f"rank 0: swap; {others}: save" in told
         assert seconds < 10
         assert hook == "allreduce"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from ._ground import Ground
     from ._network import Network
     from ._protocols import Averager, Hook
     from ._slot import Slot

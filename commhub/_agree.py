@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from ._errors import HookMismatchError, RegistrationError
+from ._errors import HookMismatchError, RegistrationError, described
 from ._meeting import Meeting
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def agree(
         BaseException: ``failure`` itself, on its rank.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    why = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    why = "" if failure is None else described(failure)
     mine = json.dumps([topic, digest, _host(), why, verify])
     patience = min(_INTERRUPTED, meeting.timeout) if isinstance(failure, KeyboardInterrupt) else meeting.timeout
 

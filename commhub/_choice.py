@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from commhub._errors import CommhubError, HookOptionError, PluginError
+from commhub._errors import CommhubError, HookOptionError, PluginError, described
 from commhub._hookstring import HookString, parse
 from commhub._lookup import canonical
 from commhub._spec import RESERVED
@@ -63,7 +63,7 @@ class Choice:
             raise
         except BaseException as err:
             raise PluginError(
-                f"{self}: its factory {self.spec.factory} cannot be imported: {type(err).__name__}: {err}. "
+                f"{self}: its factory {self.spec.factory} cannot be imported: {described(err)}. "
                 f"Repair, upgrade or uninstall {self.distribution}."
             ) from err
         if not callable(factory):
@@ -85,7 +85,7 @@ class Choice:
         except (TypeError, ValueError) as err:
             raise HookOptionError(f"{self}: {err}") from err
         except Exception as err:
-            raise PluginError(f"{self}: its factory failed with {type(err).__name__}: {err}.") from err
+            raise PluginError(f"{self}: its factory failed with {described(err)}.") from err
 
 
 def check_options(

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import attrs
 import torch
 
-from ._errors import CheckpointError
+from ._errors import CheckpointError, described
 from ._saved import Saved
 from ._saving import Part, assemble
 
@@ -261,7 +261,7 @@ def _closed(number: int) -> Any:
 
 
 def _unwritten(path: Path, error: BaseException) -> CheckpointError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    why = error.strerror if isinstance(error, OSError) and error.strerror else described(error)
     return CheckpointError(f"{path} could not be written: {why}.")
 
 

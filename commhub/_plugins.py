@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import pluggy
 
-from commhub._errors import PluginError
+from commhub._errors import PluginError, described
 from commhub._spec import AveragerSpec, HookSpec
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_specs(claims: Iterable[Claim]) -> Mapping[str, HookSpec | AveragerSpec]
     except KeyboardInterrupt:
         raise
     except BaseException as err:
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
+        reason = " ".join(described(err).split())
         raise PluginError(
             f"{one.distribution} {one.version} cannot be used: loading {one.module} failed with {reason}. "
             f"Repair, upgrade or uninstall {one.distribution}, or set COMMHUB_DISABLE={one.distribution}."

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+from commhub._errors import described
 from commhub.testing import current
 
 SHORT, LONG = 0.25, 20.0
@@ -135,7 +136,7 @@ def stop_while_meeting(what, kind):
         else:
             registration.schedule({3: Exits("fp16", kind)})
     except BaseException as error:
-        told = f"{type(error).__name__}: {error}"
+        told = described(error)
     return told, time.monotonic() - began, swaps(registration)
 
 
@@ -160,12 +161,17 @@ def choose_plain():
     return choose("fp16", {})
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, Unspeakable])
 @pytest.mark.parametrize("what", ["choose", "prepare", "schedule"])
 def test_what_ends_a_process_is_told_to_the_peers_and_raised_again(ranks, what, kind):
     first, second = ranks(stop_while_meeting, 2, what, kind)
-    assert first[0] == f"RegistrationError: rank 1 could not go on: {kind.__name__}: planned"
-    assert second[0] == f"{kind.__name__}: planned"
+    assert second[0] == described(kind("planned"))
+    assert first[0] == f"RegistrationError: rank 1 could not go on: {second[0]}"
     for _, seconds, swapped in (first, second):
         assert seconds < 10
         assert swapped == ["", "", ""]

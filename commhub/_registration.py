@@ -40,7 +40,7 @@ class Registration:
         self._ground, self._session, self._slot, self._removed = ground, session, slot, False
         self._schedule: dict[int, str] = {}
         self._network: Network | None = None
-        self._closing: weakref.finalize[Any, Any] | None = None
+        self._closing: Any = weakref.finalize(self, bool)
         self._take(session)
         self._announce("registered")
 
@@ -203,8 +203,7 @@ class Registration:
             logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
 
     def _take(self, session: Session) -> None:
-        if self._closing is not None:
-            self._closing.detach()  # it would keep the former hook's groups and connections open
+        self._closing.detach()  # it would keep the former hook's groups and connections open
         self._closing = weakref.finalize(self._slot or self, session.engine.driver.close)
         if session.engine.timetable is not None:
             session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
@@ -215,6 +214,7 @@ class Registration:
     def _retire(self) -> None:
         """Another registration has taken the model over."""
         self._removed = True
+        self._closing.detach()
         self._level(self._session)
         stop(self._session.engine)
 

@@ -7,6 +7,7 @@ does in a round. Nothing runs in Gloo's threads. See README.md in this folder.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -68,6 +69,7 @@ class ThreadDriver:
         self._watch = Watch(board, signatures, timeout, label)
         self._pipeline = Pipeline(communicator, self._inbox, self._watch, meter)
         self._in_use = self._untold = ""
+        self._letting_go = False
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         _drivers.add(self)
@@ -139,7 +141,7 @@ class ThreadDriver:
         """
         end = time.monotonic() + 0.3
         with self._inbox.changed:
-            while self._in_use and self._watch.given_up is not None and time.monotonic() < end:
+            while self._in_use and self._letting_go and time.monotonic() < end:
                 self._inbox.changed.wait(0.1)
         return self._in_use
 
@@ -152,7 +154,7 @@ class ThreadDriver:
             self._inbox.changed.notify_all()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=10.0)
+            thread.join(timeout=0.2 if self._in_use else 10.0)
         self._thread = None
         self.communicator.close()
 
@@ -161,7 +163,9 @@ class ThreadDriver:
         with self._inbox.changed:
             if self._inbox.idle:
                 return
-            self.failure = self._watch.given_up = failure
+            self._watch.given_up = failure
+            self.failure = self.failure or failure  # the first, where its hook is stuck while it is being closed
+            self._letting_go = True
             self._in_use, self._untold = str(failure), str(failure).partition(": ")[2]
             for lane in (*self._pipeline.active, *self._inbox.arrived):
                 lane.settle()
@@ -200,20 +204,33 @@ class ThreadDriver:
             inbox.rest()
 
     def _give_up(self) -> None:
-        """End what is in flight, and only then let go of the buckets."""
-        if not self.communicator.abort(_ENDS_WITHIN):
+        """End what is in flight, and only then let go of the buckets; then close the hooks' exchanges.
+
+        Nobody waits for that: a hook may do anything while it is closed, and for long.
+        """
+        hopeless = not self.communicator.abort(_ENDS_WITHIN)
+        lanes = [*self._pipeline.active, *self._inbox.arrived]
+        with self._inbox.changed:
+            self._letting_go = not hopeless
             self._in_use = (
                 f"{self.label}: a collective that was given up has not ended, and would write into later gradients. "
                 "This model cannot be used any more; end this process."
+                if hopeless
+                else f"{self.label}: the hook has not returned from being closed, after {self.failure or 'that'}"
             )
-        else:
-            self._in_use = ""
-        for lane in (*self._pipeline.active, *self._inbox.arrived):
+            for lane in lanes:
+                lane.settle()
+            self._inbox.rest()
+        for lane in lanes:
             lane.abandon()
         self._pipeline.forget()
         with self._inbox.changed:
-            self._inbox.arrived.clear()
-        self._inbox.rest()
+            for lane in lanes:
+                with contextlib.suppress(ValueError):
+                    self._inbox.arrived.remove(lane)
+            if not hopeless:
+                self._in_use = ""
+            self._inbox.rest()
 
 
 @atexit.register

@@ -198,6 +198,55 @@ def test_nothing_that_a_hook_raises_ends_its_thread_and_every_rank_hears_of_it(r
             assert seconds < 10
 
 
+class ClosesSlowly:
+    """Averages; while it is closed, because another bucket failed, rank 1 waits to be released."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def reduce(self, bucket):
+        fails = bucket.rank == 1 and (bucket.step, bucket.index) == (1, 2)
+        try:
+            mean = yield commhub.AllReduce(bucket.flat)
+            if fails:
+                raise ZeroDivisionError("planned")
+            bucket.flat.copy_((yield commhub.AllReduce(mean)))
+        except GeneratorExit:
+            if bucket.rank == 1:
+                self.released.wait(30)
+            raise
+
+
+def close_slowly():
+    model, hook = build(6), ClosesSlowly()
+    registration = commhub.register(model, hook, timeout=4)
+    backward(model, 0)
+    told, began = [], time.monotonic()
+    for act in (lambda: backward(model, 1), lambda: registration.swap("allreduce")):
+        try:
+            act()
+        except commhub.CommhubError as error:
+            told.append(str(error))
+    seconds = time.monotonic() - began
+    hub = current().store
+    hub.add("tried", 1)
+    while int(hub.add("tried", 0)) < dist.get_world_size():
+        time.sleep(0.01)
+    hook.released.set()
+    time.sleep(0.2)
+    commhub.register(model, "allreduce", timeout=20)
+    backward(model, 2)
+    assert_equal_across_ranks([p.grad for p in model.parameters()])
+    return told, seconds
+
+
+def test_a_hook_that_does_not_come_back_from_being_closed_holds_nobody_up(ranks):
+    for told, seconds in ranks(close_slowly, 2, timeout=60):
+        assert "ZeroDivisionError: planned" in told[0]
+        assert "has not returned" in told[1]
+        assert seconds < 9
+
+
 def test_what_a_hook_does_while_it_is_closed_harms_nobody(ranks):
     for told in ranks(fail, 2, [ClosesBadly("raises"), ClosesBadly("yields")], timeout=60):
         assert all("planned" in text and seconds < 10 for _, text, seconds in told)

@@ -64,6 +64,7 @@ def interrupt():
         time.sleep(0.2)
         hook.interrupted.set()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=press, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         backward(model, 2)

@@ -28,6 +28,13 @@ class Place:
         self._bits: list[Tensor] | None = None
         self._memory = _Memory((), ())
 
+    @classmethod
+    def now(cls, tensors: Sequence[Tensor]) -> Place:
+        """What the tensors are now, without their bits."""
+        place = cls(tensors)
+        place.keep(bits=False)
+        return place
+
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is of these tensors and no others."""
         return list(map(id, self._tensors)) == list(map(id, tensors))
@@ -54,6 +61,11 @@ class Place:
         if self._marks != _marks(self._tensors):
             return False
         return self._bits is None or all(map(torch.equal, self._bits, self._memory.read()))
+
+
+def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What is another if any bit of the tensors is: a few of their bytes and sums of the others."""
+    return _Memory(tensors, ()).read()
 
 
 def _marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

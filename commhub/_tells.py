@@ -35,6 +35,11 @@ class Tells:
         return getattr, (contextlib.nullcontext(), "__exit__")  # does nothing, where commhub is not installed too
 
 
+def is_collective(module: nn.Module) -> bool:
+    """Whether the module's next forward takes all ranks: DDP sends the buffers of rank 0, in an evaluation too."""
+    return isinstance(module, DistributedDataParallel) and bool(module.will_sync_module_buffers())
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The module that computes: its mode is what counts, whatever mode its wrapper says it is in."""
     return module.module if isinstance(module, DistributedDataParallel) else module

@@ -3,8 +3,8 @@
 With optimizers that is the end of their step. A loss scaler may skip it on one rank only, and a user's hook may end it,
 so a training forward does it too, if nothing has written to the parameters since the backward: nobody has moved them
 then, as between the two backward passes of sharpness-aware minimisation. Without optimizers it is a training forward.
-An evaluation never averages. Every rank settles every average once, in the order of the steps, whichever of these
-comes first there: an average that is due while another waits follows it, and never takes its place.
+An evaluation averages only where it takes all ranks itself. Every rank settles every average once, in the order of the
+steps, whichever of these comes first there: an average that is due while another waits follows it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._beginning import Beginning
 from ._errors import HookError, RegistrationError
 from ._place import Place
-from ._tells import Tells, bare
+from ._tells import Tells, bare, is_collective
 
 if TYPE_CHECKING:
     import weakref
@@ -70,9 +71,8 @@ class Timetable:
         self._awaited: set[int] = set()
         self._place = Place(())  # of the parameters after the first backward since the optimizers' last step
         self._in_closure = False
-        self._is_fresh = True
-        self._is_restored = False
-        self._even = True
+        self._beginning = Beginning(parameters)
+        self._even: Place | None = Place(())  # of the parameters since they were the same on all ranks
         self._background: threading.Thread | None = None
         self._failure: HookError | None = None
 
@@ -88,7 +88,8 @@ class Timetable:
         self._handles.append(module.register_forward_pre_hook(Tells(self._forward)))
         if hasattr(self._averager, "begin"):
             for part in bare(module).modules():  # any of them may be loaded by itself
-                self._handles.append(part.register_load_state_dict_post_hook(Tells(self._weights_loaded)))
+                self._handles.append(part.register_load_state_dict_pre_hook(Tells(self._beginning.loading)))
+                self._handles.append(part.register_load_state_dict_post_hook(Tells(self._beginning.loaded)))
         optimizer: Any
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(Tells(self._step_begins)))
@@ -107,13 +108,13 @@ class Timetable:
 
     def note(self, step: int) -> None:
         """A step's gradients are ready."""
-        if self._is_fresh and not self.is_late:
-            self._begin()
-        self._is_fresh = self._is_restored = False
+        if not self.is_late:
+            self.renew()
+        self._beginning.settle()
         group = self._averager.due(step)
         if group is not None:
             self._due.append((step, group))
-        self._last, self._ended, self._even = step, True, False
+        self._last, self._ended, self._even = step, True, None
         self._awaited = {id(optimizer) for optimizer in self._optimizers}
         self._keep_place()
         if self._due and step - self._due[0][0] >= PATIENCE and not self._is_told:
@@ -180,11 +181,11 @@ class Timetable:
         self._ended, self._waiting = False, False
         self._place.forget()
         self._due.clear()
-        self._is_fresh, self._is_restored = False, True
+        self._beginning.restore()
 
     def renew(self) -> None:
         """Have the averager remember the parameters as they are, unless it has since they were set."""
-        if self._is_fresh:
+        if self._beginning.is_now():
             self._begin()
 
     def settle_in_background(self) -> None:
@@ -220,7 +221,7 @@ class Timetable:
             return error
         self._ended = False
         failure = self._run()
-        if failure is None and not self._even:
+        if failure is None and (self._even is None or not self._even.holds()):
             failure = self._average(self._last, None)
         return failure
 
@@ -236,11 +237,12 @@ class Timetable:
         self._place.forget()
         due, self._due = self._due, []
         for step, group in due:
-            failure = self._average(step, group)
-            whole = len(group) == self._world_size and not getattr(self._averager, "partial", False)
-            self._even = failure is None and step == self._last and whole
+            failure, self._even = self._average(step, group), None
             if failure is not None:
                 return failure
+            whole = len(group) == self._world_size and not getattr(self._averager, "partial", False)
+            if step == self._last and whole:
+                self._even = Place.now([parameter for _, parameter in self._parameters()])
         if due:
             self._look()
         return None
@@ -251,7 +253,7 @@ class Timetable:
             with torch.no_grad():
                 begin({name: parameter.detach() for name, parameter in self._parameters()})
 
-    # Whether training's parameters are in place. Only optimizers tell when they have moved.
+    # Whether training's parameters are in place.
 
     def _look(self) -> None:
         tensors = [parameter for _, parameter in self._parameters()]
@@ -265,15 +267,13 @@ class Timetable:
     # What the hooks on the module and the optimizers call.
 
     def _forward(self, module: nn.Module, _inputs: object) -> None:
-        if self._in_closure or not bare(module).training or not torch.is_grad_enabled():
-            return
+        trains = bare(module).training and torch.is_grad_enabled()
+        if self._in_closure or not (trains or (self._optimizers and is_collective(module))):
+            return  # where an evaluation takes all ranks, one whose step was skipped is waited for in an average
         if self.is_late:
             self.renew()
         elif not self._optimizers or ((self._due or self._waiting) and self._place.holds()):
             self.settle()
-
-    def _weights_loaded(self, _module: object, _keys: object) -> None:
-        self._is_fresh = not self._is_restored
 
     def _step_begins(self, _optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_late:

@@ -87,7 +87,8 @@ def interrupted(elements, buckets, mode, rounds):
                 stop_when_changed(bucket.flat, hub, f"stopped {number}", victim)
 
         hook = Watched(on_its_way)
-        commhub.register(model, hook, timeout=TIMEOUT)
+        registration = commhub.register(model, hook, timeout=30)
+        registration._session.engine.driver._watch.timeout = TIMEOUT  # of a step, not of registering
         began = time.monotonic()
         failure = None
         try:

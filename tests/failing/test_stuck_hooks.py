@@ -48,7 +48,8 @@ def backward(model, step):
 def stick(victim, late, buckets, place):
     model, twin = build(buckets), build(buckets)
     hook = Stuck(victim, late, place)
-    registration = commhub.register(model, hook, timeout=TIMEOUT)
+    registration = commhub.register(model, hook, timeout=30)
+    registration._session.engine.driver._watch.timeout = TIMEOUT  # of a step, not of registering
     for step in range(2):
         backward(model, step)
         backward(twin, step)  # buckets are rebuilt after the first step
@@ -219,7 +220,8 @@ class ClosesSlowly:
 
 def close_slowly():
     model, hook = build(6), ClosesSlowly()
-    registration = commhub.register(model, hook, timeout=4)
+    registration = commhub.register(model, hook, timeout=30)
+    registration._session.engine.driver._watch.timeout = 4.0
     backward(model, 0)
     told, began = [], time.monotonic()
     for act in (lambda: backward(model, 1), lambda: registration.swap("allreduce")):

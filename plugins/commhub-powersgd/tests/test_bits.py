@@ -18,6 +18,7 @@ EACH = [
     for name in ("powersgd", "batched_powersgd")
     for options in ("rank=1", "rank=2", "rank=4", "rank=9", "rank=2, num_power_iterations=2")
 ] + [f"powersgd(start_step=0, min_compression_rate=0.1, rank={rank}, alternating=true)" for rank in (1, 3)]
+SOME = [EACH[1], EACH[2], EACH[6], EACH[-1]]
 SHAPES = ((40, 33), (65,), (24, 48), (17, 19))
 
 
@@ -35,7 +36,7 @@ class Given(nn.Module):
 def same_after_steps(hook, steps=3, **options):
     """Register, and compare what all ranks have after each step."""
     model = DistributedDataParallel(Given())
-    registration = commhub.register(model, hook, timeout=20, **options)
+    registration = commhub.register(model, hook, timeout=100, **options)  # one rank may compile for long
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
         model.zero_grad()
@@ -49,7 +50,7 @@ def same_after_steps(hook, steps=3, **options):
 def one_compiles():
     found = []
     with patch.dict(os.environ, COMMHUB_COMPILE="1" if dist.get_rank() == 0 else "0"):
-        for hook in EACH:
+        for hook in EACH if os.environ.get("COMMHUB_EVERY_CHECK") else SOME:
             registration = same_after_steps(hook)
             found.append(registration.hook._compiled is not None)
             registration.remove()
@@ -57,7 +58,7 @@ def one_compiles():
 
 
 def test_a_rank_that_compiles_its_passes_and_one_that_does_not_get_the_same_bits(ranks):
-    here, there = ranks(one_compiles, 2, timeout=120)
+    here, there = ranks(one_compiles, 2, timeout=240)
     if not any(here):
         pytest.skip("there is no compiler here")
     assert (all(here), any(there)) == (True, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from .._errors import HookError, HookTimeoutError, described
 from ._failure import is_lost_connection, own_error, peer_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ._board import FailureBoard
     from ._lane import Lane
@@ -52,8 +51,11 @@ class Watch:
     def guarded(self, lane: Lane, step: Callable[[], None]) -> None:
         """Run a piece of a lane; whatever it raises becomes the failure that every rank will hear of."""
         try:
-            with self._at_work(lane):
+            self._busy = lane, time.monotonic()
+            try:
                 step()
+            finally:
+                self._busy = None  # what follows is not the hook's time
         except Heard as heard:
             raise heard.failure from heard.failure.__cause__
         except BaseException as error:
@@ -67,15 +69,6 @@ class Watch:
             raise failure from error
         if self.given_up is not None:
             raise self.given_up
-
-    @contextlib.contextmanager
-    def _at_work(self, lane: Lane) -> Iterator[None]:
-        """While a hook has the thread."""
-        self._busy = lane, time.monotonic()
-        try:
-            yield
-        finally:
-            self._busy = None
 
     def overdue(self, now: float) -> HookError | None:
         """An error if a piece of a lane has taken longer than the timeout. Any thread may ask."""

@@ -15,7 +15,7 @@ lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/commhub enum --documented --check commhub/_names.py
+	.venv/bin/commhub enum --documented --check commhub/registry/_documented_names.py
 	$(PY) docs/generate_catalogue.py --check
 
 docs: .venv/installed

@@ -7,19 +7,10 @@ This is the public face. Every name is imported from its home when it is first a
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from commhub._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from commhub._bucket import Bucket
-    from commhub._cast_all_reduce import CastAllReduce
-    from commhub._collectives import (
-        AllGather,
-        AllReduce,
-        AllToAll,
-        Broadcast,
-        Collective,
-        ReduceScatter,
-        Subgroup,
-    )
-    from commhub._cpp import cpp_library
+    from commhub import toolkit as toolkit
     from commhub._errors import (
         CheckpointError,
         CommhubError,
@@ -32,23 +23,27 @@ if TYPE_CHECKING:
         RegistrationError,
         UnknownHookError,
     )
-    from commhub._feedback import ErrorFeedback
-    from commhub._kernels import Kernel
-    from commhub._manual import manual
-    from commhub._names import HookType
-    from commhub._network import Network
-    from commhub._per_bucket import PerBucket
-    from commhub._plugins import hookimpl
-    from commhub._protocols import Averager, Exchange, Hook, Setup
-    from commhub._register import create, register, registration
-    from commhub._registration import Registration
-    from commhub._registry import HookInfo, hooks, info, installed
-    from commhub._rules import Rules
-    from commhub._spec import AveragerSpec, HookSpec, Option
-    from commhub._state import State
-    from commhub.drivers import simulate
-
-__version__ = "0.1.0"
+    from commhub.drivers._network import Network
+    from commhub.drivers._simulator import simulate
+    from commhub.protocol._bucket import Bucket
+    from commhub.protocol._collectives import (
+        AllGather,
+        AllReduce,
+        AllToAll,
+        Broadcast,
+        Collective,
+        ReduceScatter,
+        Subgroup,
+    )
+    from commhub.protocol._hook import Averager, Exchange, Hook, Setup
+    from commhub.protocol._state import State
+    from commhub.registry._documented_names import HookType
+    from commhub.registry._loading import hookimpl
+    from commhub.registry._registry import HookInfo, hooks, info, installed
+    from commhub.registry._spec import AveragerSpec, HookSpec, Option
+    from commhub.training._manual import manual
+    from commhub.training._register import create, register, registration
+    from commhub.training._registration import Registration
 
 __all__ = [
     "AllGather",
@@ -58,11 +53,9 @@ __all__ = [
     "AveragerSpec",
     "Broadcast",
     "Bucket",
-    "CastAllReduce",
     "CheckpointError",
     "Collective",
     "CommhubError",
-    "ErrorFeedback",
     "Exchange",
     "Hook",
     "HookConflictError",
@@ -73,20 +66,16 @@ __all__ = [
     "HookSpec",
     "HookTimeoutError",
     "HookType",
-    "Kernel",
     "Network",
     "Option",
-    "PerBucket",
     "PluginError",
     "ReduceScatter",
     "Registration",
     "RegistrationError",
-    "Rules",
     "Setup",
     "State",
     "Subgroup",
     "UnknownHookError",
-    "cpp_library",
     "create",
     "hookimpl",
     "hooks",
@@ -96,61 +85,58 @@ __all__ = [
     "register",
     "registration",
     "simulate",
+    "toolkit",
 ]
 
 _HOMES = {
-    "AllGather": "commhub._collectives",
-    "AllReduce": "commhub._collectives",
-    "AllToAll": "commhub._collectives",
-    "Averager": "commhub._protocols",
-    "AveragerSpec": "commhub._spec",
-    "Broadcast": "commhub._collectives",
-    "Bucket": "commhub._bucket",
-    "CastAllReduce": "commhub._cast_all_reduce",
+    "AllGather": "commhub.protocol._collectives",
+    "AllReduce": "commhub.protocol._collectives",
+    "AllToAll": "commhub.protocol._collectives",
+    "Averager": "commhub.protocol._hook",
+    "AveragerSpec": "commhub.registry._spec",
+    "Broadcast": "commhub.protocol._collectives",
+    "Bucket": "commhub.protocol._bucket",
     "CheckpointError": "commhub._errors",
-    "Collective": "commhub._collectives",
+    "Collective": "commhub.protocol._collectives",
     "CommhubError": "commhub._errors",
-    "ErrorFeedback": "commhub._feedback",
-    "Exchange": "commhub._protocols",
-    "Hook": "commhub._protocols",
+    "Exchange": "commhub.protocol._hook",
+    "Hook": "commhub.protocol._hook",
     "HookConflictError": "commhub._errors",
     "HookError": "commhub._errors",
-    "HookInfo": "commhub._registry",
+    "HookInfo": "commhub.registry._registry",
     "HookMismatchError": "commhub._errors",
     "HookOptionError": "commhub._errors",
-    "HookSpec": "commhub._spec",
+    "HookSpec": "commhub.registry._spec",
     "HookTimeoutError": "commhub._errors",
-    "HookType": "commhub._enum",
-    "Kernel": "commhub._kernels",
-    "Network": "commhub._network",
-    "Option": "commhub._spec",
-    "PerBucket": "commhub._per_bucket",
+    "HookType": "commhub.registry._enum",
+    "Network": "commhub.drivers._network",
+    "Option": "commhub.registry._spec",
     "PluginError": "commhub._errors",
-    "ReduceScatter": "commhub._collectives",
-    "Registration": "commhub._registration",
+    "ReduceScatter": "commhub.protocol._collectives",
+    "Registration": "commhub.training._registration",
     "RegistrationError": "commhub._errors",
-    "Rules": "commhub._rules",
-    "Setup": "commhub._protocols",
-    "State": "commhub._state",
-    "Subgroup": "commhub._collectives",
+    "Setup": "commhub.protocol._hook",
+    "State": "commhub.protocol._state",
+    "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",
-    "cpp_library": "commhub._cpp",
-    "create": "commhub._register",
-    "hookimpl": "commhub._plugins",
-    "hooks": "commhub._registry",
-    "info": "commhub._registry",
-    "installed": "commhub._registry",
-    "manual": "commhub._manual",
-    "register": "commhub._register",
-    "registration": "commhub._register",
-    "simulate": "commhub.drivers",
+    "create": "commhub.training._register",
+    "hookimpl": "commhub.registry._loading",
+    "hooks": "commhub.registry._registry",
+    "info": "commhub.registry._registry",
+    "installed": "commhub.registry._registry",
+    "manual": "commhub.training._manual",
+    "register": "commhub.training._register",
+    "registration": "commhub.training._register",
+    "simulate": "commhub.drivers._simulator",
+    "toolkit": "commhub.toolkit",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'commhub' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return home if home.__name__ == f"commhub.{name}" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ._registration import Registration
+    from commhub.training._registration import Registration
 
 
 class HookState:

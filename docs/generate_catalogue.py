@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import commhub
-from commhub._documented import ALIASES, AVERAGERS, HOOKS, owner
+from commhub.registry._documented import ALIASES, AVERAGERS, HOOKS, owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ batches, in real processes, and reports loss, step time, bytes and where the tim
 imports no torch: settings are checked, and wrong ones refused, before any process starts.
 """
 
-from commhub.bench._options import BenchError, Settings
-from commhub.bench._run import run
+from ._options import BenchError, Settings
+from ._run import run
 
 __all__ = ["BenchError", "Settings", "run"]

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub.bench._hooks import in_steady_state
-from commhub.bench._machine import describe_machine
-from commhub.bench._results import HookResult, Outcome, StepRecord
+from ._hooks import in_steady_state
+from ._machine import describe_machine
+from ._results import HookResult, Outcome, StepRecord
 
 if TYPE_CHECKING:
-    from commhub.bench._options import Settings
-    from commhub.bench._progress import Progress
+    from ._options import Settings
+    from ._progress import Progress
 
 
 class Board:

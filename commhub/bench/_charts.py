@@ -10,14 +10,15 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from commhub.bench import _format
-from commhub.bench._results import PARTS
+
+from ._results import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    from commhub.bench._results import HookResult, Outcome
+    from ._results import HookResult, Outcome
 
 # Okabe and Ito's colours: told apart by people with any colour vision (https://jfly.uni-koeln.de/color/).
 HOOK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -9,9 +9,10 @@ import attrs
 
 from commhub._errors import CommhubError
 from commhub.bench import _hooks
-from commhub.bench._options import DEFAULT_REPORT, BenchError, Settings
-from commhub.bench._sizes import SIZES
-from commhub.bench._text import read_text, required_bytes
+
+from ._options import DEFAULT_REPORT, BenchError, Settings
+from ._sizes import SIZES
+from ._text import read_text, required_bytes
 
 NO_MATPLOTLIB = "the report needs matplotlib: pip install commhub[bench]"
 

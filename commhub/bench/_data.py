@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub.bench._text import HELD_OUT, required_bytes
+from ._text import HELD_OUT, required_bytes
 
 
 @attrs.frozen(kw_only=True)

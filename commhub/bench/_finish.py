@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commhub.bench import _table
-from commhub.bench._check import NO_MATPLOTLIB
-from commhub.bench._verdict import verdict
+
+from ._check import NO_MATPLOTLIB
+from ._verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from commhub.bench._results import Outcome
+    from ._results import Outcome
 
 
 def finish(outcome: Outcome, *, stopped: int) -> int:
@@ -53,6 +54,6 @@ def _write(what: str, name: str | None, content: Callable[[], str]) -> bool:
 
 def _html(outcome: Outcome) -> str:
     # Imported late: matplotlib takes a second to load, and is optional.
-    from commhub.bench._report import html
+    from ._report import html
 
     return html(outcome)

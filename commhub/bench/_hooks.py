@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from commhub._hookstring import HookString, parse
-from commhub._network import Network
+from commhub.drivers._network import Network
+from commhub.registry._hookstring import HookString, parse
 
 if TYPE_CHECKING:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from commhub import Registration
-    from commhub._spec import AveragerSpec, HookSpec
-    from commhub.bench._options import Settings
+    from commhub.registry._spec import AveragerSpec, HookSpec
+
+    from ._options import Settings
 
 _DENSE_PHASE = "start_step"
 """The option by which hooks that begin with plain all-reduces say when they start to compress."""
@@ -64,7 +65,7 @@ def in_steady_state(text: str) -> str:
 
 
 def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:
-    from commhub._registry import resolve
+    from commhub.registry._registry import resolve
 
     wanted = parse(text)
     # A hook string may hold `wire`, which belongs to register and which the registry does not know.

@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commhub.bench._lifeline import Lifeline
-from commhub.bench._machine import threads_per_rank
-from commhub.bench._options import BenchError, Settings
+from ._lifeline import Lifeline
+from ._machine import threads_per_rank
+from ._options import BenchError, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from commhub.bench._board import Board
+    from ._board import Board
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0

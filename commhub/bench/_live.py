@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from commhub.bench._progress import headline, measured
+from ._progress import headline, measured
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from commhub.bench._options import Settings
-    from commhub.bench._results import StepRecord
+    from ._options import Settings
+    from ._results import StepRecord
 
 
 class LiveProgress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from commhub import __version__
+from commhub._version import __version__
 
 
 def available_cores() -> int:

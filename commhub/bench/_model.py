@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from commhub.bench._sizes import ModelSize
+    from ._sizes import ModelSize
 
 VOCABULARY = 256
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub.bench._sizes import OPTIMIZERS, SIZES
+from ._sizes import OPTIMIZERS, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

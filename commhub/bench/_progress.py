@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from commhub.bench import _format
-from commhub.bench._sizes import SIZES
+
+from ._sizes import SIZES
 
 if TYPE_CHECKING:
-    from commhub.bench._options import Settings
-    from commhub.bench._results import StepRecord
+    from ._options import Settings
+    from ._results import StepRecord
 
 _LINES_PER_HOOK = 5
 
@@ -38,7 +39,7 @@ def make_progress(stream: TextIO) -> Progress:
     """Rich's live display if `stream` is a terminal and rich is installed, else plain lines."""
     if stream.isatty():
         try:
-            from commhub.bench._live import LiveProgress
+            from ._live import LiveProgress
         except ImportError:
             pass
         else:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub.bench._lifeline import die_with
-from commhub.bench._machine import threads_per_rank
-from commhub.bench._options import Settings
+from ._lifeline import die_with
+from ._machine import threads_per_rank
+from ._options import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-    from commhub.bench._results import StepRecord
+    from ._results import StepRecord
 
 _TIMEOUT = timedelta(minutes=5)
 
@@ -47,11 +47,11 @@ def run_rank(
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
-    from commhub.bench._data import Text
-    from commhub.bench._hooks import in_steady_state
-    from commhub.bench._sizes import SIZES
-    from commhub.bench._text import read_text
-    from commhub.bench._train import check_same_text, train
+    from ._data import Text
+    from ._hooks import in_steady_state
+    from ._sizes import SIZES
+    from ._text import read_text
+    from ._train import check_same_text, train
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -134,8 +134,8 @@ def _device(settings: Settings, local_ranks: int) -> torch.device:
 def _setup(settings: Settings, device: torch.device, world_size: int, text_bytes: int) -> dict[str, Any]:
     import torch
 
-    from commhub.bench._model import Transformer
-    from commhub.bench._sizes import SIZES
+    from ._model import Transformer
+    from ._sizes import SIZES
 
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(SIZES[settings.model]).parameters())

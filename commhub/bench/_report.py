@@ -6,13 +6,14 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from commhub.bench import _format, _table
-from commhub.bench._charts import HOOK_COLOURS, loss_chart, split_chart
-from commhub.bench._verdict import verdict
+
+from ._charts import HOOK_COLOURS, loss_chart, split_chart
+from ._verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from commhub.bench._results import HookResult, Outcome
+    from ._results import HookResult, Outcome
 
 _CSS = """
 :root { color-scheme: light; }

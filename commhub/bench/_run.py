@@ -8,17 +8,17 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from commhub.bench._board import Board
-from commhub.bench._check import checked
-from commhub.bench._finish import finish
-from commhub.bench._launch import launch
-from commhub.bench._progress import default_progress
+from ._board import Board
+from ._check import checked
+from ._finish import finish
+from ._launch import launch
+from ._progress import default_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-    from commhub.bench._options import Settings
+    from ._options import Settings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,7 +42,7 @@ def run(settings: Settings) -> int:
     world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     command = settings.command
     if world_size is not None:
-        from commhub.bench._torchrun import run_as_rank
+        from ._torchrun import run_as_rank
 
         return run_as_rank(checked(settings, world_size=int(world_size)), command)
     board, code = None, 0

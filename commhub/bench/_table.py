@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from commhub.bench import _format
 
 if TYPE_CHECKING:
-    from commhub.bench._results import HookResult, Outcome
+    from ._results import HookResult, Outcome
 
 HEADER = ("hook", "loss", "val. loss", "step time", "sent / step", "compression", "speed-up")
 

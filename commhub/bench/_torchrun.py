@@ -8,13 +8,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from commhub.bench._board import Board
-from commhub.bench._finish import finish
-from commhub.bench._progress import default_progress
-from commhub.bench._rank import run_rank
+from ._board import Board
+from ._finish import finish
+from ._progress import default_progress
+from ._rank import run_rank
 
 if TYPE_CHECKING:
-    from commhub.bench._options import Settings
+    from ._options import Settings
 
 
 def run_as_rank(settings: Settings, command: str) -> int:

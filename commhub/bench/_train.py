@@ -12,16 +12,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from commhub.bench import _hooks
-from commhub.bench._model import Transformer, loss_of
-from commhub.bench._results import StepRecord
-from commhub.bench._sizes import SIZES
+
+from ._model import Transformer, loss_of
+from ._results import StepRecord
+from ._sizes import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from commhub import Registration
-    from commhub.bench._data import Text
-    from commhub.bench._options import Settings
+
+    from ._data import Text
+    from ._options import Settings
 
 VALIDATION_WINDOWS = 128
 _RISE = 10

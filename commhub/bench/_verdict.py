@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from commhub.bench import _format
 
 if TYPE_CHECKING:
-    from commhub.bench._results import HookResult, Outcome
+    from ._results import HookResult, Outcome
 
 _WORSE_LOSS = 0.02
 """A held-out loss higher by more than this share of the baseline's is worth a word."""

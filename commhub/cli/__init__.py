@@ -7,7 +7,8 @@ import warnings
 import click
 
 import commhub
-from commhub.cli._group import LazyGroup
+
+from ._group import LazyGroup
 
 __all__ = ["main"]
 

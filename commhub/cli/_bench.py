@@ -46,8 +46,8 @@ def bench(context: click.Context, /, hooks: str, no_report: bool, **values: Any)
     """
     # Here, not above: `commhub --help` must stay quick.
     from commhub._errors import HookOptionError
-    from commhub._hookstring import split
     from commhub.bench import BenchError, Settings, run
+    from commhub.registry._hookstring import split
 
     try:
         if no_report:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commhub.cli._output import complete_names, print_json, print_row
+from ._output import complete_names, print_json, print_row
 
 if TYPE_CHECKING:
     from commhub.testing import CheckResult

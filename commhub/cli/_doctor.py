@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commhub import _index, _lookup
-from commhub._probe import Finding, examine
-from commhub.cli._output import print_json, print_table
+from commhub.registry import _index, _lookup
+from commhub.registry._probe import Finding, examine
+
+from ._output import print_json, print_table
 
 if TYPE_CHECKING:
-    from commhub._lookup import Standing
+    from commhub.registry._lookup import Standing
 
 _COLUMNS = ("name", "package", "version", "status", "import", "imports torch")
 

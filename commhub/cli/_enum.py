@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from commhub._enum import documented_source, installed_source
+from commhub.registry._enum import documented_source, installed_source
 
 
 @click.command()
 @click.option("--write", type=click.Path(path_type=Path, dir_okay=False), help="Write the module here.")
 @click.option("--check", type=click.Path(path_type=Path, dir_okay=False), help="Exit with 1 if it is stale.")
-@click.option("--documented", is_flag=True, hidden=True, help="The documented names instead: commhub._names.")
+@click.option("--documented", is_flag=True, hidden=True, help="The documented names instead.")
 def enum(write: Path | None, check: Path | None, documented: bool) -> None:
     """Write a module with the names that are installed here, as an enum and a Literal, or check one."""
     if (write is None) == (check is None):

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commhub import _documented, _registry
-from commhub._hookstring import HookString
-from commhub._spec import RESERVED
-from commhub.cli._output import complete_names, plugins_print_to_stderr, print_json, print_table
+from commhub.registry import _documented, _registry
+from commhub.registry._hookstring import HookString
+from commhub.registry._spec import RESERVED
+
+from ._output import complete_names, plugins_print_to_stderr, print_json, print_table
 
 if TYPE_CHECKING:
-    from commhub._spec import AveragerSpec, HookSpec, Option
+    from commhub.registry._spec import AveragerSpec, HookSpec, Option
 
 
 @click.command()

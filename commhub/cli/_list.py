@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 
 import click
 
-from commhub import _lookup, _registry
-from commhub.cli._output import complete_names, plugins_print_to_stderr, print_json, print_table
+from commhub.registry import _lookup, _registry
+
+from ._output import complete_names, plugins_print_to_stderr, print_json, print_table
 
 _COLUMNS = ("name", "kind", "package", "version", "status", "summary")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from commhub._index import Kind
+    from commhub.registry._index import Kind
 
 
 class _WrongUsage(click.ClickException):

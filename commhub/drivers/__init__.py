@@ -2,7 +2,3 @@
 
 A driver never knows which hook it drives. See README.md in this folder.
 """
-
-from ._simulator import Simulation, simulate
-
-__all__ = ["Simulation", "simulate"]

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ._errand import Errand, within
+from ._store import Errand, within
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

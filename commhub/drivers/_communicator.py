@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .._collectives import Subgroup
+    from commhub.protocol._collectives import Subgroup
+
     from ._job import Job
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .._collectives import Subgroup
-    from .._errors import HookError
-    from .._network import Network
+    from commhub._errors import HookError
+    from commhub.protocol._collectives import Subgroup
+
     from ._lane import Lane
+    from ._network import Network
     from ._stats import Meter
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._errors import HookError, HookTimeoutError, described
+from commhub._errors import HookError, HookTimeoutError, described
 
 if TYPE_CHECKING:
-    from .._bucket import Bucket
+    from commhub.protocol._bucket import Bucket
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error: the interpreter is exiting

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
-from .._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
+from commhub.protocol._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
+
 from ._job import Job, sum_shares
 from ._threads import are_at_rest
 

@@ -11,13 +11,22 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, ReduceScatter, Subgroup, sent_bytes
-from .._errors import HookError
+from commhub._errors import HookError
+from commhub.protocol._collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Broadcast,
+    Collective,
+    ReduceScatter,
+    Subgroup,
+    sent_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._bucket import Bucket
+    from commhub.protocol._bucket import Bucket
 
 _KINDS = (AllReduce, AllGather, ReduceScatter, AllToAll, Broadcast)
 

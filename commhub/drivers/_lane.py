@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._collectives import AllGather, AllReduce, Broadcast
-from .._errors import HookError, described
-from .._finite import is_number
+from commhub._errors import HookError, described
+from commhub.protocol._collectives import AllGather, AllReduce, Broadcast
+from commhub.protocol._finite import is_number
+
 from ._job import Job, Scratch, make_job
 
 if TYPE_CHECKING:
-    from .._bucket import Bucket
-    from .._collectives import Subgroup
-    from .._protocols import Hook
+    from commhub.protocol._bucket import Bucket
+    from commhub.protocol._collectives import Subgroup
+    from commhub.protocol._hook import Hook
+
     from ._asked import Place
     from ._stats import Meter
 

@@ -15,10 +15,10 @@ from ._failure import Stopped
 from ._watch import SLICE
 
 if TYPE_CHECKING:
-    from .._network import Network
     from ._communicator import Communicator, Flight
     from ._inbox import Inbox
     from ._lane import Lane
+    from ._network import Network
     from ._stats import Meter
     from ._watch import Watch
 

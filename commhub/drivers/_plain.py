@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter
-from .._errors import HookError
+from commhub._errors import HookError
+from commhub.protocol._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter
+
 from ._job import sum_shares
 
 if TYPE_CHECKING:

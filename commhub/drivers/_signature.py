@@ -15,16 +15,18 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from .._errors import HookError
+from commhub._errors import HookError
+
 from ._asked import Asked
-from ._errand import Errand
+from ._store import Errand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.distributed.distributed_c10d import Store
 
-    from .._bucket import Span
+    from commhub.protocol._bucket import Span
+
     from ._asked import Place, Serial
     from ._lane import Lane
 

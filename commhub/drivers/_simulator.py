@@ -14,12 +14,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._bucket import Bucket, lay_out
-from .._choosing import choose, wire_dtype
-from .._collectives import Subgroup
-from .._errors import HookError
-from .._protocols import Confined, Hook, LocalSteps, Setup, is_averager
-from .._state import State
+from commhub._errors import HookError
+from commhub.protocol._bucket import Bucket, lay_out
+from commhub.protocol._collectives import Subgroup
+from commhub.protocol._hook import Confined, Hook, LocalSteps, Setup, is_averager
+from commhub.protocol._state import State
+from commhub.registry._choosing import choose, wire_dtype
+
 from ._failure import own_error
 from ._job import Scratch
 from ._lane import Lane
@@ -27,8 +28,9 @@ from ._plain import exchange
 from ._stats import Meter
 
 if TYPE_CHECKING:
-    from .._network import Network
-    from .._protocols import Averager
+    from commhub.protocol._hook import Averager
+
+    from ._network import Network
 
 APART = True
 """Whether payloads are spoiled and results in memory of their own: no hook can then live on what it yielded."""

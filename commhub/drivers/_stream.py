@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._collectives import AllGather, AllReduce, AllToAll, Broadcast, Subgroup
-from .._errors import HookError
+from commhub._errors import HookError
+from commhub.protocol._collectives import AllGather, AllReduce, AllToAll, Broadcast, Subgroup
+
 from ._failure import own_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._network import Network
     from ._job import Job
     from ._lane import Lane
+    from ._network import Network
     from ._stats import Meter
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._errors import HookError, described
+from commhub._errors import HookError, described
+
 from ._failure import Stopped
 from ._gloo import sweep
 from ._inbox import Inbox
@@ -26,11 +27,12 @@ from ._watch import SLICE, Watch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._collectives import Subgroup
-    from .._network import Network
+    from commhub.protocol._collectives import Subgroup
+
     from ._board import FailureBoard
     from ._communicator import Communicator
     from ._lane import Lane
+    from ._network import Network
     from ._signature import Signatures
     from ._stats import Meter
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from .._errors import HookError, HookTimeoutError, described
+from commhub._errors import HookError, HookTimeoutError, described
+
 from ._failure import is_lost_connection, own_error, peer_error
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """New plugin packages, written from the templates beside this module. Imports no torch."""
 
-from commhub.scaffold._names import Names
-from commhub.scaffold._write import write
+from ._names import Names
+from ._write import write
 
 __all__ = ["Names", "write"]

@@ -8,9 +8,9 @@ from typing import Final
 
 import attrs
 
-from commhub import _documented, _index, _lookup
 from commhub._errors import CommhubError
-from commhub._spec import RESERVED
+from commhub.registry import _documented, _index, _lookup
+from commhub.registry._spec import RESERVED
 
 __all__ = ["Names"]
 

@@ -13,13 +13,14 @@ from string import Template
 from typing import TYPE_CHECKING, Final
 
 from commhub._errors import CommhubError
-from commhub._index import GROUPS
+from commhub.registry._index import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from commhub._index import Kind
-    from commhub.scaffold._names import Names
+    from commhub.registry._index import Kind
+
+    from ._names import Names
 
 __all__ = ["write"]
 

@@ -8,15 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
-    from commhub.testing._context import Rank, current
-    from commhub.testing._memory import Largest, Living, Watched
-    from commhub.testing._models import Branches, EveryKind, Run, batches, mlp, train
-    from commhub.testing._outcome import RankError, RankFailure, RankResult
-    from commhub.testing._pool import RankPool
     from commhub.testing.conformance._check import CheckResult
     from commhub.testing.conformance._run import check_hook, parametrize_with_checks
-    from commhub.testing.plugins import TemporaryPlugin, temporary_plugin
+
+    from ._compare import assert_equal_across_ranks, bitwise_equal
+    from ._context import Rank, current
+    from ._memory import Largest, Living, Watched
+    from ._models import Branches, EveryKind, Run, batches, mlp, train
+    from ._outcome import RankError, RankFailure, RankResult
+    from ._pool import RankPool
+    from .plugins import TemporaryPlugin, temporary_plugin
 
 _HOMES = {
     "Branches": "_models",

@@ -7,9 +7,9 @@ from multiprocessing.connection import wait
 
 import attrs
 
-from commhub.testing._forkserver import ForkServer, RankProcess
-from commhub.testing._outcome import RankFailure, death
-from commhub.testing._worker import STACKS_SIGNAL, Answer
+from ._forkserver import ForkServer, RankProcess
+from ._outcome import RankFailure, death
+from ._worker import STACKS_SIGNAL, Answer
 
 EXCEPTION_GRACE = 2.0  # seconds in which a peer may still tell its side, after a rank's exception
 DEATH_GRACE = 0.5  # the same after a death, which peers notice as a broken connection

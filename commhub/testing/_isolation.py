@@ -76,7 +76,7 @@ def forget_modules(folders: tuple[str, ...]) -> None:
         if folders and (getattr(module, "__file__", None) or "").startswith(folders):
             del sys.modules[name]
     importlib.invalidate_caches()
-    for home in ("commhub._index", "commhub._registry"):
+    for home in ("commhub.registry._index", "commhub.registry._registry"):
         if home in sys.modules:
             sys.modules[home].refresh()
 

@@ -7,9 +7,10 @@ along. The system chooses the port, once, so that no two calls can race for one.
 import attrs
 
 from commhub.testing import _context, _transport
-from commhub.testing._forkserver import ForkServer, RankProcess
-from commhub.testing._isolation import Surroundings
-from commhub.testing._worker import Answer, Order
+
+from ._forkserver import ForkServer, RankProcess
+from ._isolation import Surroundings
+from ._worker import Answer, Order
 
 _SECONDS = 60
 

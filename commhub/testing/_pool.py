@@ -18,12 +18,13 @@ from typing import Any
 import attrs
 
 from commhub.testing import _transport
-from commhub.testing._forkserver import ForkServer, RankProcess
-from commhub.testing._gather import Gathered, gather, kill
-from commhub.testing._isolation import Surroundings
-from commhub.testing._keeper import Keeper
-from commhub.testing._outcome import RankError, RankResult
-from commhub.testing._worker import Order
+
+from ._forkserver import ForkServer, RankProcess
+from ._gather import Gathered, gather, kill
+from ._isolation import Surroundings
+from ._keeper import Keeper
+from ._outcome import RankError, RankResult
+from ._worker import Order
 
 
 class RankPool:

@@ -13,8 +13,9 @@ from typing import Any
 import attrs
 
 from commhub.testing import _context, _isolation
-from commhub.testing._outcome import RankFailure
-from commhub.testing._transport import Call, dumps
+
+from ._outcome import RankFailure
+from ._transport import Call, dumps
 
 STACKS_SIGNAL = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1

@@ -20,7 +20,7 @@ from typing import Self
 
 import attrs
 
-from commhub.testing._isolation import forget_modules
+from ._isolation import forget_modules
 
 Fields = str | Mapping[str, object]
 """A hook's class in `source`, or its spec's fields: `{"factory": "Foo", "options": [{"name": ...}], ...}`."""

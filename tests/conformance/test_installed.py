@@ -3,8 +3,8 @@
 import os
 
 import commhub
-from commhub._documented import AVERAGERS, HOOKS
-from commhub._hookstring import parse
+from commhub.registry._documented import AVERAGERS, HOOKS
+from commhub.registry._hookstring import parse
 from commhub.testing import parametrize_with_checks
 
 GIVEN = {"periodic": "periodic(period=3)", "hierarchical": "hierarchical(periods={2: 1, 4: 2})"}

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub._documented import owner
 from commhub.cli import main
+from commhub.registry._documented import owner
 from commhub.testing import current, mlp
 
 ROOT = Path(__file__).parents[2]

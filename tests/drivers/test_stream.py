@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub import _session
 from commhub.drivers._stats import Meter
 from commhub.drivers._stream import CudaStreams, StreamDriver
 from commhub.testing import assert_equal_across_ranks, bitwise_equal
+from commhub.training import _start
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 
@@ -63,13 +63,13 @@ def train(hook, stream, steps=4):
     model = DistributedDataParallel(
         torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(6)]), bucket_cap_mb=0.002
     )
-    former = _session.make_driver
+    former = _start.make_driver
     if stream:
-        _session.make_driver = on_host_streams
+        _start.make_driver = on_host_streams
     try:
         registration = commhub.register(model, hook)
     finally:
-        _session.make_driver = former
+        _start.make_driver = former
     for step in range(steps):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
         model(x).pow(2).mean().backward()
@@ -107,7 +107,7 @@ def fail_and_go_on():
     model = DistributedDataParallel(
         torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)]), bucket_cap_mb=0.0005
     )
-    former, _session.make_driver = _session.make_driver, on_host_streams
+    former, _start.make_driver = _start.make_driver, on_host_streams
     try:
         registration = commhub.register(model, Raises())
         model(torch.ones(2, 8)).sum().backward()
@@ -116,7 +116,7 @@ def fail_and_go_on():
         registration.swap("allreduce")
         model(torch.ones(2, 8)).sum().backward()
     finally:
-        _session.make_driver = former
+        _start.make_driver = former
 
 
 def test_a_hook_that_raises_on_the_stream_driver_is_one_error_and_a_swap_mends_it(ranks):
@@ -161,7 +161,7 @@ def test_a_capture_of_a_cuda_graph_is_refused_with_the_reason():
 
 
 def test_cuda_gradients_on_gloo_are_refused_with_the_reason():
-    from commhub._ddp import check_devices
+    from commhub.training._ddp import check_devices
 
     class Somewhere:
         device = torch.device("cuda", 0)

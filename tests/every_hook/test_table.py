@@ -1,7 +1,7 @@
 """The table of hooks is complete, and its options make these small models be compressed in many buckets."""
 
 import commhub
-from commhub._documented import HOOKS as DOCUMENTED
+from commhub.registry._documented import HOOKS as DOCUMENTED
 from commhub.testing import mlp, train
 
 from .matrix import (

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from commhub import _index, _registry
+from commhub.registry import _index, _registry
 
 HOOK = """
 from commhub import AveragerSpec, HookSpec, Option, hookimpl

@@ -9,8 +9,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from commhub import _probe, _registry
 from commhub.cli import main
+from commhub.registry import _probe, _registry
 
 
 def run(*args):

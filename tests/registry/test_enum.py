@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import commhub
-from commhub import _enum, _lookup
+from commhub.registry import _enum, _lookup
 
 
 def test_members_are_strings_equal_to_the_name(site):
@@ -77,7 +77,7 @@ def test_calling_a_member_registers_it(site, monkeypatch):
 
 
 def test_the_generated_module_of_documented_names_is_fresh():
-    assert Path(commhub.__file__).with_name("_names.py").read_text() == _enum.documented_source()
+    assert (Path(commhub.__file__).parent / "registry/_documented_names.py").read_text() == _enum.documented_source()
 
 
 def test_the_generated_module_equals_the_enum(site, tmp_path):

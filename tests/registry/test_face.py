@@ -14,7 +14,7 @@ WITHOUT_TORCH = [
     "import commhub; dir(commhub); commhub.__version__",
     "import commhub; commhub.HookSpec, commhub.Option, commhub.hookimpl, commhub.CommhubError",
     "import commhub; commhub.installed(), commhub.hooks(), commhub.HookType",
-    "import commhub._hookstring, commhub._enum, commhub._names",
+    "import commhub.registry._hookstring, commhub.registry._enum, commhub.registry._documented_names",
     "from commhub.cli import main; main(['--help'], standalone_mode=False)",
     "from commhub.cli import main; main(['list'], standalone_mode=False)",
     "from commhub.cli import main; main(['list', '--json'], standalone_mode=False)",

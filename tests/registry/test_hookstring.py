@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from commhub import _hookstring
 from commhub._errors import HookOptionError
-from commhub._hookstring import HookString, canonical_distribution, canonical_name, parse, split
+from commhub.registry import _hookstring
+from commhub.registry._hookstring import HookString, canonical_distribution, canonical_name, parse, split
 
 
 def test_name_alone():

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from commhub import _index
+from commhub.registry import _index
 
 
 def rows():

@@ -2,8 +2,9 @@
 
 import pytest
 
-from commhub import PluginError, _index
-from commhub._plugins import load_specs
+from commhub import PluginError
+from commhub.registry import _index
+from commhub.registry._loading import load_specs
 
 BROKEN = {
     "import error": ("import no_such_module_at_all", ModuleNotFoundError),

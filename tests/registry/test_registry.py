@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import commhub
-from commhub import _registry
-from commhub._registry import resolve
+from commhub.registry import _registry
+from commhub.registry._registry import resolve
 
 OPTIONS = """options=(
     Option(name='rank', type=int, default=1),

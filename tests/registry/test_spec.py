@@ -5,7 +5,7 @@ from enum import IntEnum, StrEnum
 import pytest
 
 from commhub import AveragerSpec, HookSpec, Option
-from commhub._spec import RESERVED
+from commhub.registry._spec import RESERVED
 
 
 def spec(**fields):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from commhub._spec import RESERVED
 from commhub.cli import main
+from commhub.registry._spec import RESERVED
 
 ROOT = Path(__file__).parents[2]
 HOOK_FILES = [

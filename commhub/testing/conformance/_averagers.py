@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
 from commhub.testing._models import batches, mlp
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import SHAPES, drawn, simulate
-from commhub.testing.conformance._static import LOADED
+
+from ._check import NotApplicableError, rule
+from ._material import SHAPES, drawn, simulate
+from ._static import LOADED
 
 if TYPE_CHECKING:
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 AVERAGER = ("averager",)
 HORIZON = 1200

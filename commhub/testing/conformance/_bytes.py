@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from commhub._formula import evaluate
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import drawn, simulate
-from commhub.testing.conformance._numbers import ALIKE
-from commhub.testing.conformance._subject import Subject
+from commhub.registry._formula import evaluate
+
+from ._check import NotApplicableError, rule
+from ._material import drawn, simulate
+from ._numbers import ALIKE
+from ._subject import Subject
 
 FORMULA = {"rows": 256, "cols": 256}
 """The formula of sent bytes is compared for one float32 matrix of this shape."""

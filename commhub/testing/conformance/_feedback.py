@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import SHAPES, by_name, drawn, simulate
-from commhub.testing.conformance._numbers import ALIKE, struck
+from ._check import NotApplicableError, rule
+from ._material import SHAPES, by_name, drawn, simulate
+from ._numbers import ALIKE, struck
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 
 def _residuals(subject: Subject, gradients: Mapping[int, Mapping[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:

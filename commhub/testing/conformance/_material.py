@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from commhub.testing.conformance._check import NotApplicableError
+from ._check import NotApplicableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from commhub import Registration
     from commhub.drivers._simulator import Simulation
-    from commhub.testing.conformance._subject import Subject
+
+    from ._subject import Subject
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "tall": (64, 48),

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal, gathered
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import (
+
+from ._check import NotApplicableError, rule
+from ._material import (
     MANY,
     ONE,
     assert_mean,
@@ -21,14 +22,14 @@ from commhub.testing.conformance._material import (
     results,
     state_of,
 )
-from commhub.testing.conformance._numbers import ALIKE
+from ._numbers import ALIKE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 LEFT_OUT = ("tall", "vector")
 NEVER = "square"  # DDP warns where nothing is unused

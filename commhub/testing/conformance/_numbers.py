@@ -10,8 +10,9 @@ from torch import Tensor
 
 from commhub.drivers import _simulator
 from commhub.testing._compare import bitwise_equal
-from commhub.testing.conformance._check import rule
-from commhub.testing.conformance._material import (
+
+from ._check import rule
+from ._material import (
     ROUNDING,
     SHAPES,
     assert_mean,
@@ -21,13 +22,13 @@ from commhub.testing.conformance._material import (
     require_agreement,
     simulate,
 )
-from commhub.testing.conformance._static import LOADED
+from ._static import LOADED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 
 @rule("simulated", after=LOADED)

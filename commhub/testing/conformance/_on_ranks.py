@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
 from commhub.testing._models import batches, mlp, train
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import (
+
+from ._check import NotApplicableError, rule
+from ._material import (
     MANY,
     ONE,
     Given,
@@ -27,12 +28,12 @@ from commhub.testing.conformance._material import (
     results,
     state_of,
 )
-from commhub.testing.conformance._numbers import ALIKE
+from ._numbers import ALIKE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 LAYERS = [12] * 13
 PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS

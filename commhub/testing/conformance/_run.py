@@ -9,8 +9,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from commhub.testing._outcome import RankError
-from commhub.testing.conformance._check import Check, CheckResult, NotApplicableError, all_checks
-from commhub.testing.conformance._subject import Subject
+
+from ._check import Check, CheckResult, NotApplicableError, all_checks
+from ._subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 
 from commhub.testing._compare import bitwise_equal
-from commhub.testing.conformance._check import NotApplicableError, rule
-from commhub.testing.conformance._material import MANY, ONE, build, couples, drawn, give, state_of
-from commhub.testing.conformance._numbers import ALIKE
+
+from ._check import NotApplicableError, rule
+from ._material import MANY, ONE, build, couples, drawn, give, state_of
+from ._numbers import ALIKE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from commhub.testing._pool import RankPool
-    from commhub.testing.conformance._subject import Subject
+
+    from ._subject import Subject
 
 Saved = tuple[bytes, dict[str, torch.Tensor]]
 Resumed = tuple[dict[str, torch.Tensor], str | None]

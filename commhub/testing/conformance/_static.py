@@ -9,12 +9,13 @@ import importlib_metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from commhub import _index
-from commhub._probe import Finding, examine
-from commhub.testing.conformance._check import rule
+from commhub.registry import _index
+from commhub.registry._probe import Finding, examine
+
+from ._check import rule
 
 if TYPE_CHECKING:
-    from commhub.testing.conformance._subject import Subject
+    from ._subject import Subject
 
 BOTH = ("hook", "averager")
 LOADED = ("loads", "factory_takes_the_options")

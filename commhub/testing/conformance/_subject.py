@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub._hookstring import HookString, parse
-from commhub._registry import HookInfo, info, resolve
+from commhub.registry._hookstring import HookString, parse
+from commhub.registry._registry import HookInfo, info, resolve
 
 if TYPE_CHECKING:
-    from commhub._choice import Choice
-    from commhub._spec import AveragerSpec, HookSpec
+    from commhub.registry._recipe import Choice
+    from commhub.registry._spec import AveragerSpec, HookSpec
 
 _AT_ONCE = {"start_step": 0, "warmup_steps": 0}
 """Options that put a method off; the checks look at the method."""

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, Rules, Setup
+from commhub import AllGather, AllReduce, AllToAll, Bucket, Exchange, Setup
+from commhub.toolkit import ErrorFeedback, Rules
 
 from ._signs import decode, encode
 

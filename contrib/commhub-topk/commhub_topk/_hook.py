@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, Bucket, ErrorFeedback, Exchange, Rules, Setup
+from commhub import AllGather, AllReduce, Bucket, Exchange, Setup
+from commhub.toolkit import ErrorFeedback, Rules
 
 from ._places import InTurn, Largest
 from ._velocity import Velocities

@@ -100,7 +100,7 @@ class Counted(TwoLevel):
     within: float = attrs.field(default=0.0, init=False)
 
     def reduce(self, bucket):
-        from commhub._collectives import sent_bytes
+        from commhub.protocol._collectives import sent_bytes
 
         exchange, answer = TwoLevel.reduce(self, bucket), None
         while True:

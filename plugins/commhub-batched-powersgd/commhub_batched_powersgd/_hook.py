@@ -11,7 +11,8 @@ import torch
 from commhub_powersgd import Compiled, Limit, Source, Tally, compare_bits, compiled_passes, power_iteration
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
+from commhub import AllReduce, Bucket, Exchange, Setup
+from commhub.toolkit import ErrorFeedback, PerBucket, Rules
 
 from ._square import Square, lay_out
 from ._warm import WarmStart

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import torch
 
-from commhub import Bucket, CastAllReduce, Exchange, Rules, Setup
+from commhub.toolkit import CastAllReduce, Rules
+
+if TYPE_CHECKING:
+    from commhub import Bucket, Exchange, Setup
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from commhub import AllReduce, Bucket
-from commhub._bucket import lay_out
 from commhub.drivers._job import Scratch, make_job
+from commhub.protocol._bucket import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

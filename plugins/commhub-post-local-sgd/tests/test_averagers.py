@@ -136,7 +136,7 @@ def test_a_hierarchy_that_leaves_ranks_apart_is_refused_at_registration(ranks):
 
 
 def test_the_canonical_string_of_a_hierarchy_reads_back():
-    from commhub._choosing import choose
+    from commhub.registry._choosing import choose
 
     text = choose("Hierarchical(periods={2:2,8:4})", {}).text()
     assert text == "hierarchical(periods={2: 2, 8: 4})"

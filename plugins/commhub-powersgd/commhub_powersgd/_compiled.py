@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from commhub import cpp_library
+from commhub.toolkit import cpp_library
 
 from ._factors import Factor, addresses
 

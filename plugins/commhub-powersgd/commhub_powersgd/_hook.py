@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllReduce, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
+from commhub import AllReduce, Bucket, Exchange, Setup
+from commhub.toolkit import ErrorFeedback, PerBucket, Rules
 
 from ._alternation import alternate
 from ._bits import compare_bits

@@ -40,7 +40,7 @@ def ended(hook):
     registration = commhub.register(model, hook, start_step=0, min_compression_rate=1)
     train(model, 3)
     worker = registration.hook
-    held = [plan for plan in vars(worker).values() if isinstance(plan, commhub.PerBucket) and plan.made]
+    held = [plan for plan in vars(worker).values() if isinstance(plan, commhub.toolkit.PerBucket) and plan.made]
     registration.remove()
     return len(held), [plan.made for plan in held]
 

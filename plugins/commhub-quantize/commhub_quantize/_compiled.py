@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commhub import cpp_library
+from commhub.toolkit import cpp_library
 
 if TYPE_CHECKING:
     from torch import Tensor

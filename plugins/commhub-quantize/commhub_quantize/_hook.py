@@ -10,7 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Bucket, ErrorFeedback, Exchange, PerBucket, Rules, Setup
+from commhub import AllGather, AllReduce, AllToAll, Bucket, Exchange, Setup
+from commhub.toolkit import ErrorFeedback, PerBucket, Rules
 
 from ._coding import Coding
 from ._layout import Stretch, joined, section

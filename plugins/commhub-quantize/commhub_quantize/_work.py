@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from commhub import Kernel
+from commhub.toolkit import Kernel
 
 from ._coding import Coding, digits_of, extent, inverse_of, marks_of, pack, stand_for, unpack
 from ._compiled import compiled_passes

@@ -225,8 +225,8 @@ def test_gradients_of_another_dtype_than_at_registration_are_worked_on_uncompile
 @pytest.mark.parametrize("keeping", [False, True])
 def test_for_a_device_everything_a_step_uses_is_compiled_at_registration(coding, keeping, monkeypatch):
     compiled, run = set(), set()
-    monkeypatch.setattr(commhub.Kernel, "warm", lambda kernel, *_, elements: compiled.add((kernel, elements)))
-    monkeypatch.setattr(commhub.Kernel, "__call__", lambda kernel, *_: run.add((kernel, 77)))
+    monkeypatch.setattr(commhub.toolkit.Kernel, "warm", lambda kernel, *_, elements: compiled.add((kernel, elements)))
+    monkeypatch.setattr(commhub.toolkit.Kernel, "__call__", lambda kernel, *_: run.add((kernel, 77)))
     work = work_on(coding, torch.float32, torch.device("meta"), 77, keeping=keeping)
     values, marks, codes = torch.zeros(9, coding.row), torch.zeros(9, coding.marks), torch.zeros(9, coding.row_bytes)
     if coding.whole:

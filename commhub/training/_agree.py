@@ -1,0 +1,162 @@
+"""Agreement among the ranks of a group before anything communicates: the same hook, options and model everywhere.
+
+It runs over the group's store, so it needs no working communicator, interferes with none, and can say which rank did
+not come. Every rank takes part with what it has, a failure of its own included; then all go on or all raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from commhub._errors import HookMismatchError, RegistrationError, described
+
+from ._rendezvous import Meeting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ._rendezvous import Verdict
+
+__all__ = ["Meeting", "agree", "number_hosts"]
+
+_INTERRUPTED = 1.0
+"""Seconds that an interrupted rank waits for its peers."""
+
+
+@attrs.frozen
+class _Word:
+    """What a rank says of itself: the call it makes, a digest of its facts, why it cannot go on if it cannot."""
+
+    call: str
+    digest: str
+    host: str
+    failure: str
+    verify: bool
+
+
+def agree(
+    meeting: Meeting,
+    topic: str,
+    facts: Mapping[str, Any],
+    failure: BaseException | None,
+    *,
+    verify: bool = True,
+    more: bool = False,
+) -> tuple[str, ...]:
+    """Meet the other ranks; return every rank's host.
+
+    Args:
+        meeting: where.
+        topic: the call that this is part of, as the user knows it: ``"swap"``. Ranks that call different things are
+            told so.
+        facts: what must be the same everywhere, JSON-able. Ranks exchange a digest; the facts only where it differs.
+        failure: why this rank cannot go on, if it cannot.
+        verify: whether facts that differ are an error; one rank that says so is enough.
+        more: whether this meeting has another round if all goes well.
+
+    Raises:
+        HookMismatchError: on every rank, naming ranks and values, when facts differ.
+        RegistrationError: where nothing failed, naming a rank where something did, ranks that did not come, or what
+            the ranks called.
+        BaseException: ``failure`` itself, on its rank.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    why = "" if failure is None else described(failure)
+    mine = json.dumps([topic, digest, _host(), why, verify])
+    patience = min(_INTERRUPTED, meeting.timeout) if isinstance(failure, KeyboardInterrupt) else meeting.timeout
+
+    def goes_on(verdict: Verdict) -> bool:
+        words = _words(verdict)
+        return not _trouble(meeting, topic, verdict, words) and (more or _differ(words))
+
+    try:
+        verdict = meeting.round(mine, patience, goes_on)
+        words = _words(verdict)
+        if told := _trouble(meeting, topic, verdict, words):
+            raise RegistrationError(told)
+        if _differ(words):
+            everyone = meeting.round(json.dumps(facts), meeting.timeout, lambda _: False)
+            if told := _absent(meeting, topic, everyone):
+                raise RegistrationError(told)
+            raise HookMismatchError(_difference([json.loads(everyone.brought[rank]) for rank in range(meeting.size)]))
+    except (RegistrationError, HookMismatchError) as error:
+        if failure is None:
+            raise
+        if not str(error).endswith(why):
+            failure.add_note(str(error))
+        raise failure from failure.__cause__
+    return tuple(words[rank].host for rank in range(meeting.size))
+
+
+def _words(verdict: Verdict) -> dict[int, _Word]:
+    return {rank: _Word(*json.loads(text)) for rank, text in sorted(verdict.brought.items())}
+
+
+def _trouble(meeting: Meeting, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
+    """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
+    told = [f"rank {rank} could not go on: {word.failure}" for rank, word in words.items() if word.failure][:1]
+    if not told and (absent := _absent(meeting, topic, verdict)):
+        told.append(absent)
+    calls: dict[str, list[int]] = {}
+    for rank, word in words.items():
+        calls.setdefault(word.call, []).append(rank)
+    if len(calls) > 1:
+        several = "; ".join(f"{_ranks(ranks)}: {call}" for call, ranks in calls.items())
+        told.append(f"the ranks called different things ({several}); each of them is to be called on all ranks.")
+    return " And ".join(told)
+
+
+def _absent(meeting: Meeting, topic: str, verdict: Verdict) -> str:
+    if verdict.left is not None:
+        return f"rank {verdict.left} was interrupted while it waited for the others."
+    missing = [rank for rank in range(meeting.size) if rank not in verdict.brought]
+    if not missing:
+        return ""
+    if meeting.rank in missing:
+        return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
+    names = ", ".join(map(str, missing))
+    return f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
+
+
+def _differ(words: Mapping[int, _Word]) -> bool:
+    return any(word.verify for word in words.values()) and len({word.digest for word in words.values()}) > 1
+
+
+def _difference(everyone: list[dict[str, Any]]) -> str:
+    lines = []
+    for key in sorted({key for facts in everyone for key in facts}):
+        values: dict[str, list[int]] = {}
+        for rank, facts in enumerate(everyone):
+            values.setdefault(json.dumps(facts.get(key)), []).append(rank)
+        if len(values) > 1:
+            told = (f"{_ranks(ranks)}: {_short(value, list(values))}" for value, ranks in values.items())
+            lines.append(f"{key} ({'; '.join(told)})")
+    return f"ranks disagree on {', '.join(lines)}. Register the same hook with the same options and model everywhere."
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _short(value: str, every: list[str]) -> str:
+    """A value to show; of a long one the part in which it differs."""
+    if len(value) <= 80:
+        return value
+    start = next((i for i in range(len(value)) if any(o[i : i + 1] != value[i : i + 1] for o in every)), 0)
+    return f"...{value[max(0, start - 30) : start + 50]}..."
+
+
+def _host() -> str:
+    return os.environ.get("COMMHUB_HOST") or socket.gethostname()
+
+
+def number_hosts(hosts: tuple[str, ...]) -> tuple[int, ...]:
+    """Each rank's host as a number, counted from 0 in rank order."""
+    order = {name: number for number, name in enumerate(dict.fromkeys(hosts))}
+    return tuple(order[name] for name in hosts)

@@ -1,0 +1,93 @@
+"""Where gradients come from: finding the DDP model in what a user hands over, and saying why one cannot be served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commhub._errors import RegistrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SLOT = "_commhub_slot"
+"""The attribute of a DDP model under which commhub's one entry into it is kept."""
+
+
+def find(model: object) -> DistributedDataParallel:
+    """The DDP model in ``model``: itself, or the one that a wrapper holds (``torch.compile``, Fabric).
+
+    Raises:
+        RegistrationError: if there is none, or more than one.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return model
+    inside = (
+        [m for m in model.modules() if isinstance(m, DistributedDataParallel)] if isinstance(model, nn.Module) else []
+    )
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise RegistrationError(f"{type(model).__name__} holds {len(inside)} DDP models. Register each of them.")
+    raise RegistrationError(
+        f"{type(model).__name__} is no DistributedDataParallel model and holds none. Wrap it in one, or use "
+        "commhub.manual(module, hook) and call .average() after backward."
+    )
+
+
+def refuse(model: DistributedDataParallel) -> None:
+    """Raise RegistrationError, with the reason, where this model cannot run a hook."""
+    if model.mixed_precision is not None:
+        raise RegistrationError("DDP's mixed_precision= owns the model's one hook slot. Use torch.autocast, or wire=.")
+    if model._use_python_reducer:
+        raise RegistrationError(
+            "this DDP model was built for the python reducer (torch._dynamo.config.optimize_ddp = 'python_reducer'), "
+            "which runs no hooks. Build it in the default mode."
+        )
+    if any(hasattr(p, "_in_backward_optimizers") for p in model._module_parameters):
+        raise RegistrationError(
+            "an optimizer in backward owns the model's one hook slot. Use optimizer_overlap instead."
+        )
+    if model._delay_all_reduce_all_params:
+        raise RegistrationError("the model reduces no gradients by hook: all its parameters are delayed.")
+    if SLOT in model.__dict__:
+        return
+    logged = "" if model._comm_hooks else model._get_ddp_logging_data().get("comm_hook", "")
+    if model._comm_hooks or logged:
+        name = logged or getattr(model._comm_hooks[0][0], "__qualname__", "a hook")
+        raise RegistrationError(
+            f"the model already has the communication hook {name!r}, and PyTorch takes one. Do not register that one."
+        )
+
+
+def check_devices(parameters: Iterable[nn.Parameter], backend: str) -> torch.device:
+    """The device of the parameters whose gradients are averaged.
+
+    Raises:
+        RegistrationError: if they are on several, or where no driver can serve them.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) != 1:
+        raise RegistrationError(f"trained parameters are on {len(devices)} devices; one per process is supported.")
+    device = devices.pop()
+    if device.type == "cuda" and "nccl" not in backend:
+        raise RegistrationError(f"CUDA gradients on a {backend} group would be staged through the host. Use NCCL.")
+    if device.type not in ("cpu", "cuda"):
+        raise RegistrationError(f"gradients on {device.type!r} have no driver yet; cpu and cuda have.")
+    return device
+
+
+def group_of(model: DistributedDataParallel, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group to average over: the model's own unless another one is given, never silently the world.
+
+    Raises:
+        RegistrationError: if this process is not in it.
+    """
+    group = model.process_group if given is None else given
+    if dist.get_rank(group) < 0:
+        raise RegistrationError("this process is not in the process group that was given.")
+    return group

@@ -1,0 +1,160 @@
+"""``commhub.register``: the one line that a training script needs."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from commhub._errors import HookOptionError, RegistrationError
+from commhub.protocol._hook import InnerHook, is_averager
+from commhub.registry._choosing import Chosen, choose
+
+from ._ddp import check_devices, find, group_of, refuse
+from ._registration import Registration
+from ._slot import Slot
+from ._start import start, stop
+from ._target import Ground, checked_timeout
+from ._wrapped import outside, wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch.nn.parallel import DistributedDataParallel
+
+
+logger = logging.getLogger("commhub")
+
+
+def register(
+    model: object,
+    hook: object,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    scaler: Any = None,
+    wire: torch.dtype | str | None = None,
+    verify: bool = True,
+    timeout: float | None = None,
+    **options: Any,
+) -> Registration:
+    """Average the model's gradients with a hook from now on; collective.
+
+    Args:
+        model: a DistributedDataParallel model, or what holds one.
+        hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
+        process_group: the ranks to average over; default: the model's own.
+        optimizer: one or several, for hooks that need them, and for parameters to be averaged at the end of their step.
+        scaler: the ``torch.amp.GradScaler`` in use, so that residuals are kept unscaled.
+        wire: a 16-bit dtype (or ``"fp16"``, ``"bf16"``) in which the hook's payloads travel.
+        verify: compare hook, options and model across ranks.
+        timeout: seconds after which a collective, or a rank that does not come, is an error; default: the group's.
+        options: the hook's own.
+
+    Registering again replaces the hook. A registration that fails leaves no trace.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+        HookMismatchError: the ranks asked for different things; raised on all of them.
+        RegistrationError: the model cannot run a hook, or another rank failed.
+
+    >>> registration = commhub.register(model, "powersgd_rank2")  # doctest: +SKIP
+    """
+    ddp = find(model)
+    every = dict(options)
+    for name, value in (("wire", wire), ("process_group", process_group), ("optimizer", optimizer), ("scaler", scaler)):
+        if value is not None:
+            every[name] = value
+
+    def chosen_here() -> Chosen:
+        if not isinstance(verify, bool):
+            raise RegistrationError(f"verify is {verify!r}; it is True or False.")
+        refuse(ddp)
+        check_devices((p for _, p in parameters), dist.get_backend(group))
+        checked_timeout(timeout, group, ddp.device)
+        optimizers_of(optimizer)
+        chosen = choose(hook, every)
+        strange = sorted(chosen.reserved.keys() - {"wire", "process_group", "optimizer", "scaler"})
+        if strange:
+            raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
+        return chosen
+
+    group = group_of(ddp, process_group)
+    parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
+    valid_timeout = isinstance(timeout, int | float) and timeout > 0
+    ground = Ground(
+        group=group,
+        device=ddp.device,
+        module=weakref.ref(ddp),
+        parameters=parameters,
+        unused=ddp.find_unused_parameters or ddp.static_graph,
+        traits=_traits(ddp),
+        optimizers=optimizers_of(optimizer, strict=False),
+        scaler=scaler,
+        timeout=checked_timeout(timeout if valid_timeout else None, group, ddp.device),
+        verify=verify is not False,
+    )
+    former = Slot.on(ddp)
+    session = start(ground, chosen_here, None if former is None else former.engine)
+    replaced = former.owner if former is not None else None
+    slot = Slot.install(ddp, parameters)
+    leftover = slot.engine
+    registration = Registration(ground, session, slot)
+    if replaced is not None:
+        replaced._retire()
+    elif leftover is not None:
+        stop(leftover)
+    said = outside(ddp, parameters, gradients=not is_averager(registration.hook))
+    if said and session.engine.rank == 0:
+        logger.warning("%s: %s", registration, said)
+    return registration
+
+
+def _traits(model: DistributedDataParallel) -> dict[str, Any]:
+    return {
+        "find_unused_parameters": model.find_unused_parameters,
+        "static_graph": model.static_graph,
+        "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
+    }
+
+
+def optimizers_of(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer, several or none, as a tuple; what is none of these raises RegistrationError if ``strict``."""
+    if given is None:
+        return ()
+    several = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if all(isinstance(one, torch.optim.Optimizer) for one in several):
+        return several
+    if strict:
+        raise RegistrationError(f"optimizer is {type(given).__name__}; give a torch.optim.Optimizer or a list of them.")
+    return ()
+
+
+def create(hook: object, **options: Any) -> InnerHook:
+    """Make a hook without registering it, for use inside another one.
+
+    Args:
+        hook, options: as for ``register``, whose own options (``wire`` and so on) have no place here.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+    """
+    chosen = choose(hook, options)
+    if chosen.reserved:
+        raise HookOptionError(
+            f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one."
+        )
+    return InnerHook(chosen.make(), chosen.name)
+
+
+def registration(model: object) -> Registration | None:
+    """The registration at work on ``model``, if there is one.
+
+    Raises:
+        RegistrationError: if ``model`` neither is nor holds one DDP model.
+    """
+    slot = Slot.on(find(model))
+    return None if slot is None else slot.owner

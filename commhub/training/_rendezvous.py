@@ -1,0 +1,260 @@
+"""Where the ranks of a group meet: in the group's store, all of them in the same meeting, whatever was called before.
+
+A call that takes all ranks is one meeting. Who comes draws the next number of a counter in the store, and as many
+numbers in a row as there are ranks make one meeting: no rank keeps a count of its own that could stay behind.
+A meeting has rounds, and a round has one verdict, written by compare-and-set. Who came last writes what everyone
+brought; who has waited too long writes who came until then. The first to write decides and all others take it, so
+that nobody succeeds in a round that failed for somebody else. Who has waited too long also raises the counter to the
+meeting's last number: with that the meeting is over, and whoever comes later begins the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import weakref
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import attrs
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from commhub._errors import RegistrationError
+from commhub.drivers._board import own_connection
+from commhub.drivers._store import within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.distributed.distributed_c10d import ProcessGroup
+
+_NOTHING = "nothing"  # is never stored; it is the answer where nothing is
+_VERDICT = "verdict"
+_STRAGGLING = 0.5
+"""Seconds for those who have drawn a number and have yet to write what they bring."""
+_FAREWELL = 2.0
+"""Seconds that the store's holder stays for peers that have yet to hear the verdict."""
+_TIDY_EVERY = 32
+"""Meetings between two tidyings, whose hundred or so deletions no single meeting should pay for."""
+
+_in_use: weakref.WeakKeyDictionary[Store, tuple[str, int]] = weakref.WeakKeyDictionary()
+"""The parts of stores that something works on, with group and meeting; tidying spares them."""
+_lock = threading.Lock()
+
+
+@attrs.frozen
+class Verdict:
+    """What became of a round: the same on every rank that took part.
+
+    Attributes:
+        brought: by rank, what the ranks brought that had come when it was written.
+        waited: how many seconds whoever wrote it was ready to wait.
+        left: the rank that was interrupted while it waited, if one was.
+    """
+
+    brought: dict[int, str]
+    waited: float
+    left: int | None
+
+    @classmethod
+    def read(cls, text: bytes | None) -> Verdict:
+        """From the form it has in the store."""
+        waited, left, brought = json.loads(text or b"[0, null, {}]")
+        return cls({int(rank): mine for rank, mine in brought.items()}, waited, left)
+
+
+@attrs.define(eq=False)
+class Meeting:
+    """A place in the group's store that only this occasion uses, the same on every rank."""
+
+    group: str
+    rank: int
+    size: int
+    timeout: float
+    _base: Store
+    _number: int | None = None
+    _is_last: bool = False
+    _rounds: int = 0
+    _abandoned: bool = False
+
+    @classmethod
+    def of(cls, group: ProcessGroup, timeout: float) -> Meeting:
+        """The group's next meeting. It begins with the first round, or the first ``branch``.
+
+        Raises:
+            RegistrationError: if the group has no store.
+        """
+        rank = dist.get_rank(group)
+        try:
+            given = dist.distributed_c10d._get_process_group_store(group)
+            base = within(timeout, lambda: own_connection(given, timeout))
+        except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
+            text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
+            raise RegistrationError(text) from error
+        return cls(group.group_name, rank, dist.get_world_size(group), timeout, PrefixStore("commhub", base))
+
+    def branch(self, name: str) -> Store:
+        """A part of the store for something made at this meeting."""
+        part = PrefixStore(name, self._store())
+        with _lock:
+            _in_use[part] = self.group, self._number or 0
+        return part
+
+    def round(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
+        """Bring ``mine`` to the next round, and hear its verdict when all have come or one has waited too long.
+
+        Args:
+            mine: for the others to read.
+            patience: how many seconds to wait for them.
+            goes_on: whether another round follows on a verdict. If not, who holds the store stays until all have heard.
+
+        Raises:
+            RegistrationError: if the store does not answer; that takes at most twice the patience and 5 s.
+        """
+        try:
+            return within(2 * patience + 5.0, lambda: self._hold(mine, patience, goes_on))
+        except (TimeoutError, RuntimeError) as error:
+            self._abandoned = True
+            text = f"the process group's store does not answer ({error}); who holds it is gone, or the network."
+            raise RegistrationError(text) from error
+        except BaseException:  # an interrupt: what waits in the background must not count as this rank
+            self._abandoned = True
+            with contextlib.suppress(TimeoutError, RuntimeError):
+                within(1.0, self._leave)
+            raise
+
+    # In the store, which may take any time to answer.
+
+    def _store(self) -> Store:
+        if self._number is None:
+            drawn = self._base.add(self._counter, 1) - 1
+            self._is_last = drawn % self.size == self.size - 1
+            self._number = drawn // self.size
+        return PrefixStore(str(self._number), self._base)
+
+    @property
+    def _counter(self) -> str:
+        return f"arrivals of {self.size}"
+
+    @property
+    def _place(self) -> Store:
+        """Where the present round is held."""
+        return PrefixStore(str(self._rounds), self._store())
+
+    def _hold(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
+        place = self._enter(mine)
+        if self._is_last:
+            verdict = self._decide(self._brought({self.rank: mine}, self.size, patience), patience)
+        elif _wait(place, [_VERDICT], patience):
+            verdict = Verdict.read(_peek(place, _VERDICT))
+        else:
+            drawn = self._close()
+            verdict = self._decide(self._brought({self.rank: mine}, drawn, _STRAGGLING), patience)
+        if not goes_on(verdict):
+            self._take_leave(verdict)
+        first = self._rounds == 1 and len(verdict.brought) == self.size
+        if first and self.rank == 0 and (self._number or 0) % _TIDY_EVERY == _TIDY_EVERY - 1:
+            self._tidy()
+        return verdict
+
+    def _enter(self, mine: str) -> Store:
+        """Come to the next round. ``_is_last`` tells whether all others are there already, or about to write."""
+        self._rounds += 1
+        place = self._place
+        if self._abandoned:
+            raise TimeoutError("too late")  # nobody listens any more
+        place.set(str(self.rank), mine)
+        if self._rounds > 1:
+            self._is_last = place.add(self._counter, 1) == self.size
+        return place
+
+    def _close(self) -> int:
+        """See to it that nobody enters this round any more, and the first also ends the meeting; how many have."""
+        first = self._rounds == 1
+        store, before = (self._base, self.size * (self._number or 0)) if first else (self._place, 0)
+        full = before + self.size
+        came = int(store.add(self._counter, 0))
+        while came < full:
+            now = int(store.compare_set(self._counter, str(came), str(full)))
+            if now >= full:
+                break
+            came = now
+        return min(came, full) - before
+
+    def _brought(self, brought: dict[int, str], expected: int, patience: float) -> dict[int, str]:
+        """What the ranks bring, as soon as ``expected`` of them have written it or the time is up."""
+        place = self._place
+        end = time.monotonic() + patience
+        while True:
+            for rank in range(self.size):
+                if rank not in brought and (found := _peek(place, str(rank))) is not None:
+                    brought[rank] = found.decode()
+            left = end - time.monotonic()
+            if len(brought) >= expected or left <= 0:
+                return brought
+            if self._is_last:
+                _wait(place, [str(rank) for rank in range(self.size) if rank not in brought], left)
+            elif place.check([_VERDICT]):
+                return brought
+            else:
+                time.sleep(0.01)
+
+    def _decide(self, brought: dict[int, str], waited: float, left: int | None = None) -> Verdict:
+        """Write the verdict, unless there is one; the one that holds."""
+        text = json.dumps([waited, left, brought])
+        return Verdict.read(self._place.compare_set(_VERDICT, "", text))
+
+    def _leave(self) -> None:
+        """Decide the round without this rank, over another connection than the one that a wait is blocking."""
+        if self._rounds and self._number is not None:
+            me = attrs.evolve(self, base=own_connection(self._base, 1.0))
+            me._close()
+            me._decide(me._brought({}, 0, 0.0), 0.0, self.rank)
+
+    def _take_leave(self, verdict: Verdict) -> None:
+        place = self._place
+        if not self._holds_the_store():
+            place.set(f"{self.rank} heard", "")
+        else:
+            _wait(place, [f"{rank} heard" for rank in verdict.brought if rank != self.rank], _FAREWELL)
+
+    def _holds_the_store(self) -> bool:
+        """Whether the store may end with this process."""
+        store = self._base
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return type(store).__name__ == "TCPStore" and not elsewhere and dist.get_rank() == 0
+
+    def _tidy(self) -> None:
+        """Delete what former meetings left behind. All ranks have come to this one, so none is in those."""
+        with _lock:
+            spared = {number for group, number in _in_use.values() if group == self.group}
+        with contextlib.suppress(RuntimeError):  # a store that cannot
+            for key in self._base.list_keys():
+                number = key.partition("/")[0]
+                if number.isdigit() and int(number) < (self._number or 0) and int(number) not in spared:
+                    self._base.delete_key(key)
+
+
+def _wait(store: Store, keys: Sequence[str], seconds: float) -> bool:
+    """Wait until all keys are there; whether they are."""
+    if not keys:
+        return True
+    try:
+        store.wait(list(keys), timedelta(seconds=max(seconds, 0.01)))
+    except RuntimeError as error:
+        if "wait timeout" not in str(error).lower():  # a lost connection, for instance
+            raise
+        return False
+    return True
+
+
+def _peek(store: Store, key: str) -> bytes | None:
+    """What is there, at once: a store's ``get`` waits first, which is one round trip more."""
+    found = store.compare_set(key, _NOTHING, _NOTHING)
+    return None if found == _NOTHING.encode() else found

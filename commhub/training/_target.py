@@ -1,0 +1,63 @@
+"""What a hook is registered on: the model's parameters, the ranks, and what the user gave beside the hook."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from commhub._errors import RegistrationError
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Mapping
+
+    import torch
+    import torch.distributed as dist
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Ground:
+    """What a hook works on; it stays the same when the hook is swapped.
+
+    Attributes:
+        group: the ranks to average over.
+        device: where the gradients lie.
+        module: whose gradients they are: the DDP model, or the bare module. It holds what holds this.
+        parameters: whose gradients they are, by name, in the model's order.
+        unused: whether backward may leave parameters out.
+        traits: what else must be equal on all ranks.
+        optimizers, scaler, timeout, verify: as given to ``register``.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    module: weakref.ref[torch.nn.Module]
+    parameters: tuple[tuple[str, torch.nn.Parameter], ...]
+    unused: bool = False
+    traits: Mapping[str, Any]
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    scaler: Any = None
+    timeout: float = 1800.0
+    verify: bool = True
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """The group's own timeout in seconds."""
+    try:
+        return float(group._get_backend(device).options._timeout.total_seconds())
+    except (RuntimeError, AttributeError):
+        return 1800.0
+
+
+def checked_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:
+    """``timeout`` in seconds, the group's own by default.
+
+    Raises:
+        RegistrationError: if it is no positive number.
+    """
+    if timeout is None:
+        return group_timeout(group, device)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise RegistrationError(f"timeout is {timeout!r}; give seconds above zero.")
+    return float(timeout)

@@ -1,0 +1,1 @@
+"""Local steps: when parameters are averaged, which, and how. See README.md in the folder above."""

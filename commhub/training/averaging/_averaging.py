@@ -1,0 +1,263 @@
+"""Averaging what is trained by an averager's exchange: in place, in chunks, in an order that is the same on every rank.
+
+Parameters are frozen, unfrozen, added and replaced while training goes on, so each average asks the module. What all
+ranks of a group have told each other they have travels at once, since its sizes are known to be equal; whether a rank
+has something else by now goes along in the round that confirms it, and only then do ranks compare, before anything
+else is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from commhub._errors import HookError
+from commhub.protocol._bucket import lay_out
+from commhub.protocol._hook import Confined
+from commhub.training._callbacks import call_after
+from commhub.training._own_hooks import WholeMean
+from commhub.training._told import Common, Entry, Told, difference
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Iterator, Sequence
+
+    from commhub.protocol._bucket import Bucket
+    from commhub.protocol._collectives import Subgroup
+    from commhub.protocol._hook import Averager, Hook, Setup
+    from commhub.training._engine import Engine
+    from commhub.training._trained import Trained
+
+logger = logging.getLogger("commhub")
+
+CHUNK = 8 * 2**20
+"""Bytes of one bucket of parameters; a parameter that is larger has a bucket to itself."""
+AHEAD = 4
+"""Buckets in memory at a time."""
+
+Named = tuple[str, Tensor]
+
+
+@attrs.define(eq=False, kw_only=True)
+class Averaging:
+    """What an averager works on.
+
+    Attributes:
+        averager: whose exchange it is.
+        engine: carries the exchange out.
+        setup: what the averager's ``prepare`` got.
+        trained: the parameters, and the buffers beside them.
+        optimizers: whose state may be averaged too.
+    """
+
+    averager: Averager
+    engine: weakref.ref[Engine]
+    setup: Setup
+    trained: Trained
+    optimizers: Sequence[torch.optim.Optimizer]
+    _prepared: set[Entry] = attrs.field(default=attrs.Factory(lambda self: set(_entries(self.setup)), takes_self=True))
+    _said: set[Entry] = attrs.Factory(set)
+    _agreed: dict[Subgroup | None, tuple[Entry, ...]] = attrs.Factory(dict)
+    _common: dict[Subgroup | None, tuple[frozenset[str], frozenset[str]]] = attrs.Factory(dict)
+
+    @property
+    def optimizer_state(self) -> bool:
+        """Whether the averager asks for the optimizers' state."""
+        return bool(getattr(self.averager, "optimizer_state", False))
+
+    def __call__(self, step: int, group: Subgroup | None) -> HookError | None:
+        """Average everything among ``group``, all ranks where it is ``None``; return what went wrong."""
+        engine = self.engine()
+        assert engine is not None
+        run = _Run(engine, step, group, self.setup.device)
+        with torch.no_grad():
+            mine = self._mine()
+            failure = self._known(run, mine) or self._new(run, mine)
+            if failure is None and self.optimizer_state:
+                failure = self._optimizer_state(run, mine)
+            return failure
+
+    def look(self, _step: int) -> None:
+        """See what this step has trained, even if it is frozen again when an average is due."""
+        self.trained.look()
+
+    def prepared(self) -> list[Named]:
+        """The parameters that the averager itself reduces."""
+        every = ((Entry.of("parameter", name, p), p) for name, p in self.trained.look())
+        return [(entry.name, p) for entry, p in every if entry in self._prepared]
+
+    def _mine(self) -> dict[Entry, Tensor]:
+        """What this rank has to average, in the model's order."""
+        found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}
+        if getattr(self.averager, "buffers", False):
+            floating = ((name, b) for name, b in self.trained.buffers() if b.is_floating_point() or b.is_complex())
+            found.update((Entry.of("buffer", name, b), b) for name, b in floating)
+        return found
+
+    def _known(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Average what the group's ranks have told one another they have; hear whether one has something else now."""
+        agreed = self._agreed.get(run.group)
+        if agreed is None:
+            return None
+        run.changed.fill_(float(set(agreed) != mine.keys()))
+        # What this rank has no more is sent as zeros, of the size that the others expect.
+        sent = {e: mine[e] if e in mine else torch.zeros(e.shape, dtype=e.dtype, device=run.device) for e in agreed}
+        return self._exchange(run, sent, run.changed)
+
+    def _new(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Where a rank of the group has something else, compare; then average what has come."""
+        if not float(run.changed):
+            return None
+        told = Told(map(str, mine))
+        failure = run.tell(told)
+        if failure is not None:
+            return failure
+        differing = difference(told.everyone, run.ranks)
+        if differing:
+            return HookError(
+                f"{type(self.averager).__name__}, step {run.step}, rank {run.engine.rank}: the ranks do not train the "
+                f"same: {differing}. Freeze, unfreeze, add and replace parameters on all ranks alike, between the same "
+                "two averages. Until they are alike again, only what they had in common before is averaged."
+            )
+        former, words = set(self._agreed.get(run.group, ())), {str(entry): entry for entry in mine}
+        agreed = self._agreed[run.group] = tuple(words[word] for word in told.everyone[0])
+        return self._exchange(run, {e: mine[e] for e in agreed if e not in former}) or self._extend(run, mine)
+
+    def _exchange(self, run: _Run, tensors: dict[Entry, Tensor], flag: Tensor | None = None) -> HookError | None:
+        mean = [(e.name, t) for e, t in tensors.items() if e.kind == "parameter" and e not in self._prepared]
+        own = [(e.name, t) for e, t in tensors.items() if e in self._prepared]
+        buffers = [(e.name, t) for e, t in tensors.items() if e.kind == "buffer"]
+        return run.reduce([(self.averager, [own, buffers]), (WholeMean(), [mean])], flag)
+
+    def _extend(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Have the averager know what has come, now that it is equal on all ranks; else its plain mean goes on."""
+        come = {e: t for e, t in mine.items() if e.kind == "parameter" and e not in self._prepared}
+        if len(run.ranks) < run.engine.world_size or come.keys() <= self._said:
+            return None
+        self._said.update(come)
+        names = tuple(e.name for e in come)
+        if run.engine.rank == 0:
+            logger.info("step %d: %s averaged too from now on, trained only lately", run.step, ", ".join(names))
+        run.engine.state.extend(names)
+        extend = getattr(self.averager, "extend", None)
+        if not callable(extend):
+            return None
+        self._prepared.update(come)  # also where it fails, so that ranks go on asking for the same collectives
+        setup = attrs.evolve(
+            self.setup,
+            names=names,
+            shapes=tuple(e.shape for e in come),
+            dtypes=tuple(e.dtype for e in come),
+            strides=tuple(span.stride for span in lay_out(names, come.values())),
+            parameters=tuple(come.values()),
+        )
+        return call_after(lambda _: extend(setup), run.step, type(self.averager).__name__, run.engine.rank)
+
+    def _optimizer_state(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+        """Average the tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
+        found: dict[str, Tensor] = {}
+        for entry, parameter in mine.items():
+            for number, optimizer in enumerate(self.optimizers if entry.kind == "parameter" else ()):
+                table: dict[str, Any] = optimizer.state.get(parameter, {})
+                for key, value in sorted(table.items()):
+                    fits = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+                    if fits and key != "step":
+                        found[f"{entry.name}:{key}" if number == 0 else f"{entry.name}:{number}:{key}"] = value
+        words = {name: f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in found.items()}
+        told = Common(frozenset(words.values()), self._common.get(run.group))
+        failure = run.tell(told, counted=True)
+        if failure is not None:
+            return failure
+        self._common[run.group] = frozenset(words.values()), told.common
+        common = [(name, tensor) for name, tensor in found.items() if words[name] in told.common]
+        return run.reduce([(self.averager, [common])])
+
+
+class _Run:
+    """One average under way.
+
+    Attributes:
+        engine, step, group, device: as given.
+        ranks: of the group, all of them where it is ``None``.
+        changed: one element; above zero where a rank of the group has other tensors than it had at the last average.
+    """
+
+    def __init__(self, engine: Engine, step: int, group: Subgroup | None, device: torch.device) -> None:
+        self.engine, self.step, self.group, self.device = engine, step, group, device
+        self.ranks = range(engine.world_size) if group is None else group.ranks
+        self.changed = torch.ones(1, device=device)
+        self._index = 0
+
+    def tell(self, hook: Hook, *, counted: bool = False) -> HookError | None:
+        """Run an exchange of words."""
+        bucket = self.engine.bucket(torch.zeros(1, device=self.device), (), (), step=self.step, group=self.group)
+        return self.engine.aside(Confined(hook, self.group), [bucket], self.group, topic="words", counted=counted)
+
+    def reduce(
+        self, kinds: Sequence[tuple[Hook, Sequence[list[Named]]]], flag: Tensor | None = None
+    ) -> HookError | None:
+        """Reduce tensors in place, each hook's own kinds of them; sum ``flag`` over the group beside them.
+
+        What the hooks remember counts if all of it is finite.
+        """
+        engine = self.engine
+        rounds: list[tuple[Hook, list[list[Named]]]] = []
+        for hook, tensors in kinds:
+            chunks = [chunk for same in tensors for chunk in _chunks(same)]
+            rounds += [(hook, chunks[start : start + AHEAD]) for start in range(0, len(chunks), AHEAD)]
+        if flag is not None and not rounds:
+            rounds.append((WholeMean(), []))
+        engine.state.begin()
+        finite, forgets = True, engine.state.is_empty()
+        for number, (hook, chunks) in enumerate(rounds, start=1):
+            filled: list[tuple[Bucket, list[Named]]] = []
+            last = flag if number == len(rounds) else None
+            failure = engine.aside(Confined(hook, self.group), self._fill(chunks, filled), self.group, flag=last)
+            if failure is not None:
+                engine.state.rollback()
+                return failure
+            for bucket, chunk in filled:
+                finite = finite and (forgets or bool(bucket.finite))
+                for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
+                    tensor.copy_(view)
+        engine.state.commit(finite)
+        return None
+
+    def _fill(self, chunks: Sequence[list[Named]], filled: list[tuple[Bucket, list[Named]]]) -> Iterator[Bucket]:
+        """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
+        for chunk in chunks:
+            names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
+            spans = lay_out(names, tensors)
+            flat = tensors[0].new_empty(sum(span.numel for span in spans))
+            bucket = self.engine.bucket(flat, tensors, spans, index=self._index, step=self.step, group=self.group)
+            self._index += 1
+            for view, tensor in zip(bucket.gradients, tensors, strict=True):
+                view.copy_(tensor)
+            filled.append((bucket, chunk))
+            yield bucket
+
+
+def _entries(setup: Setup) -> Iterator[Entry]:
+    for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True):
+        yield Entry("parameter", name, tuple(shape), dtype)
+
+
+def _chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:
+    """One dtype each, in the given order, up to CHUNK bytes."""
+    by_dtype: dict[torch.dtype, list[Named]] = {}
+    for name, tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
+    for same in by_dtype.values():
+        chunk: list[Named] = []
+        size = 0
+        for name, tensor in same:
+            if chunk and size + tensor.nbytes > CHUNK:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append((name, tensor))
+            size += tensor.nbytes
+        yield chunk

@@ -1,0 +1,301 @@
+"""When parameters are averaged: noted as a step's gradients are ready, done where training's parameters are in place.
+
+With optimizers that is the end of their step. A loss scaler may skip it on one rank only, and a user's hook may end it,
+so a training forward does it too, if nothing has written to the parameters since the backward: nobody has moved them
+then, as between the two backward passes of sharpness-aware minimisation. Without optimizers it is a training forward.
+An evaluation averages only where it takes all ranks itself. Every rank settles every average once, in the order of the
+steps, whichever of these comes first there: an average that is due while another waits follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commhub._errors import HookError, RegistrationError
+
+from ._beginning import Beginning
+from ._snapshot import Place
+from ._tells import Tells, bare, is_collective
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from commhub.protocol._collectives import Subgroup
+    from commhub.protocol._hook import Averager
+
+logger = logging.getLogger("commhub")
+
+PATIENCE = 64
+"""Backward passes after which an average that has not run is told of."""
+
+
+class Timetable:
+    """Asks an averager after each step, and averages when its time has come.
+
+    Args:
+        averager: says whether and among whom.
+        average: does it, given the step and the group; returns what went wrong.
+        world_size: how many ranks make an average one of all.
+        parameters: what is averaged, as it is now, by name.
+
+    Attributes:
+        then: what waits for the optimizers to have used a step's gradients.
+        is_late: steps are counted after the optimizers' steps, and their averages asked for at once.
+    """
+
+    def __init__(
+        self,
+        averager: Averager,
+        average: Callable[[int, Subgroup | None], HookError | None],
+        world_size: int,
+        parameters: Callable[[], Sequence[tuple[str, Tensor]]],
+    ) -> None:
+        self.then: weakref.WeakMethod[Callable[[], None]] | None = None
+        self.is_late = False
+        self._averager, self._average, self._world_size = averager, average, world_size
+        self._parameters = parameters
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self._handles: list[Any] = []
+        self._last = -1
+        self._ended = False
+        self._due: list[tuple[int, Subgroup]] = []
+        self._waiting = False  # something else than an average
+        self._is_told = False
+        self._awaited: set[int] = set()
+        self._place = Place(())  # of the parameters after the first backward since the optimizers' last step
+        self._in_closure = False
+        self._beginning = Beginning(parameters)
+        self._even: Place | None = Place(())  # of the parameters since they were the same on all ranks
+        self._background: threading.Thread | None = None
+        self._failure: HookError | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step has ended whose gradients the optimizers may not have used yet."""
+        return self._ended
+
+    def watch(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Learn of the optimizers' steps, of the module's forward passes and of weights that are loaded into it."""
+        self._optimizers = tuple(optimizers)
+        self._look()
+        self._handles.append(module.register_forward_pre_hook(Tells(self._forward)))
+        if hasattr(self._averager, "begin"):
+            for part in bare(module).modules():  # any of them may be loaded by itself
+                self._handles.append(part.register_load_state_dict_pre_hook(Tells(self._beginning.loading)))
+                self._handles.append(part.register_load_state_dict_post_hook(Tells(self._beginning.loaded)))
+        optimizer: Any
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(Tells(self._step_begins)))
+            handle = optimizer.register_step_post_hook(Tells(self._step_ends))
+            optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # the others may raise
+            self._handles.append(handle)
+
+    def advise(self, hook: str) -> None:
+        """Say what only optimizers make possible, where there are none."""
+        if not self._optimizers and not self.is_late:
+            logger.warning(
+                "%s: parameters are averaged at the next training forward. Where they move between a backward and its "
+                "step (sharpness-aware minimisation, averaged weights swapped in), pass optimizer= to register().",
+                hook,
+            )
+
+    def note(self, step: int) -> None:
+        """A step's gradients are ready."""
+        if not self.is_late:
+            self.renew()
+        self._beginning.settle()
+        group = self._averager.due(step)
+        if group is not None:
+            self._due.append((step, group))
+        self._last, self._ended, self._even = step, True, None
+        self._awaited = {id(optimizer) for optimizer in self._optimizers}
+        self._keep_place()
+        if self._due and step - self._due[0][0] >= PATIENCE and not self._is_told:
+            self._is_told = True
+            logger.warning(
+                "an average of the parameters fell due after step %d and has not run in %d backward passes since. %s",
+                self._due[0][0],
+                step - self._due[0][0],
+                "None of the optimizers given to register() has stepped: give the one whose step() is called."
+                if self._optimizers
+                else "It runs in a forward with gradients in train mode: give optimizer= to register().",
+            )
+
+    def hold(self) -> None:
+        """Something waits until the optimizers have used the step's gradients: ``then``, which is called then."""
+        self._waiting = True
+        self._keep_place()
+
+    def settle(self) -> None:
+        """Average now what is due; between steps.
+
+        Raises:
+            HookError: what went wrong.
+        """
+        self.join()
+        if not self._ended:
+            return
+        self._ended = False
+        failure = self._run()
+        if failure is not None:
+            raise failure
+        then = None if self.then is None else self.then()
+        if then is not None:
+            then()
+
+    def finish(self) -> None:
+        """Average now what is due, where training's parameters are in place.
+
+        Raises:
+            RegistrationError: where they are not.
+            HookError: what went wrong.
+        """
+        if (self._due or self._waiting) and not self._place.holds():
+            raise RegistrationError(
+                "an average is due, and the parameters were moved since the backward before, while no optimizer given "
+                "to register() has stepped. Put them back and take the step, or load other state, first."
+            )
+        self.settle()
+        self.renew()
+
+    def let_through(self) -> None:
+        """Average what is due: ranks wait for it that are wanted elsewhere. What goes wrong, ``level`` meets again."""
+        with contextlib.suppress(HookError):
+            self.join()
+        self._ended = False
+        self._run()
+
+    def forget(self) -> None:
+        """Drop what is due, as the averager's memory is loaded and with it another time is gone back to.
+
+        Until the next step that memory counts, whichever weights are loaded.
+        """
+        self.join()
+        self._ended, self._waiting = False, False
+        self._place.forget()
+        self._due.clear()
+        self._beginning.restore()
+
+    def renew(self) -> None:
+        """Have the averager remember the parameters as they are, unless it has since they were set."""
+        if self._beginning.is_now():
+            self._begin()
+
+    def settle_in_background(self) -> None:
+        """The same for a rank that must not wait here: ``join`` does."""
+
+        def run() -> None:
+            self._failure = self._run()
+
+        self.join()
+        if self._ended:
+            self._ended = False
+            self._background = threading.Thread(target=run, name="commhub-average", daemon=True)
+            self._background.start()
+
+    def join(self) -> None:
+        """Wait for what runs in the background.
+
+        Raises:
+            HookError: what went wrong there.
+        """
+        thread, self._background = self._background, None
+        if thread is not None:
+            thread.join()
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+
+    def level(self) -> HookError | None:
+        """Average among all ranks, unless the last step ended with that: nothing else averages from here on."""
+        try:
+            self.join()
+        except HookError as error:
+            return error
+        self._ended = False
+        failure = self._run()
+        if failure is None and (self._even is None or not self._even.holds()):
+            failure = self._average(self._last, None)
+        return failure
+
+    def close(self) -> None:
+        """Listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _run(self) -> HookError | None:
+        self.renew()  # weights loaded since the step are where training goes on
+        self._waiting = False
+        self._place.forget()
+        due, self._due = self._due, []
+        for step, group in due:
+            failure, self._even = self._average(step, group), None
+            if failure is not None:
+                return failure
+            whole = len(group) == self._world_size and not getattr(self._averager, "partial", False)
+            if step == self._last and whole:
+                self._even = Place.now([parameter for _, parameter in self._parameters()])
+        if due:
+            self._look()
+        return None
+
+    def _begin(self) -> None:
+        begin = getattr(self._averager, "begin", None)
+        if begin is not None:
+            with torch.no_grad():
+                begin({name: parameter.detach() for name, parameter in self._parameters()})
+
+    # Whether training's parameters are in place.
+
+    def _look(self) -> None:
+        tensors = [parameter for _, parameter in self._parameters()]
+        if not self._place.is_of(tensors):
+            self._place = Place(tensors)
+
+    def _keep_place(self) -> None:
+        if self._optimizers and not self.is_late:
+            self._place.keep(bits=bool(self._due) or self._waiting)
+
+    # What the hooks on the module and the optimizers call.
+
+    def _forward(self, module: nn.Module, _inputs: object) -> None:
+        trains = bare(module).training and torch.is_grad_enabled()
+        if self._in_closure or not (trains or (self._optimizers and is_collective(module))):
+            return  # where an evaluation takes all ranks, one whose step was skipped is waited for in an average
+        if self.is_late:
+            self.renew()
+        elif not self._optimizers or ((self._due or self._waiting) and self._place.holds()):
+            self.settle()
+
+    def _step_begins(self, _optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_late:
+            self.renew()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            return None
+
+        def evaluated(*inputs: Any, **more: Any) -> object:
+            outer, self._in_closure = self._in_closure, True  # the step has yet to end
+            try:
+                return closure(*inputs, **more)
+            finally:
+                self._in_closure = outer
+
+        return ((args[0], evaluated, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluated})
+
+    def _step_ends(self, optimizer: object, _args: object, _kwargs: object) -> None:
+        self._awaited.discard(id(optimizer))
+        self._place.forget()
+        if not self._awaited:
+            self.settle()
+        else:
+            self._keep_place()

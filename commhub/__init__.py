@@ -35,7 +35,8 @@ if TYPE_CHECKING:
         ReduceScatter,
         Subgroup,
     )
-    from commhub.protocol._hook import Averager, Exchange, Hook, Setup
+    from commhub.protocol._hook import Averager, Exchange, Hook
+    from commhub.protocol._setup import Setup
     from commhub.protocol._state import State
     from commhub.registry._documented_names import HookType
     from commhub.registry._loading import hookimpl
@@ -115,7 +116,7 @@ _HOMES = {
     "ReduceScatter": "commhub.protocol._collectives",
     "Registration": "commhub.training._registration",
     "RegistrationError": "commhub._errors",
-    "Setup": "commhub.protocol._hook",
+    "Setup": "commhub.protocol._setup",
     "State": "commhub.protocol._state",
     "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",

@@ -1,4 +1,4 @@
-"""What a lane asks for, as ranks compare it."""
+"""What a task asks for, as ranks compare it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Serial = tuple[int, ...]
 
 
 @attrs.frozen
-class Place:
-    """Where a lane stands in what all members of its group do alike.
+class Position:
+    """Where a task stands in what all members of its group do alike.
 
     Attributes:
         topic: what it is a part of: the step's buckets, an average of parameters.
@@ -34,9 +34,9 @@ class Place:
 
 @attrs.define(eq=False)
 class Asked:
-    """What one lane has asked for so far: of each stage the collectives, and the group that they are in."""
+    """What one task has asked for so far: of each stage the collectives, and the group that they are in."""
 
-    place: Place
+    position: Position
     spans: tuple[Span, ...]
     stages: list[tuple[tuple[Any, ...], ...]] = attrs.Factory(list)
     groups: list[Subgroup | None] = attrs.Factory(list)

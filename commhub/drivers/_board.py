@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ._store import Errand, within
@@ -57,13 +56,3 @@ class FailureBoard:
             if found or time.monotonic() > end:
                 return found
             time.sleep(0.05)
-
-
-def own_connection(store: Store, seconds: float) -> Store:
-    """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look."""
-    try:
-        mine: Store = store.clone()  # type: ignore[attr-defined]  # missing from the stub
-        mine.set_timeout(timedelta(seconds=seconds))
-    except (RuntimeError, NotImplementedError):
-        return store
-    return mine

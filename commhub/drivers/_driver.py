@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from commhub._errors import HookError
     from commhub.protocol._collectives import Subgroup
 
-    from ._lane import Lane
     from ._network import Network
     from ._stats import Meter
+    from ._task import Task
 
 
 class Driver(Protocol):
-    """What carries lanes out; see README.md in this folder."""
+    """What carries tasks out; see README.md in this folder."""
 
     meter: Meter
     failure: HookError | None
@@ -30,17 +30,17 @@ class Driver(Protocol):
     def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
         """Communicators among disjoint groups of ranks."""
 
-    def submit(self, lane: Lane) -> None:
+    def submit(self, task: Task) -> None:
         """Take the round's next bucket."""
 
     def end_round(self) -> None:
         """No more buckets come until ``wait`` has returned."""
 
     def wait(self) -> None:
-        """Return when every lane is settled."""
+        """Return when every task is complete."""
 
     def future(self) -> torch.futures.Future[Tensor]:
-        """A future for a bucket, to be completed from ``Lane``'s ``done``."""
+        """A future for a bucket, to be completed from ``Task``'s ``done``."""
 
     def in_use(self) -> str:
         """Why memory of its buckets may still be written to, for people; empty if it is not."""

@@ -76,7 +76,7 @@ class Job:
     raw: Tensor | None = None
     apart: bool = False
 
-    def finish(self, raw: Tensor) -> Tensor:
+    def result(self, raw: Tensor) -> Tensor:
         """What the hook is sent: ``raw`` (1-D, as it travelled) in the payload's dtype, complex again if it was.
 
         An all-reduce or a broadcast gives back the very tensor that was yielded, unless results are kept apart.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from commhub.protocol._bucket import Span
 
-    from ._asked import Place, Serial
-    from ._lane import Lane
+    from ._asked import Position, Serial
+    from ._task import Task
 
 _REMEMBERED = 3
 """Of each topic, how many serials are remembered to answer with. No peer that needs this rank is further behind."""
@@ -54,55 +54,55 @@ class Signatures:
         self._heard = 0
         self._look: Errand[None] | None = None
 
-    def note(self, lane: Lane) -> Comparison | None:
-        """Take down what a lane asks for next, or that it has ended; what to wait for first, if that is new."""
-        place = lane.place
-        if place is None or self.size == 1:
+    def note(self, task: Task) -> Comparison | None:
+        """Take down what a task asks for next, or that it has ended; what to wait for first, if that is new."""
+        position = task.position
+        if position is None or self.size == 1:
             return None
-        asked = self._found(place.topic, place.serial, place.index) or self._enter(place, lane.bucket.spans)
-        before = self._before.get((place.topic, place.index))
+        asked = self._found(position.topic, position.serial, position.index) or self._enter(position, task.bucket.spans)
+        before = self._before.get((position.topic, position.index))
         stage = len(asked.stages)
-        if lane.finished:
+        if task.finished:
             asked.finished = True
-            self._before[place.topic, place.index] = asked
+            self._before[position.topic, position.index] = asked
             new = before is not None and len(before.stages) > stage
             group = before.groups[stage] if before is not None and new else None
         else:
-            jobs = tuple((job.kind, job.payload.dtype, job.payload.numel(), job.group, job.src) for job in lane.jobs)
-            group = lane.jobs[0].group if lane.jobs else None
+            jobs = tuple((job.kind, job.payload.dtype, job.payload.numel(), job.group, job.src) for job in task.jobs)
+            group = task.jobs[0].group if task.jobs else None
             asked.stages.append(jobs)
             asked.groups.append(group)
             new = (
                 before is None
                 or len(before.stages) <= stage
                 or before.stages[stage] != jobs
-                or before.place.serial[1:] != place.serial[1:]
+                or before.position.serial[1:] != position.serial[1:]
                 or (before.spans is not asked.spans and before.spans != asked.spans)
             )
         members = tuple(range(self.size)) if group is None else group.ranks
-        if not new or not place.compared or len(members) == 1 or not (lane.finished or lane.jobs):
+        if not new or not position.compared or len(members) == 1 or not (task.finished or task.jobs):
             return None
         return Comparison(self, asked, stage, members)
 
-    def _enter(self, place: Place, spans: tuple[Span, ...]) -> Asked:
-        serials = self._log.setdefault(place.topic, {})
-        if place.serial not in serials:
-            serials[place.serial] = {}
+    def _enter(self, position: Position, spans: tuple[Span, ...]) -> Asked:
+        serials = self._log.setdefault(position.topic, {})
+        if position.serial not in serials:
+            serials[position.serial] = {}
             for old in sorted(serials)[:-_REMEMBERED]:
                 del serials[old]
-        asked = serials[place.serial][place.index] = Asked(place, spans)
+        asked = serials[position.serial][position.index] = Asked(position, spans)
         return asked
 
     def _found(self, topic: str, serial: Serial, index: int) -> Asked | None:
         return self._log.get(topic, {}).get(serial, {}).get(index)
 
     def issued(self) -> list[list[Any]]:
-        """What this rank has asked for lately: topic, serial, index and number of stages of each lane."""
+        """What this rank has asked for lately: topic, serial, index and number of stages of each task."""
         return [
             [topic, list(serial), index, len(asked.stages)]
             for topic, serials in self._log.items()
-            for serial, lanes in serials.items()
-            for index, asked in lanes.items()
+            for serial, tasks in serials.items()
+            for index, asked in tasks.items()
         ]
 
     def count(self, key: str, members: int) -> None:
@@ -111,16 +111,16 @@ class Signatures:
             self.store.set(f"{key}/all", "")
 
     def agree(self, where: str, serial: Serial, key: str) -> str | None:
-        """Note that this rank asks for what ``key`` stands for; the key that it had at this place before."""
+        """Note that this rank asks for what ``key`` stands for; the key that it had at this position before."""
         former = self._agreed.get(where)
         self._agreed[where] = serial, key
         return None if former is None else former[1]
 
-    def answer(self, waiting: Sequence[Lane]) -> None:
+    def answer(self, waiting: Sequence[Task]) -> None:
         """Answer the peers who ask aloud.
 
         Args:
-            waiting: the lanes for whose collectives this rank waits, or which it holds back itself.
+            waiting: the tasks for whose collectives this rank waits, or which it holds back itself.
 
         Raises:
             HookError: where a peer asks for something else than this rank does.
@@ -146,8 +146,8 @@ class Signatures:
             questions = [json.loads(text) for text in texts if text]
             self._open = [question for question in questions if self.rank in question["members"]]
 
-    def _answered(self, question: dict[str, Any], waiting: Sequence[Lane]) -> bool:
-        topic, serial, index, stage = question["place"]
+    def _answered(self, question: dict[str, Any], waiting: Sequence[Task]) -> bool:
+        topic, serial, index, stage = question["position"]
         serial = tuple(serial)
         agreed = self._agreed.get(question["where"])
         if agreed is not None and agreed[0] >= serial and (agreed[0] > serial or agreed[1] == question["key"]):
@@ -162,24 +162,24 @@ class Signatures:
             return True
         if max(self._log.get(topic, ()), default=()) > serial:
             raise self._differs(question, "nothing more")
-        for lane in waiting:
-            if lane.place is not None and lane.jobs and self._is_stuck(lane, question):
-                held = self._found(lane.place.topic, lane.place.serial, lane.place.index)
-                told = "nothing" if held is None else held.told(lane.stage, self.size)
-                raise self._differs(question, f"{told} ({lane.place.topic}, bucket {lane.place.index})")
+        for task in waiting:
+            if task.position is not None and task.jobs and self._is_stuck(task, question):
+                held = self._found(task.position.topic, task.position.serial, task.position.index)
+                told = "nothing" if held is None else held.told(task.stage, self.size)
+                raise self._differs(question, f"{told} ({task.position.topic}, bucket {task.position.index})")
         return False
 
-    def _is_stuck(self, lane: Lane, question: dict[str, Any]) -> bool:
-        """Whether a lane needs a peer that has stopped before it came there: the two would wait for each other."""
-        assert lane.place is not None
-        group = lane.jobs[0].group
+    def _is_stuck(self, task: Task, question: dict[str, Any]) -> bool:
+        """Whether a task needs a peer that has stopped before it came there: the two would wait for each other."""
+        assert task.position is not None
+        group = task.jobs[0].group
         if group is not None and question["rank"] not in group.ranks:
             return False
-        place = [lane.place.topic, list(lane.place.serial), lane.place.index]
-        return not any(place == theirs[:3] and lane.stage < theirs[3] for theirs in question["issued"])
+        position = [task.position.topic, list(task.position.serial), task.position.index]
+        return not any(position == theirs[:3] and task.stage < theirs[3] for theirs in question["issued"])
 
     def _differs(self, question: dict[str, Any], mine: str) -> HookError:
-        topic, _, index, _ = question["place"]
+        topic, _, index, _ = question["position"]
         return HookError(
             f"rank {question['rank']} asks for {question['told']} ({topic}, bucket {index}) where rank {self.rank} "
             f"asks for {mine}. Every rank must ask for the same: kinds, shapes and dtypes must not depend on a "
@@ -193,16 +193,16 @@ class Comparison:
     def __init__(self, signatures: Signatures, asked: Asked, stage: int, members: tuple[int, ...]) -> None:
         self._signatures, self._members = signatures, members
         self._stage = stage
-        place = asked.place
+        position = asked.position
         told, names = asked.told(stage, signatures.size), asked.names()
         digest = hashlib.sha256(f"{told} {names}".encode()).hexdigest()[:16]
-        where = f"{place.topic}/{place.index}/{stage}/{'.'.join(map(str, members))}"
-        self._key = f"{where}/{'.'.join(map(str, place.serial))}/{digest}"
-        self._former = signatures.agree(where, place.serial, self._key)
+        where = f"{position.topic}/{position.index}/{stage}/{'.'.join(map(str, members))}"
+        self._key = f"{where}/{'.'.join(map(str, position.serial))}/{digest}"
+        self._former = signatures.agree(where, position.serial, self._key)
         self._question: dict[str, Any] = {
             "rank": signatures.rank,
             "members": members,
-            "place": [place.topic, place.serial, place.index, stage],
+            "position": [position.topic, position.serial, position.index, stage],
             "where": where,
             "key": self._key,
             "told": told,
@@ -239,10 +239,10 @@ class Comparison:
         return self._is_unanimous()
 
     def _issued(self) -> list[list[Any]]:
-        place = [self._question["place"][0], list(self._question["place"][1]), self._question["place"][2]]
+        position = [self._question["position"][0], list(self._question["position"][1]), self._question["position"][2]]
         return [
-            [*lane[:3], lane[3] - 1 if lane[:3] == place and lane[3] > self._stage else lane[3]]
-            for lane in self._signatures.issued()
+            [*task[:3], task[3] - 1 if task[:3] == position and task[3] > self._stage else task[3]]
+            for task in self._signatures.issued()
         ]
 
     def _is_unanimous(self) -> bool:

@@ -17,15 +17,18 @@ from torch import Tensor
 from commhub._errors import HookError
 from commhub.protocol._bucket import Bucket, lay_out
 from commhub.protocol._collectives import Subgroup
-from commhub.protocol._hook import Confined, Hook, LocalSteps, Setup, is_averager
+from commhub.protocol._hook import Hook, is_averager
+from commhub.protocol._nesting import Confined, LocalSteps
+from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
-from commhub.registry._choosing import choose, wire_dtype
+from commhub.protocol._wire import wire_dtype
+from commhub.registry._choosing import choose
 
 from ._failure import own_error
 from ._job import Scratch
-from ._lane import Lane
 from ._plain import exchange
 from ._stats import Meter
+from ._task import Task
 
 if TYPE_CHECKING:
     from commhub.protocol._hook import Averager
@@ -131,8 +134,7 @@ def _make(make: Callable[[], Hook], hook: object) -> Hook:
 class _World:
     def __init__(self, p: int, wire: torch.dtype | None, network: Network | None, label: str) -> None:
         self.p, self.wire, self.network, self.label = p, wire, network, label
-        self.scratch = Scratch()
-        self.meters = [Meter() for _ in range(p)]
+        self.scratch, self.meters = Scratch(), [Meter() for _ in range(p)]
         self.logical = self.seconds = 0.0
         self.results: list[list[Tensor]] = [[] for _ in range(p)]
         self.partitions = [0] * p
@@ -174,12 +176,12 @@ class _World:
             state.begin()
         finite = [torch.ones((), dtype=torch.bool) for _ in range(self.p)]
         for index, places in enumerate(_buckets(gradients[0], buckets)):
-            lanes = [self._lane(rank, gradients[rank], places, index, step) for rank in range(self.p)]
-            self._drive(lanes)
-            self.logical += 2 * (self.p - 1) / self.p * lanes[0].bucket.flat.nbytes
-            for rank, lane in enumerate(lanes):
-                finite[rank] = finite[rank] & lane.bucket.finite.cpu()
-                for place, view in zip(places, lane.bucket.gradients, strict=True):
+            tasks = [self._task(rank, gradients[rank], places, index, step) for rank in range(self.p)]
+            self._drive(tasks)
+            self.logical += 2 * (self.p - 1) / self.p * tasks[0].bucket.flat.nbytes
+            for rank, task in enumerate(tasks):
+                finite[rank] = finite[rank] & task.bucket.finite.cpu()
+                for place, view in zip(places, task.bucket.gradients, strict=True):
                     outs[rank][place].copy_(view)
         for state, verdict in zip(self.states, finite, strict=True):
             state.commit(bool(verdict))
@@ -196,7 +198,7 @@ class _World:
         group = averager.due(step)
         return (LocalSteps(averager), None) if group is None else (Confined(averager, group), group)
 
-    def _lane(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Lane:
+    def _task(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Task:
         hook, group = self._turn(rank, step)
         mine = [tensors[i].detach() for i in places]
         spans = lay_out([self.names[i] for i in places], mine)
@@ -215,7 +217,7 @@ class _World:
         )
         for view, tensor in zip(bucket.gradients, mine, strict=True):
             view.copy_(tensor)
-        return Lane(
+        return Task(
             hook,
             bucket,
             world=self.p,
@@ -225,25 +227,25 @@ class _World:
             watch=not self.states[rank].is_empty(),
         )
 
-    def _drive(self, lanes: list[Lane]) -> None:
-        self._each(lanes, Lane.start)
-        while not all(lane.finished for lane in lanes):
-            _check_alike(self.label, lanes)
-            for stage in zip(*(lane.jobs for lane in lanes), strict=True):
+    def _drive(self, tasks: list[Task]) -> None:
+        self._each(tasks, Task.start)
+        while not all(task.finished for task in tasks):
+            _check_alike(self.label, tasks)
+            for stage in zip(*(task.jobs for task in tasks), strict=True):
                 exchange(stage)
                 for rank, job in enumerate(stage):
                     job.apart = APART
                     self.meters[rank].step.sent_bytes += job.sent_bytes
                 if self.network is not None and stage[0].p > 1:
                     self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))
-            self._each(lanes, lambda lane: lane.land([job.raw for job in lane.jobs if job.raw is not None]))
+            self._each(tasks, lambda task: task.resume([job.raw for job in task.jobs if job.raw is not None]))
 
-    def _each(self, lanes: list[Lane], action: Callable[[Lane], None]) -> None:
-        for lane in lanes:
+    def _each(self, tasks: list[Task], action: Callable[[Task], None]) -> None:
+        for task in tasks:
             try:
-                action(lane)
+                action(task)
             except Exception as error:
-                raise own_error(self.label, lane.bucket, error) from error
+                raise own_error(self.label, task.bucket, error) from error
 
     def outcome(self) -> Simulation:
         first = self.results[0]
@@ -277,20 +279,20 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
-def _check_alike(label: str, lanes: list[Lane]) -> None:
-    def shown(lane: Lane) -> str:
-        jobs = (f"{j.kind.__name__}[{j.payload.numel()} {j.payload.dtype} among {j.p}]" for j in lane.jobs)
-        return "its end" if lane.finished else " and ".join(jobs) or "nothing"
+def _check_alike(label: str, tasks: list[Task]) -> None:
+    def shown(task: Task) -> str:
+        jobs = (f"{j.kind.__name__}[{j.payload.numel()} {j.payload.dtype} among {j.p}]" for j in task.jobs)
+        return "its end" if task.finished else " and ".join(jobs) or "nothing"
 
     def differ(rank: int, other: int) -> HookError:
-        told = f"asked for {shown(lanes[rank])} where rank {other} asked for {shown(lanes[other])}. Kinds, shapes and "
+        told = f"asked for {shown(tasks[rank])} where rank {other} asked for {shown(tasks[other])}. Kinds, shapes and "
         told = f"rank {rank} {told}dtypes must not depend on a rank's own values."
-        return own_error(label, lanes[rank].bucket, HookError(told))
+        return own_error(label, tasks[rank].bucket, HookError(told))
 
-    for rank, lane in enumerate(lanes):
-        if (lane.finished, len(lane.jobs)) != (lanes[0].finished, len(lanes[0].jobs)):
+    for rank, task in enumerate(tasks):
+        if (task.finished, len(task.jobs)) != (tasks[0].finished, len(tasks[0].jobs)):
             raise differ(rank, 0)
-    for stage in zip(*(lane.jobs for lane in lanes), strict=True):
+    for stage in zip(*(task.jobs for task in tasks), strict=True):
         asked = [(job.kind, job.payload.numel(), job.payload.dtype, job.group) for job in stage]
         for rank, job in enumerate(stage):
             for other in range(len(stage)) if job.group is None else job.group.ranks:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._job import Job
-    from ._lane import Lane
     from ._network import Network
     from ._stats import Meter
+    from ._task import Task
 
 
 class CudaStreams:
@@ -53,7 +53,7 @@ class CudaStreams:
 
 
 class StreamDriver:
-    """Drives each lane to its end as it is submitted; see ``ThreadDriver`` for the meaning of the methods.
+    """Drives each task to its end as it is submitted; see ``ThreadDriver`` for the meaning of the methods.
 
     Args:
         group: the model's process group.
@@ -87,21 +87,21 @@ class StreamDriver:
         """A future for one bucket."""
         return self._streams.future()
 
-    def submit(self, lane: Lane) -> None:
+    def submit(self, task: Task) -> None:
         """Enqueue the bucket's whole exchange."""
         if self.failure is not None:
-            lane.abandon()
+            task.cancel()
             return
         try:
-            with self._streams.enter(lane.bucket.flat):
-                lane.start()
-                while not lane.finished:
-                    self.meter.step.sent_bytes += sum(job.sent_bytes for job in lane.jobs)
-                    lane.land([self._carry_out(job) for job in lane.jobs])
-                lane.settle()
+            with self._streams.enter(task.bucket.flat):
+                task.start()
+                while not task.finished:
+                    self.meter.step.sent_bytes += sum(job.sent_bytes for job in task.jobs)
+                    task.resume([self._carry_out(job) for job in task.jobs])
+                task.complete()
         except BaseException as error:  # noqa: BLE001 - a hook may raise anything
-            self.failure = own_error(self.label, lane.bucket, error)
-            lane.abandon()
+            self.failure = own_error(self.label, task.bucket, error)
+            task.cancel()
 
     def _carry_out(self, job: Job) -> Tensor:
         payload = job.payload
@@ -131,7 +131,7 @@ class StreamDriver:
         return result
 
     def end_round(self) -> None:
-        """Nothing is left to say: every lane is enqueued."""
+        """Nothing is left to say: every task is enqueued."""
 
     def wait(self) -> None:
         """Make the current stream wait for the exchanges."""

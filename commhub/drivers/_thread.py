@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     from ._board import FailureBoard
     from ._communicator import Communicator
-    from ._lane import Lane
     from ._network import Network
     from ._signature import Signatures
     from ._stats import Meter
+    from ._task import Task
 
 _ENDS_WITHIN = 3.0
 """Seconds in which a collective that was given up has ended; it takes some milliseconds."""
@@ -42,7 +42,7 @@ _drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
 
 
 class ThreadDriver:
-    """Drives lanes in rounds: ``submit`` each bucket, ``end_round`` after the last, ``wait`` until all are settled.
+    """Drives tasks in rounds: ``submit`` each bucket, ``end_round`` after the last, ``wait`` until all are complete.
 
     Args:
         communicator: the groups to communicate on.
@@ -95,24 +95,24 @@ class ThreadDriver:
         """A future for one bucket."""
         return torch.futures.Future()
 
-    def submit(self, lane: Lane) -> None:
+    def submit(self, task: Task) -> None:
         """Take the round's next bucket. Its exchange goes on in the background."""
         if self._inbox.closing and self.failure is None:
             self.failure = HookError(f"{self.label}: this registration was closed. Register again.")
         if self.failure is not None:
-            lane.settle()
+            task.complete()
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="commhub", daemon=True)
             self._thread.start()
-        self._inbox.put(lane)
+        self._inbox.put(task)
 
     def end_round(self) -> None:
         """Say that no more buckets come until ``wait`` has returned."""
         self._inbox.end()
 
     def wait(self) -> None:
-        """End the round and block until every lane is settled. Failures are in ``failure``.
+        """End the round and block until every task is complete. Failures are in ``failure``.
 
         A Ctrl-C meanwhile is a failure too, and is raised.
         """
@@ -169,8 +169,8 @@ class ThreadDriver:
             self.failure = self.failure or failure  # the first, where its hook is stuck while it is being closed
             self._letting_go = True
             self._in_use, self._untold = str(failure), str(failure).partition(": ")[2]
-            for lane in (*self._pipeline.active, *self._inbox.arrived):
-                lane.settle()
+            for task in (*self._pipeline.active, *self._inbox.arrived):
+                task.complete()
             self._inbox.idle = True
 
     # The communication thread.
@@ -197,7 +197,7 @@ class ThreadDriver:
                 return
             except HookError as failure:
                 self.failure = self.failure or failure
-            except BaseException as error:  # noqa: BLE001 - whatever it is, this thread must answer for its lanes
+            except BaseException as error:  # noqa: BLE001 - whatever it is, this thread must answer for its tasks
                 self.failure = self.failure or HookError(f"{self.label}: the driver failed: {described(error)}")
                 self.failure.__cause__ = error
                 self._board.post(described(error))
@@ -211,7 +211,7 @@ class ThreadDriver:
         Nobody waits for that: a hook may do anything while it is closed, and for long.
         """
         hopeless = not self.communicator.abort(_ENDS_WITHIN)
-        lanes = [*self._pipeline.active, *self._inbox.arrived]
+        tasks = [*self._pipeline.active, *self._inbox.arrived]
         with self._inbox.changed:
             self._letting_go = not hopeless
             self._in_use = (
@@ -220,16 +220,16 @@ class ThreadDriver:
                 if hopeless
                 else f"{self.label}: the hook has not returned from being closed, after {self.failure or 'that'}"
             )
-            for lane in lanes:
-                lane.settle()
+            for task in tasks:
+                task.complete()
             self._inbox.rest()
-        for lane in lanes:
-            lane.abandon()
+        for task in tasks:
+            task.cancel()
         self._pipeline.forget()
         with self._inbox.changed:
-            for lane in lanes:
+            for task in tasks:
                 with contextlib.suppress(ValueError):
-                    self._inbox.arrived.remove(lane)
+                    self._inbox.arrived.remove(task)
             if not hopeless:
                 self._in_use = ""
             self._inbox.rest()

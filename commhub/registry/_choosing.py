@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from commhub._errors import HookOptionError
-from commhub.protocol._hook import InnerHook, is_averager
+from commhub.protocol._hook import is_averager
+from commhub.protocol._nesting import InnerHook
+from commhub.protocol._wire import short_dtype
 
 from ._hookstring import HookString, parse
 from ._registry import resolve
@@ -17,19 +18,11 @@ from ._spec import RESERVED
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
+
     from commhub.protocol._hook import Hook
 
     from ._spec import Option
-
-_WIRES = {
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
 
 
 @attrs.frozen(kw_only=True)
@@ -148,23 +141,3 @@ def _plain_fields(hook: object) -> dict[str, object]:
     fields = attrs.fields(kind) if attrs.has(kind) else ()
     values = {field.alias or field.name: getattr(hook, field.name) for field in fields if field.init}
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | dict | None)}
-
-
-def wire_dtype(wire: object) -> torch.dtype | None:
-    """The dtype that ``wire=`` means: a floating ``torch.dtype`` or a name such as ``"bf16"``.
-
-    Raises:
-        HookOptionError: if it means none.
-    """
-    if wire is None or (isinstance(wire, torch.dtype) and wire.is_floating_point):
-        return wire
-    if isinstance(wire, str) and wire.lower().removeprefix("torch.") in _WIRES:
-        return _WIRES[wire.lower().removeprefix("torch.")]
-    raise HookOptionError(
-        f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(_WIRES))}."
-    )
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    """The shortest name that ``wire_dtype`` reads back."""
-    return next((name for name, known in _WIRES.items() if known is dtype), str(dtype).removeprefix("torch."))

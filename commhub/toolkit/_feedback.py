@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from commhub.protocol._bucket import Bucket
-    from commhub.protocol._hook import Setup
+    from commhub.protocol._setup import Setup
 
 
 class ErrorFeedback:

@@ -16,14 +16,14 @@ import attrs
 
 from commhub._errors import HookMismatchError, RegistrationError, described
 
-from ._rendezvous import Meeting
+from ._rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._rendezvous import Verdict
 
-__all__ = ["Meeting", "agree", "number_hosts"]
+__all__ = ["Rendezvous", "agree", "number_hosts"]
 
 _INTERRUPTED = 1.0
 """Seconds that an interrupted rank waits for its peers."""
@@ -41,7 +41,7 @@ class _Word:
 
 
 def agree(
-    meeting: Meeting,
+    rendezvous: Rendezvous,
     topic: str,
     facts: Mapping[str, Any],
     failure: BaseException | None,
@@ -52,13 +52,13 @@ def agree(
     """Meet the other ranks; return every rank's host.
 
     Args:
-        meeting: where.
+        rendezvous: where.
         topic: the call that this is part of, as the user knows it: ``"swap"``. Ranks that call different things are
             told so.
         facts: what must be the same everywhere, JSON-able. Ranks exchange a digest; the facts only where it differs.
         failure: why this rank cannot go on, if it cannot.
         verify: whether facts that differ are an error; one rank that says so is enough.
-        more: whether this meeting has another round if all goes well.
+        more: whether this rendezvous has another round if all goes well.
 
     Raises:
         HookMismatchError: on every rank, naming ranks and values, when facts differ.
@@ -69,39 +69,41 @@ def agree(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     why = "" if failure is None else described(failure)
     mine = json.dumps([topic, digest, _host(), why, verify])
-    patience = min(_INTERRUPTED, meeting.timeout) if isinstance(failure, KeyboardInterrupt) else meeting.timeout
+    patience = min(_INTERRUPTED, rendezvous.timeout) if isinstance(failure, KeyboardInterrupt) else rendezvous.timeout
 
     def goes_on(verdict: Verdict) -> bool:
         words = _words(verdict)
-        return not _trouble(meeting, topic, verdict, words) and (more or _differ(words))
+        return not _trouble(rendezvous, topic, verdict, words) and (more or _differ(words))
 
     try:
-        verdict = meeting.round(mine, patience, goes_on)
+        verdict = rendezvous.round(mine, patience, goes_on)
         words = _words(verdict)
-        if told := _trouble(meeting, topic, verdict, words):
+        if told := _trouble(rendezvous, topic, verdict, words):
             raise RegistrationError(told)
         if _differ(words):
-            everyone = meeting.round(json.dumps(facts), meeting.timeout, lambda _: False)
-            if told := _absent(meeting, topic, everyone):
+            everyone = rendezvous.round(json.dumps(facts), rendezvous.timeout, lambda _: False)
+            if told := _absent(rendezvous, topic, everyone):
                 raise RegistrationError(told)
-            raise HookMismatchError(_difference([json.loads(everyone.brought[rank]) for rank in range(meeting.size)]))
+            raise HookMismatchError(
+                _difference([json.loads(everyone.brought[rank]) for rank in range(rendezvous.size)])
+            )
     except (RegistrationError, HookMismatchError) as error:
         if failure is None:
             raise
         if not str(error).endswith(why):
             failure.add_note(str(error))
         raise failure from failure.__cause__
-    return tuple(words[rank].host for rank in range(meeting.size))
+    return tuple(words[rank].host for rank in range(rendezvous.size))
 
 
 def _words(verdict: Verdict) -> dict[int, _Word]:
     return {rank: _Word(*json.loads(text)) for rank, text in sorted(verdict.brought.items())}
 
 
-def _trouble(meeting: Meeting, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
+def _trouble(rendezvous: Rendezvous, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
     """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
     told = [f"rank {rank} could not go on: {word.failure}" for rank, word in words.items() if word.failure][:1]
-    if not told and (absent := _absent(meeting, topic, verdict)):
+    if not told and (absent := _absent(rendezvous, topic, verdict)):
         told.append(absent)
     calls: dict[str, list[int]] = {}
     for rank, word in words.items():
@@ -112,13 +114,13 @@ def _trouble(meeting: Meeting, topic: str, verdict: Verdict, words: Mapping[int,
     return " And ".join(told)
 
 
-def _absent(meeting: Meeting, topic: str, verdict: Verdict) -> str:
+def _absent(rendezvous: Rendezvous, topic: str, verdict: Verdict) -> str:
     if verdict.left is not None:
         return f"rank {verdict.left} was interrupted while it waited for the others."
-    missing = [rank for rank in range(meeting.size) if rank not in verdict.brought]
+    missing = [rank for rank in range(rendezvous.size) if rank not in verdict.brought]
     if not missing:
         return ""
-    if meeting.rank in missing:
+    if rendezvous.rank in missing:
         return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
     names = ", ".join(map(str, missing))
     return f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."

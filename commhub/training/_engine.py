@@ -12,16 +12,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub.drivers._asked import Place
+from commhub.drivers._asked import Position
 from commhub.drivers._failure import to_raise
 from commhub.drivers._job import Scratch
-from commhub.drivers._lane import Lane
 from commhub.drivers._stats import Stats
+from commhub.drivers._task import Task
 from commhub.protocol._bucket import Bucket, Span
 
 from ._callbacks import Callbacks, call_after
-from ._own_hooks import PlainMean, Sum
-from ._sparse import SparseMean
+from ._own_hooks import PlainMean, SparseMean, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +58,7 @@ class Engine:
     callbacks: Callbacks = attrs.Factory(Callbacks)
     timetable: Timetable | None = None
     _scratch: Scratch = attrs.Factory(Scratch)
-    _lanes: list[Lane] = attrs.Factory(list)
+    _tasks: list[Task] = attrs.Factory(list)
     _open: bool = False
     _divisor: int = 0
     _divides: bool = False
@@ -87,7 +86,7 @@ class Engine:
         self._catch_up()
         self._open = True
         self._thread = threading.get_ident()
-        self._lanes.clear()
+        self._tasks.clear()
         self._divisor = self.world_size if divisor is None else divisor
         self._divides = divides
         self._loss_scale = loss_scale
@@ -104,7 +103,7 @@ class Engine:
         *,
         plain: bool = False,
     ) -> None:
-        """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
+        """Reduce one bucket, in position, by a ``plain`` mean if the hook was not prepared for its parameters.
 
         ``done`` is called when it is over, whether it went well or not.
         """
@@ -112,7 +111,7 @@ class Engine:
             flat=flat,
             parameters=tuple(parameters),
             used=used,
-            index=len(self._lanes),
+            index=len(self._tasks),
             step=self.step,
             divisor=self._divisor,
             divides=self._divides,
@@ -124,24 +123,24 @@ class Engine:
         own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
         hook, wire = (self.hook, self.wire) if own is None else (own, None)
         # What is sparse has another size in each step, the same on all ranks by construction.
-        place = Place("step", (self.step, self._abandoned), bucket.index, compared=not flat.is_sparse)
-        lane = self._lane(hook, bucket, wire, place, done, watch=self._watch)
+        position = Position("step", (self.step, self._abandoned), bucket.index, compared=not flat.is_sparse)
+        task = self._task(hook, bucket, wire, position, done, watch=self._watch)
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
         self.driver.meter.step.logical_bytes += 2 * (self.world_size - 1) / self.world_size * size
-        self._lanes.append(lane)
-        self.driver.submit(lane)
+        self._tasks.append(task)
+        self.driver.submit(task)
 
-    def _lane(
+    def _task(
         self,
         hook: Hook,
         bucket: Bucket,
         wire: torch.dtype | None,
-        place: Place,
+        position: Position,
         done: Callable[[], None] = lambda: None,
         *,
         watch: bool = False,
-    ) -> Lane:
-        return Lane(
+    ) -> Task:
+        return Task(
             hook,
             bucket,
             world=self.world_size,
@@ -149,7 +148,7 @@ class Engine:
             scratch=self._scratch,
             meter=self.driver.meter,
             watch=watch,
-            place=place,
+            position=position,
             done=done,
         )
 
@@ -166,33 +165,33 @@ class Engine:
         """
         self.driver.wait()
         figures = self.driver.meter.take()
-        lanes, self._lanes = self._lanes, []
-        if lanes and self.driver.failure is None and self.driver.confirms and self.world_size > 1:
-            self._confirm(lanes, linger=linger)
+        tasks, self._tasks = self._tasks, []
+        if tasks and self.driver.failure is None and self.driver.confirms and self.world_size > 1:
+            self._confirm(tasks, linger=linger)
         self._open = False
         if self.driver.failure is not None:
             self.state.rollback()
             return to_raise(self.driver.failure)
-        finite = torch.stack([lane.bucket.finite for lane in lanes]).all() if lanes and self._watch else True
+        finite = torch.stack([task.bucket.finite for task in tasks]).all() if tasks and self._watch else True
         self.state.commit(finite)
         self.stats.end_step(figures)
         self.step += 1
-        return None if self.timetable is None else self._call(lambda step: self._note(step, linger=linger))
+        return None if self.timetable is None else self._call(lambda step: self._record(step, linger=linger))
 
-    def _note(self, step: int, *, linger: bool) -> None:
+    def _record(self, step: int, *, linger: bool) -> None:
         assert self.timetable is not None
-        self.timetable.note(step)
+        self.timetable.record(step)
         if linger:
-            self.timetable.settle_in_background()
+            self.timetable.run_due_in_background()
 
-    def finish(self) -> HookError | None:
+    def after_step(self) -> HookError | None:
         """Call what the hook wants after a step: its averages are in the parameters' ``.grad``."""
         return next(filter(None, [self._call(function) for function in self.callbacks.after_step]), None)
 
     def _call(self, function: Callable[[int], None]) -> HookError | None:
         return call_after(function, self.step - 1, type(self.hook).__name__, self.rank)
 
-    def _confirm(self, lanes: list[Lane], *, linger: bool) -> None:
+    def _confirm(self, tasks: list[Task], *, linger: bool) -> None:
         """Hear from every rank that its step ended well, in a round of one element.
 
         A rank may fail after its last collective, when its peers need nothing more of it. Without this they would go
@@ -200,7 +199,7 @@ class Engine:
 
         A step that an averager makes local asks only those who met in it; the others hear at the next average.
         """
-        met = {group for lane in lanes for group in lane.groups}
+        met = {group for task in tasks for group in task.groups}
         local = self.timetable is not None and None not in met
         for group in sorted(filter(None, met), key=lambda group: group.key) if local else [None]:
             self._submit_sum(torch.zeros(1), group)
@@ -224,12 +223,12 @@ class Engine:
         self._abandoned += 1
         self.driver.wait()
         self.driver.meter.take()
-        self._lanes.clear()
+        self._tasks.clear()
         self.state.rollback()
         self._open = False
 
     def sum(self, flat: Tensor) -> Tensor:
-        """The sum of one short 1-D tensor per rank, in place, in a round of its own.
+        """The sum of one short 1-D tensor per rank, in position, in a round of its own.
 
         A group that has failed leaves it as it is; the step that follows says so.
         """
@@ -241,7 +240,7 @@ class Engine:
     def _submit_sum(self, flat: Tensor, group: Subgroup | None = None) -> None:
         bucket = self.bucket(flat, (), (), group=group)
         topic, number = self._next_round("sum", group)
-        self.driver.submit(self._lane(Sum(), bucket, None, Place(topic, (number,), compared=False)))
+        self.driver.submit(self._task(Sum(), bucket, None, Position(topic, (number,), compared=False)))
 
     def bucket(
         self,
@@ -287,8 +286,8 @@ class Engine:
         watch = not self.state.is_empty()
         topic, number = self._next_round(topic, group)
         for bucket in buckets:
-            place = Place(topic, (number,), bucket.index)
-            self.driver.submit(self._lane(hook, bucket, self.wire, place, watch=watch))
+            position = Position(topic, (number,), bucket.index)
+            self.driver.submit(self._task(hook, bucket, self.wire, position, watch=watch))
         self.driver.wait()
         figures = self.driver.meter.take()
         if counted:

@@ -11,7 +11,7 @@ from torch import nn
 
 from commhub._errors import HookError
 from commhub.protocol._bucket import lay_out
-from commhub.protocol._hook import Confined
+from commhub.protocol._nesting import Confined
 
 from ._told import Entry, Told, difference
 

@@ -21,7 +21,7 @@ from ._late import Late, pack, sparse_in
 from ._register import optimizers_of
 from ._registration import Registration
 from ._start import Session, start
-from ._target import Ground, checked_timeout
+from ._target import Target, checked_timeout
 from ._trained import Trained, trainable
 
 if TYPE_CHECKING:
@@ -39,31 +39,31 @@ class ManualRegistration(Registration):
     With an averager registered by itself, call it after the optimizer's step.
     """
 
-    def __init__(self, module: nn.Module, ground: Ground, session: Session) -> None:
+    def __init__(self, module: nn.Module, target: Target, session: Session) -> None:
         self._module = module
         self._trained = Trained(weakref.ref(module))
-        super().__init__(ground, session, None)
+        super().__init__(target, session, None)
         self._pack()
 
     def _pack(self) -> None:
         """Lay the gradients out that the hook was prepared for."""
-        sparse, parameters = sparse_in(self._module), self._ground.parameters
+        sparse, parameters = sparse_in(self._module), self._target.parameters
         self._buckets = pack([(name, p) for name, p in parameters if id(p) not in sparse])
         self._sparse = [(name, p) for name, p in parameters if id(p) in sparse]
         self._late = Late(self._trained, self._module, parameters)
 
     def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
-        former = self._ground
-        self._ground = attrs.evolve(former, parameters=self._trained.look())
+        former = self._target
+        self._target = attrs.evolve(former, parameters=self._trained.look())
         try:
             super()._replace(choose_one, call)
         except BaseException:
-            self._ground = former
+            self._target = former
             raise
         self._pack()
 
-    def _take(self, session: Session) -> None:
-        super()._take(session)
+    def _attach(self, session: Session) -> None:
+        super()._attach(session)
         if session.engine.timetable is not None:
             session.engine.timetable.is_late = is_averager(self.hook)
 
@@ -90,14 +90,14 @@ class ManualRegistration(Registration):
     def _count(self) -> None:
         engine = self._session.engine
         engine.begin()
-        failure = engine.end() or engine.finish()
+        failure = engine.end() or engine.after_step()
         if failure is not None:
             raise failure
         self.finish()
 
     def _exchange(self) -> None:
-        engine, device, late = self._session.engine, self._ground.device, self._late
-        scaler = self._ground.scaler
+        engine, device, late = self._session.engine, self._target.device, self._late
+        scaler = self._target.scaler
         somewhere = self._used_somewhere()
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         with torch.no_grad():
@@ -132,7 +132,7 @@ class ManualRegistration(Registration):
                     parameter.grad.copy_(view)
                 elif id(parameter) in somewhere:
                     parameter.grad = view.clone()
-        failure = engine.finish()
+        failure = engine.after_step()
         if failure is not None:
             raise failure
 
@@ -142,15 +142,15 @@ class ManualRegistration(Registration):
         Raises:
             HookError: if the ranks differ in it.
         """
-        engine, prepared = self._session.engine, [p for _, p in self._ground.parameters]
+        engine, prepared = self._session.engine, [p for _, p in self._target.parameters]
         while True:
             late, changed = self._late.look()
             flags = [p is not None and p.grad is not None for p in (*prepared, *late)]
-            told = torch.tensor([*flags, changed], dtype=torch.float32, device=self._ground.device)
+            told = torch.tensor([*flags, changed], dtype=torch.float32, device=self._target.device)
             counts = engine.sum(told).tolist()
             if not counts[-1]:
                 break
-            failure = self._late.agree(engine, self._ground.device)
+            failure = self._late.agree(engine, self._target.device)
             if failure is not None:
                 raise failure
         self._late.pack()
@@ -199,7 +199,7 @@ def manual(
         check_devices((p for _, p in parameters), dist.get_backend(group))
         return choose(hook, every)
 
-    ground = Ground(
+    target = Target(
         group=group,
         device=device,
         module=weakref.ref(module),
@@ -211,4 +211,4 @@ def manual(
         timeout=checked_timeout(timeout, group, device),
         verify=verify,
     )
-    return ManualRegistration(module, ground, start(ground, chosen_here))
+    return ManualRegistration(module, target, start(target, chosen_here))

@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from commhub._errors import HookOptionError, RegistrationError
-from commhub.protocol._hook import InnerHook, is_averager
+from commhub.protocol._hook import is_averager
+from commhub.protocol._nesting import InnerHook
 from commhub.registry._choosing import Chosen, choose
 
 from ._ddp import check_devices, find, group_of, refuse
 from ._registration import Registration
 from ._slot import Slot
 from ._start import start, stop
-from ._target import Ground, checked_timeout
+from ._target import Target, checked_timeout
 from ._wrapped import outside, wrapped
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def register(
     group = group_of(ddp, process_group)
     parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
     valid_timeout = isinstance(timeout, int | float) and timeout > 0
-    ground = Ground(
+    target = Target(
         group=group,
         device=ddp.device,
         module=weakref.ref(ddp),
@@ -98,11 +99,11 @@ def register(
         verify=verify is not False,
     )
     former = Slot.on(ddp)
-    session = start(ground, chosen_here, None if former is None else former.engine)
+    session = start(target, chosen_here, None if former is None else former.engine)
     replaced = former.owner if former is not None else None
     slot = Slot.install(ddp, parameters)
     leftover = slot.engine
-    registration = Registration(ground, session, slot)
+    registration = Registration(target, session, slot)
     if replaced is not None:
         replaced._retire()
     elif leftover is not None:

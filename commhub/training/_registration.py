@@ -14,7 +14,7 @@ from commhub.training.saving._folder import Folder
 from commhub.training.saving._saved import to_dict
 from commhub.training.saving._together import load, save
 
-from ._agree import Meeting, agree
+from ._agree import Rendezvous, agree
 from ._own_hooks import PlainMean
 from ._start import Session, at_work, latest, start, stop
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from commhub.protocol._hook import Averager, Hook
 
     from ._slot import Slot
-    from ._target import Ground
+    from ._target import Target
 
 logger = logging.getLogger("commhub")
 
@@ -38,12 +38,12 @@ class Registration:
     ``swap``, ``schedule``, ``remove``, ``save`` and ``load`` are collective: every rank calls them, between steps.
     """
 
-    def __init__(self, ground: Ground, session: Session, slot: Slot | None) -> None:
-        self._ground, self._session, self._slot, self._removed = ground, session, slot, False
+    def __init__(self, target: Target, session: Session, slot: Slot | None) -> None:
+        self._target, self._session, self._slot, self._removed = target, session, slot, False
         self._schedule: dict[int, str] = {}
         self._network: Network | None = None
         self._closing: Any = weakref.finalize(self, bool)
-        self._take(session)
+        self._attach(session)
         self._announce("registered")
 
     def __str__(self) -> str:
@@ -112,8 +112,8 @@ class Registration:
                 choose(hook, {}).make()
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
-        meeting = Meeting.of(self._ground.group, self._ground.timeout)
-        agree(meeting, "schedule", {"schedule": texts}, failure, verify=self._ground.verify)
+        rendezvous = Rendezvous.of(self._target.group, self._target.timeout)
+        agree(rendezvous, "schedule", {"schedule": texts}, failure, verify=self._target.verify)
         self._schedule = texts
         if self._slot is not None:
             self._slot.after = self._follow_schedule
@@ -164,7 +164,7 @@ class Registration:
         Raises:
             RegistrationError: for CUDA gradients, whose collectives no thread waits for.
         """
-        if network is not None and self._ground.device.type != "cpu":
+        if network is not None and self._target.device.type != "cpu":
             raise RegistrationError("a network can be emulated for gradients in host memory only.")
         self._network = network
         self._session.engine.driver.network = network
@@ -183,8 +183,8 @@ class Registration:
     def _started(self, choose_one: Callable[[], Chosen], call: str, *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
         former = self._session.engine
-        session = start(self._ground, choose_one, former, call=call, loading=loading)
-        session.engine.step = latest(former.step, session.engine, self._ground.device)
+        session = start(self._target, choose_one, former, call=call, loading=loading)
+        session.engine.step = latest(former.step, session.engine, self._target.device)
         return session
 
     def _install(self, session: Session, *, loading: bool = False) -> None:
@@ -192,32 +192,32 @@ class Registration:
         session.engine.stats = former.engine.stats
         session.engine.driver.network = self._network
         if not loading:  # then the parameters are, or will be, those of the checkpoint
-            self._level(former)
+            self._synchronize(former)
         self._session = session
-        self._take(session)
+        self._attach(session)
         stop(former.engine)
 
-    def _level(self, session: Session) -> None:
+    def _synchronize(self, session: Session) -> None:
         """Leave all ranks with the same parameters, where an averager let them drift apart; then nothing would."""
         timetable = session.engine.timetable
-        failure = None if timetable is None else timetable.level()
+        failure = None if timetable is None else timetable.synchronize()
         if failure is not None:
             logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
 
-    def _take(self, session: Session) -> None:
+    def _attach(self, session: Session) -> None:
         self._closing.detach()  # it would keep the former hook's groups and connections open
         self._closing = weakref.finalize(self._slot or self, session.engine.driver.close)
         if session.engine.timetable is not None:
             session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
         if self._slot is not None:
-            self._slot.owner, self._slot.engine, self._slot.scaler = self, session.engine, self._ground.scaler
+            self._slot.owner, self._slot.engine, self._slot.scaler = self, session.engine, self._target.scaler
             self._slot.show(str(self))
 
     def _retire(self) -> None:
         """Another registration has taken the model over."""
         self._removed = True
         self._closing.detach()
-        self._level(self._session)
+        self._synchronize(self._session)
         stop(self._session.engine)
 
     def _announce(self, verb: str) -> None:
@@ -261,7 +261,7 @@ class Registration:
             CheckpointError: on every rank, if it failed on any; the former checkpoint stays.
             HookError: what went wrong with an average that was due.
         """
-        save(self._ground, directory, self.state_dict)
+        save(self._target, directory, self.state_dict)
 
     def load(self, directory: str | Path) -> None:
         """Go on from what ``save`` wrote, with as many ranks or with others.

@@ -1,11 +1,11 @@
-"""Where the ranks of a group meet: in the group's store, all of them in the same meeting, whatever was called before.
+"""Where the ranks of a group meet: in the group's store, all in the same rendezvous, whatever was called before.
 
-A call that takes all ranks is one meeting. Who comes draws the next number of a counter in the store, and as many
-numbers in a row as there are ranks make one meeting: no rank keeps a count of its own that could stay behind.
-A meeting has rounds, and a round has one verdict, written by compare-and-set. Who came last writes what everyone
+A call that takes all ranks is one rendezvous. Who comes draws the next number of a counter in the store, and as many
+numbers in a row as there are ranks make one rendezvous: no rank keeps a count of its own that could stay behind.
+A rendezvous has rounds, and a round has one verdict, written by compare-and-set. Who came last writes what everyone
 brought; who has waited too long writes who came until then. The first to write decides and all others take it, so
 that nobody succeeds in a round that failed for somebody else. Who has waited too long also raises the counter to the
-meeting's last number: with that the meeting is over, and whoever comes later begins the next one.
+rendezvous's last number: with that the rendezvous is over, and whoever comes later begins the next one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
-from commhub.drivers._board import own_connection
-from commhub.drivers._store import within
+from commhub.drivers._store import own_connection, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,10 +38,10 @@ _STRAGGLING = 0.5
 _FAREWELL = 2.0
 """Seconds that the store's holder stays for peers that have yet to hear the verdict."""
 _TIDY_EVERY = 32
-"""Meetings between two tidyings, whose hundred or so deletions no single meeting should pay for."""
+"""Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
 _in_use: weakref.WeakKeyDictionary[Store, tuple[str, int]] = weakref.WeakKeyDictionary()
-"""The parts of stores that something works on, with group and meeting; tidying spares them."""
+"""The parts of stores that something works on, with group and rendezvous; tidying spares them."""
 _lock = threading.Lock()
 
 
@@ -68,7 +67,7 @@ class Verdict:
 
 
 @attrs.define(eq=False)
-class Meeting:
+class Rendezvous:
     """A place in the group's store that only this occasion uses, the same on every rank."""
 
     group: str
@@ -82,8 +81,8 @@ class Meeting:
     _abandoned: bool = False
 
     @classmethod
-    def of(cls, group: ProcessGroup, timeout: float) -> Meeting:
-        """The group's next meeting. It begins with the first round, or the first ``branch``.
+    def of(cls, group: ProcessGroup, timeout: float) -> Rendezvous:
+        """The group's next rendezvous. It begins with the first round, or the first ``branch``.
 
         Raises:
             RegistrationError: if the group has no store.
@@ -98,7 +97,7 @@ class Meeting:
         return cls(group.group_name, rank, dist.get_world_size(group), timeout, PrefixStore("commhub", base))
 
     def branch(self, name: str) -> Store:
-        """A part of the store for something made at this meeting."""
+        """A part of the store for something made at this rendezvous."""
         part = PrefixStore(name, self._store())
         with _lock:
             _in_use[part] = self.group, self._number or 0
@@ -173,7 +172,7 @@ class Meeting:
         return place
 
     def _close(self) -> int:
-        """See to it that nobody enters this round any more, and the first also ends the meeting; how many have."""
+        """See to it that nobody enters this round any more, and the first also ends the rendezvous; how many have."""
         first = self._rounds == 1
         store, before = (self._base, self.size * (self._number or 0)) if first else (self._place, 0)
         full = before + self.size
@@ -231,7 +230,7 @@ class Meeting:
         return type(store).__name__ == "TCPStore" and not elsewhere and dist.get_rank() == 0
 
     def _tidy(self) -> None:
-        """Delete what former meetings left behind. All ranks have come to this one, so none is in those."""
+        """Delete what former rendezvous left behind. All ranks have come to this one, so none is in those."""
         with _lock:
             spared = {number for group, number in _in_use.values() if group == self.group}
         with contextlib.suppress(RuntimeError):  # a store that cannot

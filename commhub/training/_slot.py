@@ -214,7 +214,7 @@ class Slot:
 
     def _afterwards(self) -> None:
         """What follows a step, after DDP's own callback, which puts the averages where the user reads them."""
-        failure = None if self.engine is None else self.engine.finish()
+        failure = None if self.engine is None else self.engine.after_step()
         if self.after is not None:
             self.after()
         if failure is not None:

@@ -14,14 +14,15 @@ from commhub._errors import RegistrationError
 from commhub._version import __version__
 from commhub.drivers._stats import Meter
 from commhub.protocol._bucket import lay_out
-from commhub.protocol._hook import Averager, Hook, LocalSteps, Setup
+from commhub.protocol._nesting import LocalSteps
+from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
-from commhub.registry._choosing import Chosen, short_dtype, wire_dtype
+from commhub.protocol._wire import short_dtype, wire_dtype
 from commhub.training.averaging._averaging import Averaging
 from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
 
-from ._agree import Meeting, agree, number_hosts
+from ._agree import Rendezvous, agree, number_hosts
 from ._callbacks import Callbacks
 from ._compared import Compared
 from ._engine import Engine
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from commhub.drivers._driver import Driver
+    from commhub.protocol._hook import Averager, Hook
+    from commhub.registry._choosing import Chosen
 
-    from ._target import Ground
+    from ._target import Target
 
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -52,14 +55,14 @@ class Session:
 
 
 def start(
-    ground: Ground,
+    target: Target,
     choose: Callable[[], Chosen],
     former: Engine | None = None,
     *,
     call: str = "register",
     loading: bool = False,
 ) -> Session:
-    """Make the hook that ``choose`` names work on ``ground``; collective.
+    """Make the hook that ``choose`` names work on ``target``; collective.
 
     Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
     engine that this one replaces, if any; ``call`` is what the user called.
@@ -71,47 +74,47 @@ def start(
     if former is not None and former.timetable is not None and former.driver.failure is None and not loading:
         former.timetable.let_through()
     with contextlib.ExitStack() as at_end:
-        return _start(ground, choose, former, call, at_end)
+        return _start(target, choose, former, call, at_end)
 
 
 def _start(
-    ground: Ground, choose: Callable[[], Chosen], former: Engine | None, call: str, at_end: contextlib.ExitStack
+    target: Target, choose: Callable[[], Chosen], former: Engine | None, call: str, at_end: contextlib.ExitStack
 ) -> Session:
-    meeting = Meeting.of(ground.group, ground.timeout)
+    rendezvous = Rendezvous.of(target.group, target.timeout)
     failure: BaseException | None = None
     facts: dict[str, Any] = {}
     try:
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
-        _check_fit(ground, chosen)
+        _check_fit(target, chosen)
         if former is not None and (why := former.driver.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         _take(at_work(hook), chosen.name, former, at_end)
-        facts = _facts(ground, chosen, wire)
+        facts = _facts(target, chosen, wire)
     except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
-    hosts = agree(meeting, call, facts, failure, verify=ground.verify, more=True)
+    hosts = agree(rendezvous, call, facts, failure, verify=target.verify, more=True)
     driver: Driver | None = None
     callbacks, compared = Callbacks(), Compared()
     try:
-        driver = make_driver(ground, meeting, chosen.label)
-        engine = _prepared(ground, meeting, hook, wire, number_hosts(hosts), driver, callbacks, compared)
-        facts = compared.facts() if meeting.size > 1 and ground.verify else {}
+        driver = make_driver(target, rendezvous, chosen.label)
+        engine = _prepared(target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, compared)
+        facts = compared.facts() if rendezvous.size > 1 and target.verify else {}
     except BaseException as error:  # noqa: BLE001 - the same
         failure, facts = error, {}
     try:
         with compared.told():
-            agree(meeting, call, facts, failure, verify=ground.verify)
+            agree(rendezvous, call, facts, failure, verify=target.verify)
     except BaseException:
         callbacks.end()
         if driver is not None:
             driver.close()
         raise
     _at_work[id(at_work(hook))] = engine
-    module = ground.module()
+    module = target.module()
     if engine.timetable is not None and module is not None:
-        engine.timetable.watch(module, ground.optimizers)
+        engine.timetable.watch(module, target.optimizers)
     return Session(chosen, engine, wire)
 
 
@@ -140,12 +143,12 @@ def stop(engine: Engine) -> None:
     engine.driver.close()
 
 
-def _check_fit(ground: Ground, chosen: Chosen) -> None:
-    if ground.device.type not in chosen.devices:
+def _check_fit(target: Target, chosen: Chosen) -> None:
+    if target.device.type not in chosen.devices:
         raise RegistrationError(
-            f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {ground.device}."
+            f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
         )
-    given = {"optimizer": bool(ground.optimizers), "scaler": ground.scaler is not None}
+    given = {"optimizer": bool(target.optimizers), "scaler": target.scaler is not None}
     for need in chosen.needs:
         if not given.get(need, True):
             raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
@@ -163,8 +166,8 @@ def _take(worker: Hook | Averager, name: str, former: Engine | None, at_end: con
 
 
 def _prepared(
-    ground: Ground,
-    meeting: Meeting,
+    target: Target,
+    rendezvous: Rendezvous,
     hook: Hook,
     wire: torch.dtype | None,
     hosts: tuple[int, ...],
@@ -172,15 +175,15 @@ def _prepared(
     callbacks: Callbacks,
     compared: Compared,
 ) -> Engine:
-    names = tuple(name for name, _ in ground.parameters)
-    tensors = [parameter for _, parameter in ground.parameters]
+    names = tuple(name for name, _ in target.parameters)
+    tensors = [parameter for _, parameter in target.parameters]
     state = State(names)
     engine = Engine(
         hook=hook,
         state=state,
         driver=driver,
-        rank=meeting.rank,
-        world_size=meeting.size,
+        rank=rendezvous.rank,
+        world_size=rendezvous.size,
         wire=wire,
         callbacks=callbacks,
     )
@@ -193,13 +196,13 @@ def _prepared(
             dtypes=tuple(t.dtype for t in tensors),
             strides=tuple(span.stride for span in lay_out(names, tensors)),
             parameters=tuple(tensors),
-            device=ground.device,
-            rank=meeting.rank,
-            world_size=meeting.size,
+            device=target.device,
+            rank=rendezvous.rank,
+            world_size=rendezvous.size,
             hosts=hosts,
-            unused=ground.unused,
-            optimizers=ground.optimizers,
-            scaler=ground.scaler,
+            unused=target.unused,
+            optimizers=target.optimizers,
+            scaler=target.scaler,
             state=state,
             connect=driver.connect,
             after_step=callbacks.after_step.append,
@@ -210,54 +213,54 @@ def _prepared(
         with torch.no_grad():
             prepare(setup)
     if averagers:
-        engine.timetable = _timetable(ground, engine, averagers)
+        engine.timetable = _timetable(target, engine, averagers)
     return engine
 
 
-def _timetable(ground: Ground, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
+def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
     averager, setup = averagers[0]
-    module = ground.module()
+    module = target.module()
     if engine.world_size > 1 and module is not None:
-        check_local(ground.optimizers, module.parameters())
+        check_local(target.optimizers, module.parameters())
         engine.callbacks.at_end.append(watch_steps(module))
     averaging = Averaging(
         averager=averager,
         setup=setup,
         engine=weakref.ref(engine),
-        trained=Trained(ground.module),
-        optimizers=ground.optimizers,
+        trained=Trained(target.module),
+        optimizers=target.optimizers,
     )
-    if averaging.optimizer_state and not ground.optimizers:
+    if averaging.optimizer_state and not target.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
     return Timetable(averager, averaging, engine.world_size, averaging.prepared)
 
 
-def make_driver(ground: Ground, meeting: Meeting, label: str) -> Driver:
+def make_driver(target: Target, rendezvous: Rendezvous, label: str) -> Driver:
     """The driver for the gradients' device."""
-    if ground.device.type == "cuda":
+    if target.device.type == "cuda":
         from commhub.drivers._stream import CudaStreams, StreamDriver
 
-        return StreamDriver(ground.group, CudaStreams(ground.device), Meter(), label=label)
+        return StreamDriver(target.group, CudaStreams(target.device), Meter(), label=label)
     from commhub.drivers._board import FailureBoard
     from commhub.drivers._gloo import GlooCommunicator
     from commhub.drivers._signature import Signatures
     from commhub.drivers._thread import ThreadDriver
 
-    patience = ground.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
+    patience = target.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
     try:
-        communicator = GlooCommunicator(meeting.branch("gloo"), meeting.rank, meeting.size, patience)
+        communicator = GlooCommunicator(rendezvous.branch("gloo"), rendezvous.rank, rendezvous.size, patience)
     except RuntimeError as error:
         raise RegistrationError(f"the ranks could not be connected: {error}") from error
-    board = FailureBoard(meeting.branch("board"), meeting.rank)
-    signatures = Signatures(meeting.branch("signatures"), meeting.rank, meeting.size)
-    return ThreadDriver(communicator, board, signatures, Meter(), timeout=ground.timeout, label=label)
+    board = FailureBoard(rendezvous.branch("board"), rendezvous.rank)
+    signatures = Signatures(rendezvous.branch("signatures"), rendezvous.rank, rendezvous.size)
+    return ThreadDriver(communicator, board, signatures, Meter(), timeout=target.timeout, label=label)
 
 
-def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:
-    described = [[name, list(p.shape), str(p.dtype), list(p.stride())] for name, p in ground.parameters]
+def _facts(target: Target, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:
+    described = [[name, list(p.shape), str(p.dtype), list(p.stride())] for name, p in target.parameters]
     return {
         "hook": chosen.name,
         "version": f"{chosen.distribution} {chosen.version}".strip(),
@@ -265,7 +268,7 @@ def _facts(ground: Ground, chosen: Chosen, wire: torch.dtype | None) -> dict[str
         **{f"option {key}": _shown(value) for key, value in chosen.options.items()},
         "wire": None if wire is None else short_dtype(wire),
         "parameters": described,
-        **ground.traits,
+        **target.traits,
     }
 
 

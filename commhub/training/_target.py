@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Ground:
+class Target:
     """What a hook works on; it stays the same when the hook is swapped.
 
     Attributes:

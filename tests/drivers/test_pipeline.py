@@ -40,7 +40,7 @@ class TwoRounds:
 
 
 class ThreeRounds(TwoRounds):
-    """The same, after a first round whose result scales the payload: wrong lanes would show at once."""
+    """The same, after a first round whose result scales the payload: wrong tasks would show at once."""
 
     def reduce(self, bucket):
         self.pause(bucket)

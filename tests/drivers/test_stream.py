@@ -54,8 +54,8 @@ class Everything:
         bucket.flat.copy_((mean + gathered[:n]) / 2)
 
 
-def on_host_streams(ground, meeting, label):
-    return StreamDriver(ground.group, HostStreams(), Meter(), label=label)
+def on_host_streams(target, rendezvous, label):
+    return StreamDriver(target.group, HostStreams(), Meter(), label=label)
 
 
 def train(hook, stream, steps=4):

@@ -34,7 +34,7 @@ def both():
     _, patient = registered()
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
     impatient = commhub.register(model, "allreduce", timeout=LONG)
-    impatient._ground = attrs.evolve(impatient._ground, timeout=SHORT)
+    impatient._target = attrs.evolve(impatient._target, timeout=SHORT)
     return patient, impatient
 
 
@@ -255,7 +255,7 @@ class Vanishes:
 
 def dies_in_a_meeting():
     _, registration = registered()
-    registration._ground = attrs.evolve(registration._ground, timeout=1.0)
+    registration._target = attrs.evolve(registration._target, timeout=1.0)
     return error_of(registration.swap, Vanishes())
 
 

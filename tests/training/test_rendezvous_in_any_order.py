@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 
 from commhub.training import _rendezvous
-from commhub.training._rendezvous import Meeting
+from commhub.training._rendezvous import Rendezvous
 
 SCHEDULES = 5000 if os.environ.get("COMMHUB_EVERY_CHECK") else 150
 
@@ -59,7 +59,7 @@ class Turns:
 
 
 class Fake:
-    """The part of a store that meetings use."""
+    """The part of a store that rendezvous use."""
 
     def __init__(self, turns):
         self.turns, self.kept = turns, {}
@@ -109,7 +109,7 @@ class Below:
 def test_no_rank_succeeds_where_another_fails_and_afterwards_all_meet(monkeypatch, p):
     monkeypatch.setattr(_rendezvous, "PrefixStore", Below)
     monkeypatch.setattr(_rendezvous, "_STRAGGLING", 0.0)
-    monkeypatch.setattr(Meeting, "_holds_the_store", lambda _: False)
+    monkeypatch.setattr(Rendezvous, "_holds_the_store", lambda _: False)
     outcomes = set()
     for seed in range(SCHEDULES):
         turns = Turns(seed)
@@ -117,15 +117,15 @@ def test_no_rank_succeeds_where_another_fails_and_afterwards_all_meet(monkeypatc
         heard = defaultdict(dict)
 
         def call(rank, patience, store=store, heard=heard):
-            meeting = Meeting("all", rank, p, 0.0, store)
+            rendezvous = Rendezvous("all", rank, p, 0.0, store)
             for number in range(2):
-                verdict = meeting._hold(f"{rank}", patience, lambda _: True)
-                assert rank not in heard[meeting._number, number]
-                heard[meeting._number, number][rank] = verdict
+                verdict = rendezvous._hold(f"{rank}", patience, lambda _: True)
+                assert rank not in heard[rendezvous._number, number]
+                heard[rendezvous._number, number][rank] = verdict
                 if len(verdict.brought) < p:
                     return
 
-        calls = [turns.dice.choice([0, 1, 1, 2]) for _ in range(p)]  # meetings that each rank comes to
+        calls = [turns.dice.choice([0, 1, 1, 2]) for _ in range(p)]  # rendezvous that each rank comes to
         turns.run([lambda r=rank, n=n: [call(r, 0.0) for _ in range(n)] for rank, n in enumerate(calls)])
         for verdicts in heard.values():
             assert len({repr(verdict) for verdict in verdicts.values()}) == 1, seed

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from commhub._errors import HookError
 from commhub.protocol._bucket import lay_out
-from commhub.protocol._hook import Confined
+from commhub.protocol._nesting import Confined
 from commhub.training._callbacks import call_after
 from commhub.training._own_hooks import WholeMean
 from commhub.training._told import Common, Entry, Told, difference
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from commhub.protocol._bucket import Bucket
     from commhub.protocol._collectives import Subgroup
-    from commhub.protocol._hook import Averager, Hook, Setup
+    from commhub.protocol._hook import Averager, Hook
+    from commhub.protocol._setup import Setup
     from commhub.training._engine import Engine
     from commhub.training._trained import Trained
 

@@ -15,7 +15,7 @@ _ROW = 1024
 """64-bit integers that are added up together; what is smaller is copied."""
 
 
-class Place:
+class Snapshot:
     """What tensors are at one moment, and whether they are so at another.
 
     A write in place counts a tensor's version up, and other memory in its stead has another address. A write through
@@ -29,7 +29,7 @@ class Place:
         self._memory = _Memory((), ())
 
     @classmethod
-    def now(cls, tensors: Sequence[Tensor]) -> Place:
+    def now(cls, tensors: Sequence[Tensor]) -> Snapshot:
         """What the tensors are now, without their bits."""
         place = cls(tensors)
         place.keep(bits=False)

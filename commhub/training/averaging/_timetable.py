@@ -3,7 +3,7 @@
 With optimizers that is the end of their step. A loss scaler may skip it on one rank only, and a user's hook may end it,
 so a training forward does it too, if nothing has written to the parameters since the backward: nobody has moved them
 then, as between the two backward passes of sharpness-aware minimisation. Without optimizers it is a training forward.
-An evaluation averages only where it takes all ranks itself. Every rank settles every average once, in the order of the
+An evaluation averages only where it takes all ranks itself. Every rank runs every average once, in the order of the
 steps, whichever of these comes first there: an average that is due while another waits follows it.
 """
 
@@ -19,8 +19,8 @@ import torch
 from commhub._errors import HookError, RegistrationError
 
 from ._beginning import Beginning
-from ._snapshot import Place
-from ._tells import Tells, bare, is_collective
+from ._listener import Listener, bare, is_collective
+from ._snapshot import Snapshot
 
 if TYPE_CHECKING:
     import weakref
@@ -64,16 +64,15 @@ class Timetable:
         self._parameters = parameters
         self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._handles: list[Any] = []
-        self._last = -1
-        self._ended = False
+        self._last, self._ended = -1, False
         self._due: list[tuple[int, Subgroup]] = []
         self._waiting = False  # something else than an average
         self._is_told = False
         self._awaited: set[int] = set()
-        self._place = Place(())  # of the parameters after the first backward since the optimizers' last step
+        self._place = Snapshot(())  # of the parameters after the first backward since the optimizers' last step
         self._in_closure = False
         self._beginning = Beginning(parameters)
-        self._even: Place | None = Place(())  # of the parameters since they were the same on all ranks
+        self._even: Snapshot | None = Snapshot(())  # of the parameters since they were the same on all ranks
         self._background: threading.Thread | None = None
         self._failure: HookError | None = None
 
@@ -86,15 +85,15 @@ class Timetable:
         """Learn of the optimizers' steps, of the module's forward passes and of weights that are loaded into it."""
         self._optimizers = tuple(optimizers)
         self._look()
-        self._handles.append(module.register_forward_pre_hook(Tells(self._forward)))
+        self._handles.append(module.register_forward_pre_hook(Listener(self._forward)))
         if hasattr(self._averager, "begin"):
             for part in bare(module).modules():  # any of them may be loaded by itself
-                self._handles.append(part.register_load_state_dict_pre_hook(Tells(self._beginning.loading)))
-                self._handles.append(part.register_load_state_dict_post_hook(Tells(self._beginning.loaded)))
+                self._handles.append(part.register_load_state_dict_pre_hook(Listener(self._beginning.loading)))
+                self._handles.append(part.register_load_state_dict_post_hook(Listener(self._beginning.loaded)))
         optimizer: Any
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(Tells(self._step_begins)))
-            handle = optimizer.register_step_post_hook(Tells(self._step_ends))
+            self._handles.append(optimizer.register_step_pre_hook(Listener(self._step_begins)))
+            handle = optimizer.register_step_post_hook(Listener(self._step_ends))
             optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # the others may raise
             self._handles.append(handle)
 
@@ -107,7 +106,7 @@ class Timetable:
                 hook,
             )
 
-    def note(self, step: int) -> None:
+    def record(self, step: int) -> None:
         """A step's gradients are ready."""
         if not self.is_late:
             self.renew()
@@ -134,7 +133,7 @@ class Timetable:
         self._waiting = True
         self._keep_place()
 
-    def settle(self) -> None:
+    def run_due(self) -> None:
         """Average now what is due; between steps.
 
         Raises:
@@ -163,11 +162,11 @@ class Timetable:
                 "an average is due, and the parameters were moved since the backward before, while no optimizer given "
                 "to register() has stepped. Put them back and take the step, or load other state, first."
             )
-        self.settle()
+        self.run_due()
         self.renew()
 
     def let_through(self) -> None:
-        """Average what is due: ranks wait for it that are wanted elsewhere. What goes wrong, ``level`` meets again."""
+        """Average what is due, as ranks wait for it that are wanted elsewhere; ``synchronize`` meets errors."""
         with contextlib.suppress(HookError):
             self.join()
         self._ended = False
@@ -189,7 +188,7 @@ class Timetable:
         if self._beginning.is_now():
             self._begin()
 
-    def settle_in_background(self) -> None:
+    def run_due_in_background(self) -> None:
         """The same for a rank that must not wait here: ``join`` does."""
 
         def run() -> None:
@@ -214,7 +213,7 @@ class Timetable:
             if failure is not None:
                 raise failure
 
-    def level(self) -> HookError | None:
+    def synchronize(self) -> HookError | None:
         """Average among all ranks, unless the last step ended with that: nothing else averages from here on."""
         try:
             self.join()
@@ -243,7 +242,7 @@ class Timetable:
                 return failure
             whole = len(group) == self._world_size and not getattr(self._averager, "partial", False)
             if step == self._last and whole:
-                self._even = Place.now([parameter for _, parameter in self._parameters()])
+                self._even = Snapshot.now([parameter for _, parameter in self._parameters()])
         if due:
             self._look()
         return None
@@ -259,7 +258,7 @@ class Timetable:
     def _look(self) -> None:
         tensors = [parameter for _, parameter in self._parameters()]
         if not self._place.is_of(tensors):
-            self._place = Place(tensors)
+            self._place = Snapshot(tensors)
 
     def _keep_place(self) -> None:
         if self._optimizers and not self.is_late:
@@ -274,7 +273,7 @@ class Timetable:
         if self.is_late:
             self.renew()
         elif not self._optimizers or ((self._due or self._waiting) and self._place.holds()):
-            self.settle()
+            self.run_due()
 
     def _step_begins(self, _optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_late:
@@ -296,6 +295,6 @@ class Timetable:
         self._awaited.discard(id(optimizer))
         self._place.forget()
         if not self._awaited:
-            self.settle()
+            self.run_due()
         else:
             self._keep_place()

@@ -1,4 +1,4 @@
-"""Saving and loading on all ranks or on none: what may fail on one rank is done between two meetings."""
+"""Saving and loading on all ranks or on none: what may fail on one rank is done between two rendezvous."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
 from commhub.registry._choosing import choose
-from commhub.training._agree import Meeting, agree
+from commhub.training._agree import Rendezvous, agree
 from commhub.training._start import stop
 
 from . import _saving
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from commhub.training._registration import Registration
-    from commhub.training._target import Ground
+    from commhub.training._target import Target
 
 
 class Together:
     """The rounds of one saving or loading. In each, every rank does its part and hears how the others fared.
 
     Args:
-        ground: whose ranks.
+        target: whose ranks.
         doing: what they are about, for errors.
     """
 
-    def __init__(self, ground: Ground, doing: str) -> None:
+    def __init__(self, target: Target, doing: str) -> None:
         self._doing = doing
-        self._meeting = self._told("", lambda: Meeting.of(ground.group, ground.timeout))
-        self.rank, self.size = self._meeting.rank, self._meeting.size
+        self._rendezvous = self._told("", lambda: Rendezvous.of(target.group, target.timeout))
+        self.rank, self.size = self._rendezvous.rank, self._rendezvous.size
 
     @contextlib.contextmanager
     def round(self, so: str = "", *, more: bool = True) -> Iterator[dict[str, Any]]:
@@ -61,7 +61,7 @@ class Together:
         except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = CheckpointError(f"{self._doing}: {described(error)}")
             failure.__cause__ = error
-        self._told(so, lambda: agree(self._meeting, self._doing, facts, failure, more=more), failure)
+        self._told(so, lambda: agree(self._rendezvous, self._doing, facts, failure, more=more), failure)
 
     def _told(self, so: str, function: Callable[[], Any], failure: CommhubError | None = None) -> Any:
         """What the function returns; of its errors, one class on all ranks, so that all can do the same about it."""
@@ -75,23 +75,23 @@ class Together:
     def give(self, entry: Entry) -> None:
         """Tell rank 0 of this rank's file, within a round."""
         text = json.dumps([entry.file, entry.bytes, entry.blake2b])
-        store = self._meeting.branch("files")
-        within(self._meeting.timeout, lambda: store.set(str(self.rank), text))
+        store = self._rendezvous.branch("files")
+        within(self._rendezvous.timeout, lambda: store.set(str(self.rank), text))
 
     def given(self) -> list[Entry]:
         """On rank 0, after that round: the files in rank order."""
-        store = self._meeting.branch("files")
+        store = self._rendezvous.branch("files")
         ranks = range(self.size)
-        return within(self._meeting.timeout, lambda: [Entry(*json.loads(store.get(str(rank)))) for rank in ranks])
+        return within(self._rendezvous.timeout, lambda: [Entry(*json.loads(store.get(str(rank)))) for rank in ranks])
 
 
-def save(ground: Ground, directory: str | Path, state_dict: Callable[[], dict[str, Any]]) -> None:
+def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[str, Any]]) -> None:
     """Replace the checkpoint in ``directory``, or make the first one.
 
     Raises:
         CommhubError: as ``Together.round``.
     """
-    together = Together(ground, "save")
+    together = Together(target, "save")
     so = "What the directory held before is as it was."
     with together.round(so) as facts:
         state = state_dict()  # first, and on every rank: an average may be due, which all of them make together
@@ -114,7 +114,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
     Args:
         registration: which goes on.
         take: given rank and world size, finds what this rank goes on from.
-        alone: whether this rank calls for itself: there is no schedule, and no meeting.
+        alone: whether this rank calls for itself: there is no schedule, and no rendezvous.
 
     Raises:
         CommhubError: as ``Together.round``.
@@ -126,7 +126,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         _saving.check_hook(part, str(registration))
         _change(registration, _saving.fit(part, former.engine.state))
         return
-    together = Together(registration._ground, "load")
+    together = Together(registration._target, "load")
     so = "Nothing was changed on any rank."
     with together.round(so) as facts:
         registration._check_usable()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from commhub.training.averaging._snapshot import Place
+from commhub.training.averaging._snapshot import Snapshot
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool)
 KINDS = {
@@ -28,7 +28,7 @@ def drawn(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_bit_that_is_written_through_data_is_seen(dtype, kind):
     tensor = KINDS[kind](drawn(dtype))
-    place = Place([torch.zeros(3), torch.zeros(0, 3), tensor])
+    place = Snapshot([torch.zeros(3), torch.zeros(0, 3), tensor])
     place.keep(bits=True)
     assert place.holds()
     before = tensor._version
@@ -47,7 +47,7 @@ def test_one_bit_that_is_written_through_data_is_seen(dtype, kind):
 def test_what_counts_up_or_is_elsewhere_is_seen_without_bits_too():
     for write in (lambda p: p.add_(0), lambda p: setattr(p, "data", p.data.clone())):
         parameter = torch.nn.Parameter(torch.ones(3), requires_grad=False)
-        place = Place([parameter])
+        place = Snapshot([parameter])
         assert place.holds()  # nothing is noted yet
         place.keep(bits=False)
         assert place.holds()
@@ -62,7 +62,7 @@ def test_what_counts_up_or_is_elsewhere_is_seen_without_bits_too():
 
 def test_memory_that_came_in_another_s_stead_is_read():
     parameter = torch.nn.Parameter(torch.ones(20_000), requires_grad=False)
-    place = Place([parameter])
+    place = Snapshot([parameter])
     for _ in range(2):
         place.forget()
         place.keep(bits=True)
@@ -73,7 +73,7 @@ def test_memory_that_came_in_another_s_stead_is_read():
 
 def test_what_moves_from_one_row_to_another_is_seen():
     parameter = torch.nn.Parameter(torch.arange(20_000.0), requires_grad=False)
-    place = Place([parameter])
+    place = Snapshot([parameter])
     place.keep(bits=True)
     parameter.data.copy_(parameter.data.flip(0))
     assert not place.holds()

@@ -386,7 +386,7 @@ def test_loading_allocates_what_is_read_and_no_copy_of_it(ranks, tmp_path):
     ranks(allocated, 2, tmp_path)
 
 
-# Meeting.
+# Rendezvous.
 
 
 def absent(folder):

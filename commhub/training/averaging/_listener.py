@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Tells:
+class Listener:
     """Calls a method of an object for as long as there is the object, outside of what is compiled."""
 
     def __init__(self, method: Callable[..., Any]) -> None:

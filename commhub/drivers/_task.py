@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
 
-    from ._asked import Place
+    from ._asked import Position
     from ._stats import Meter
 
 
 logger = logging.getLogger("commhub")
 
 
-class Lane:
-    """Drives ``hook.reduce(bucket)``: ``start``, then ``land`` the results of ``jobs`` until ``finished``.
+class Task:
+    """Drives ``hook.reduce(bucket)``: ``start``, then ``resume`` the results of ``jobs`` until ``finished``.
 
     ``groups`` are those among which it has communicated so far, ``None`` for all ranks; ``stage`` is the number of
     times it has.
@@ -42,7 +42,7 @@ class Lane:
         wire: the registration's wire dtype.
         scratch, meter: the driver's.
         watch: whether to keep ``bucket.finite``: for hooks that hold state.
-        place: where it stands among all that the ranks do alike; ``None`` where nobody compares what they ask for.
+        position: where it stands among all that the ranks do alike; ``None`` where nobody compares what they ask for.
         done: called once, when the exchange has ended or was given up.
     """
 
@@ -56,11 +56,11 @@ class Lane:
         scratch: Scratch,
         meter: Meter,
         watch: bool,
-        place: Place | None = None,
+        position: Position | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.bucket = bucket
-        self.place = place
+        self.position = position
         self.stage = -1
         self.jobs: tuple[Job, ...] = ()
         self.groups: set[Subgroup | None] = set()
@@ -89,21 +89,21 @@ class Lane:
             self._exchange = exchange
             self._send(None, began)
 
-    def land(self, raws: Sequence[Tensor]) -> None:
+    def resume(self, raws: Sequence[Tensor]) -> None:
         """Give the hook the results of ``jobs``, as they travelled, and run it up to its next collectives."""
         began = time.monotonic()
         with torch.no_grad(), self._no_autocast():
-            results = tuple(job.finish(raw) for job, raw in zip(self.jobs, raws, strict=True))
+            results = tuple(job.result(raw) for job, raw in zip(self.jobs, raws, strict=True))
             if self._watch:
                 self._note_finite(results)
             self._send(results[0] if self._single else results, began)
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Say that this bucket is done with, however it ended. Any thread may, and the first one does."""
         with contextlib.suppress(IndexError):
             self._done.pop()()
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Close the generator; the bucket keeps whatever is in it. Raises nothing."""
         self.finished = True
         exchange, self._exchange = self._exchange, None
@@ -113,7 +113,7 @@ class Lane:
             self.bucket.look_at_written()
         except BaseException as error:  # noqa: BLE001 - a hook may raise anything, and the step has failed already
             logger.warning("a hook raised while its exchange was being given up: %s", described(error))
-        self.settle()
+        self.complete()
 
     def _send(self, value: Any, began: float) -> None:
         assert self._exchange is not None

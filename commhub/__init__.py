@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Subgroup,
     )
     from commhub.protocol._hook import Averager, Exchange, Hook
+    from commhub.protocol._relay import relay
     from commhub.protocol._setup import Setup
     from commhub.protocol._state import State
     from commhub.registry._documented_names import HookType
@@ -85,6 +86,7 @@ __all__ = [
     "manual",
     "register",
     "registration",
+    "relay",
     "simulate",
     "toolkit",
 ]
@@ -128,6 +130,7 @@ _HOMES = {
     "manual": "commhub.training._manual",
     "register": "commhub.training._register",
     "registration": "commhub.training._register",
+    "relay": "commhub.protocol._relay",
     "simulate": "commhub.drivers._simulator",
     "toolkit": "commhub.toolkit",
 }

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ._collectives import Collective
+from ._relay import relay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+
+    from torch import Tensor
 
     from ._bucket import Bucket
     from ._collectives import Subgroup
-    from ._hook import Averager, Exchange, Hook
+    from ._hook import Averager, Exchange, Hook, Request
     from ._setup import Setup
 
 
@@ -81,16 +84,11 @@ def confine(exchange: Exchange, group: Subgroup) -> Exchange:
         confined = isinstance(request, Collective) and request.group is None
         return attrs.evolve(request, group=group) if confined else request
 
-    results: Any = None
-    try:
-        while True:
-            try:
-                request = exchange.send(results)
-            except StopIteration:
-                return
-            results = yield tuple(map(within, request)) if isinstance(request, tuple) else within(request)
-    finally:
-        exchange.close()
+    def stage(requests: tuple[Collective, ...]) -> Generator[Request, Any, tuple[Tensor, ...]]:
+        results: tuple[Tensor, ...] = yield tuple(map(within, requests))
+        return results
+
+    return relay(exchange, stage)
 
 
 @attrs.frozen(eq=False)

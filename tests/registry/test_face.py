@@ -12,7 +12,7 @@ CHECK = "; import sys; sys.exit('torch is loaded' if 'torch' in sys.modules else
 WITHOUT_TORCH = [
     "import commhub",
     "import commhub; dir(commhub); commhub.__version__",
-    "import commhub; commhub.HookSpec, commhub.Option, commhub.hookimpl, commhub.CommhubError",
+    "import commhub; commhub.HookSpec, commhub.Option, commhub.hookimpl, commhub.CommhubError, commhub.relay",
     "import commhub; commhub.installed(), commhub.hooks(), commhub.HookType",
     "import commhub.registry._hookstring, commhub.registry._enum, commhub.registry._documented_names",
     "from commhub.cli import main; main(['--help'], standalone_mode=False)",

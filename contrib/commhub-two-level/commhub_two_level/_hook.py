@@ -125,18 +125,7 @@ def _dense(bucket: Bucket) -> Exchange:
 
 def _shared_out(exchange: Exchange, bucket: Bucket, hosts: Hosts) -> Exchange:
     """The inner hook's exchange, with each of its collectives among hosts shared out among their ranks."""
-    answer: Any = None
-    try:
-        while True:
-            try:
-                request = exchange.send(answer)
-            except StopIteration:
-                return
-            single = not isinstance(request, tuple)
-            results = yield from _one_stage((request,) if single else request, bucket, hosts)  # type: ignore[arg-type]
-            answer = results[0] if single else results
-    finally:
-        exchange.close()
+    return commhub.relay(exchange, lambda asked: _one_stage(asked, bucket, hosts))
 
 
 def _one_stage(asked: Sequence[Collective], bucket: Bucket, hosts: Hosts) -> Any:

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commhub import AllReduce
+from commhub import AllReduce, relay
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
-    from commhub import Bucket, Exchange
+    from torch import Tensor
+
+    from commhub import Bucket, Collective, Exchange
 
 
 def reduce_with_flags(exchange: Exchange, bucket: Bucket) -> Generator[Any, Any, tuple[bool, ...]]:
@@ -23,22 +25,17 @@ def reduce_with_flags(exchange: Exchange, bucket: Bucket) -> Generator[Any, Any,
     mine = torch.tensor(bucket.used, dtype=torch.int32, device=bucket.flat.device)
     flags = AllReduce(mine, op="sum")
     counts: Any = None
-    answer: Any = None
-    try:
-        while True:
-            try:
-                request = exchange.send(answer)
-            except StopIteration:
-                break
-            if counts is not None:
-                answer = yield request
-            elif isinstance(request, tuple):
-                *several, counts = yield (*request, flags)
-                answer = tuple(several)
-            else:
-                answer, counts = yield (request, flags)
-    finally:
-        exchange.close()
+
+    def stage(asked: tuple[Collective, ...]) -> Generator[Any, Any, Sequence[Tensor]]:
+        nonlocal counts
+        results: Sequence[Tensor]
+        if counts is None:
+            *results, counts = yield (*asked, flags)
+        else:
+            results = yield asked
+        return results
+
+    yield from relay(exchange, stage)
     if counts is None:
         counts = yield flags
     return tuple(count > 0 for count in counts.tolist())

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import attrs
 
 from commhub.drivers._network import Network
-from commhub.registry._hookstring import HookString, parse
 
 if TYPE_CHECKING:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from commhub import Registration
-    from commhub.registry._spec import AveragerSpec, HookSpec
+    from commhub.registry._recipe import Recipe
 
     from ._options import Settings
 
@@ -43,7 +42,7 @@ def network(settings: Settings) -> Network | None:
 
 def in_canonical_form(text: str) -> str:
     """Return `text` as register would print it; CommhubError if it cannot be resolved. Imports no torch."""
-    return str(_resolve(text)[0])
+    return str(_resolve(text))
 
 
 def in_steady_state(text: str) -> str:
@@ -52,28 +51,23 @@ def in_steady_state(text: str) -> str:
     A hook that begins with a dense phase (`start_step`, a thousand steps in real training) would be measured
     as a plain all-reduce, so `start_step` becomes 0 where it was not given, in hooks inside another one too.
     """
-    chosen, spec = _resolve(text)
-    free = [option for option in spec.options if option.name not in spec.preset]
-    options = dict(chosen.options)
+    recipe = _resolve(text)
+    assert recipe.spec is not None
+    free = [option for option in recipe.spec.options if option.name not in recipe.spec.preset]
+    options = dict(recipe.given)
     for option in free:
         inner = options.get(option.name, option.default)
         if option.type == "hook" and inner is not None and in_steady_state(str(inner)) != in_canonical_form(str(inner)):
             options[option.name] = in_steady_state(str(inner))
         if option.name == _DENSE_PHASE:
             options.setdefault(_DENSE_PHASE, 0)
-    return str(attrs.evolve(chosen, options=options))
+    return str(attrs.evolve(recipe, given=options))
 
 
-def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:
-    from commhub.registry._registry import resolve
+def _resolve(text: str) -> Recipe:
+    from commhub.registry._recipe import resolve
 
-    wanted = parse(text)
-    # A hook string may hold `wire`, which belongs to register and which the registry does not know.
-    general = {key: value for key, value in wanted.options.items() if key == "wire"}
-    own = {key: value for key, value in wanted.options.items() if key != "wire"}
-    choice = resolve(str(attrs.evolve(wanted, options={})), own)
-    chosen = parse(choice.canonical)
-    return attrs.evolve(chosen, options={**chosen.options, **general}), choice.spec
+    return resolve(text, reserved=("wire",))
 
 
 def attach(

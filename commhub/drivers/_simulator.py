@@ -22,7 +22,7 @@ from commhub.protocol._nesting import Confined, LocalSteps
 from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
 from commhub.protocol._wire import wire_dtype
-from commhub.registry._choosing import choose
+from commhub.registry._recipe import choose
 
 from ._failure import own_error
 from ._job import Scratch

@@ -1,4 +1,4 @@
-"""Wire dtypes: what ``wire=`` may say, and how it is written."""
+"""Wire dtypes: from what ``wire=`` says to a ``torch.dtype``, and back to its shortest name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import torch
 
 from commhub._errors import HookOptionError
 
-_WIRES = {
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+from ._wire_names import WIRES, bare, short_name
 
 
 def wire_dtype(wire: object) -> torch.dtype | None:
@@ -25,13 +17,14 @@ def wire_dtype(wire: object) -> torch.dtype | None:
     """
     if wire is None or (isinstance(wire, torch.dtype) and wire.is_floating_point):
         return wire
-    if isinstance(wire, str) and wire.lower().removeprefix("torch.") in _WIRES:
-        return _WIRES[wire.lower().removeprefix("torch.")]
+    if isinstance(wire, str) and bare(wire) in WIRES:
+        dtype: torch.dtype = getattr(torch, WIRES[bare(wire)])
+        return dtype
     raise HookOptionError(
-        f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(_WIRES))}."
+        f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(WIRES))}."
     )
 
 
 def short_dtype(dtype: torch.dtype) -> str:
     """The shortest name that ``wire_dtype`` reads back."""
-    return next((name for name, known in _WIRES.items() if known is dtype), str(dtype).removeprefix("torch."))
+    return short_name(dtype)

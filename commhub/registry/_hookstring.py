@@ -1,4 +1,4 @@
-"""Hook strings: `[distribution:]name[(key=value, ...)]`, read and written.
+"""Hook strings: ``[distribution:]name[(key=value, ...)]``, read and written.
 
 One notation serves `register`, the command line, configuration files and what is printed, so reading what was
 written gives the same again. This module knows the notation only: not which hooks exist, nor which options.
@@ -19,11 +19,12 @@ from ._brackets import closing, malformed, pieces
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["HookString", "canonical_distribution", "canonical_name", "parse", "split"]
+__all__ = ["HookString", "canonical_distribution", "canonical_name", "parse", "parse_any", "split", "write"]
 
 _DISTRIBUTION: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME: Final = r"[A-Za-z][A-Za-z0-9_-]*"
 _HEAD: Final = re.compile(rf"\s*(?:({_DISTRIBUTION})\s*:\s*)?({_NAME})\s*", re.ASCII)
+_ANY_HEAD: Final = re.compile(r"(?:([^(]*):)?([^(:]*)")
 _NESTED: Final = re.compile(rf"{_DISTRIBUTION}\s*:|{_NAME}\s*\(", re.ASCII)
 _KEY: Final = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*", re.ASCII)
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
@@ -32,12 +33,12 @@ _PLAIN: Final = (bool, int, float, str, list, tuple, dict)
 
 
 def canonical_name(name: str) -> str:
-    """Return the one spelling under which a name is looked up: `Power-SGD` and `power_sgd` are the same."""
+    """The one spelling under which a name is looked up: ``Power-SGD`` and ``power_sgd`` are the same."""
     return name.strip().lower().replace("-", "_")
 
 
 def canonical_distribution(name: str) -> str:
-    """Return a distribution's normalised name, as package indexes compare it."""
+    """A distribution's normalised name, as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -47,43 +48,66 @@ def _copy(options: Mapping[str, object]) -> dict[str, object]:
 
 @attrs.frozen(kw_only=True)
 class HookString:
-    """A hook string in parts; `str()` gives its canonical form, with the options sorted by name.
+    """A hook string in parts; ``str()`` gives its canonical form, with the options sorted by name.
 
-    `parse(str(x)) == x` holds for every `x` whose values can be written: numbers other than NaN, booleans,
-    None, strings, and lists, tuples and dicts of these. For others `str()` raises HookOptionError.
+    ``parse(str(x)) == x`` holds for every ``x`` whose values can be written (see ``write``).
+
+    Attributes:
+        name: as it was written; names that are looked up alike are equal.
+        options: by name, their values.
+        distribution: normalised; ``None`` where there is none.
     """
 
-    name: str = attrs.field(converter=canonical_name)
+    name: str = attrs.field(eq=canonical_name)
     options: Mapping[str, object] = attrs.field(factory=dict, converter=_copy, hash=False)
     distribution: str | None = attrs.field(default=None, converter=attrs.converters.optional(canonical_distribution))
 
     def __str__(self) -> str:
-        head = f"{self.distribution}:{self.name}" if self.distribution else self.name
-        if not self.options:
-            return head
-        return f"{head}({', '.join(f'{key}={_write(value)}' for key, value in sorted(self.options.items()))})"
+        return write(canonical_name(self.name), self.distribution, self.options)
+
+
+def write(name: str, distribution: str | None, options: Mapping[str, object]) -> str:
+    """The hook string of these parts, with the options sorted and the name as it is.
+
+    Raises:
+        HookOptionError: for a value that cannot be written. Numbers other than NaN, booleans, None, strings, and lists,
+            tuples and dicts of these can.
+    """
+    head = f"{distribution}:{name}" if distribution else name
+    if not options:
+        return head
+    return f"{head}({', '.join(f'{key}={_write(value)}' for key, value in sorted(options.items()))})"
 
 
 def parse(text: str) -> HookString:
     """Read one hook string.
 
-    A value is a Python literal, a bare word (`true`, `false` and `none` in any case, else a string), or a
-    nested hook string, which stays a string in canonical form. Raises HookOptionError, with the position, if the
-    text is malformed or gives a key twice.
+    A value is a Python literal, a bare word (``true``, ``false`` and ``none`` in any case, else a string), or a
+    nested hook string, which stays a string in canonical form.
+
+    Raises:
+        HookOptionError: with the position, if the text is malformed or gives a key twice.
 
     >>> parse("powersgd(rank=4, wire=bf16)").options
     {'rank': 4, 'wire': 'bf16'}
     """
-    try:
-        return _parse(text)
-    except RecursionError:
-        raise malformed(text, 0, "it is nested too deeply") from None
+    return _safely(text, _HEAD)
+
+
+def parse_any(text: str) -> HookString:
+    """Read one hook string whose name may be that of any class, as a registration of a hook object writes it.
+
+    Raises:
+        HookOptionError: as ``parse``, for malformed options.
+    """
+    return _safely(text, _ANY_HEAD)
 
 
 def split(text: str) -> tuple[str, ...]:
     """Split a comma-separated list of hook strings outside brackets and quotes.
 
-    Raises HookOptionError when an item is empty or a bracket or quote is left open.
+    Raises:
+        HookOptionError: when an item is empty or a bracket or quote is left open.
 
     >>> split("fp16, powersgd(rank=4, wire=bf16)")
     ('fp16', 'powersgd(rank=4, wire=bf16)')
@@ -99,8 +123,15 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _parse(text: str) -> HookString:
-    head = _HEAD.match(text)
+def _safely(text: str, begins: re.Pattern[str]) -> HookString:
+    try:
+        return _parse(text, begins)
+    except RecursionError:
+        raise malformed(text, 0, "it is nested too deeply") from None
+
+
+def _parse(text: str, begins: re.Pattern[str] = _HEAD) -> HookString:
+    head = begins.match(text)
     if not head:
         raise malformed(text, 0, "it does not begin with a hook's name")
     options: dict[str, object] = {}
@@ -113,7 +144,7 @@ def _parse(text: str) -> HookString:
             raise malformed(text, end + 1, "something follows the closing bracket")
         ranges = list(pieces(text, inside, end))
         if not text[slice(*ranges[-1])].strip():
-            ranges.pop()  # `name()`, or a comma after the last option
+            ranges.pop()  # ``name()``, or a comma after the last option
         for start, stop in ranges:
             key = _KEY.match(text, start, stop)
             if not key:
@@ -125,7 +156,7 @@ def _parse(text: str) -> HookString:
 
 
 def _read(text: str, start: int, stop: int) -> object:
-    """Return the value that `text[start:stop]` stands for."""
+    """The value that ``text[start:stop]`` stands for."""
     import ast  # only texts with options pay for it
 
     value = text[start:stop].strip()
@@ -147,7 +178,7 @@ def _read(text: str, start: int, stop: int) -> object:
 
 @functools.lru_cache(maxsize=256)
 def _nested(text: str) -> str:
-    """Return a nested hook string in canonical form. Writing one reads what is inside it again: remembered, once."""
+    """A nested hook string in canonical form. Writing one reads what is inside it again: remembered, once."""
     return str(_parse(text))
 
 
@@ -160,7 +191,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _write(value: object) -> str:
-    """Return the text that reads back as `value`, a string without quotes where that is the same."""
+    """The text that reads back as ``value``, a string without quotes where that is the same."""
     if not isinstance(value, str):
         return _literal(value)
     try:

@@ -1,62 +1,138 @@
-"""A hook or averager that has been chosen, with its options checked: everything short of importing it.
+"""From what a user writes (a name, a hook string, a ``HookType`` member, a hook object) to a hook that can be made.
 
-`load` and `create` are the only ways from a name to a plugin's own code, so its failures get a name here.
+A hook string is read here once; after that there is the recipe. ``load`` and ``make`` are the only ways from a name to
+a plugin's own code, so its failures get a name here. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from commhub._errors import CommhubError, HookOptionError, PluginError, described
+from commhub._errors import CommhubError, HookOptionError, PluginError, UnknownHookError, described
+from commhub.protocol._hook import is_averager
+from commhub.protocol._nesting import InnerHook
+from commhub.protocol._wire_names import short_name
 
-from ._hookstring import HookString, parse
-from ._lookup import canonical
+from . import _lookup
+from ._hookstring import parse, parse_any, write
+from ._options import check_options
+from ._registry import specs_of
 from ._spec import RESERVED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from ._spec import AveragerSpec, HookSpec
 
-__all__ = ["Choice", "canonical_string", "check_options"]
+__all__ = ["Recipe", "choose", "resolve"]
 
 
 @attrs.frozen(kw_only=True)
-class Choice:
-    """What a name and its options lead to.
+class Recipe:
+    """A hook or averager that was chosen, and can be made. ``str()`` is the hook string that leads here again.
 
-    `given` are the user's options, checked and converted; `options` adds defaults and preset. `canonical`
-    is the hook string that leads here again, with a distribution only where the bare name would not.
+    Attributes:
+        name: the registered name, also of what ``commhub.create`` made; the class's name for any other hook object.
+        distribution: whose hook it is; empty for a hook object.
+        version: the distribution's; empty for a hook object.
+        qualified: whether a hook string needs the distribution, because the bare name leads elsewhere or nowhere.
+        given: the user's options, checked and converted.
+        options: all options, with defaults and preset.
+        reserved: what was given of ``register``'s own arguments, as it was given.
+        spec: what the plugin declares; ``None`` for a hook object.
+        instance: the hook object; ``None`` for a hook that has yet to be made.
+
+    Raises:
+        HookOptionError: if an option has a value that cannot be written in a hook string.
     """
 
-    spec: HookSpec | AveragerSpec
-    distribution: str
-    version: str
-    given: Mapping[str, object]
-    options: Mapping[str, object]
-    canonical: str
+    name: str
+    distribution: str = ""
+    version: str = ""
+    qualified: bool = False
+    given: Mapping[str, object] = attrs.field(factory=dict, hash=False)
+    options: Mapping[str, object] = attrs.field(factory=dict, hash=False)
+    reserved: Mapping[str, object] = attrs.field(factory=dict, hash=False)
+    spec: HookSpec | AveragerSpec | None = None
+    instance: Any = attrs.field(default=None, eq=id)
+    _text: str = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        given = dict(self.given) if self.wire is None else {**self.given, "wire": self.wire}
+        object.__setattr__(self, "_text", write(self.name, self.distribution if self.qualified else None, given))
+
+    def __str__(self) -> str:
+        return self._text
 
     @property
-    def name(self) -> str:
-        """The hook's canonical name."""
-        return self.spec.name
+    def label(self) -> str:
+        """How errors name it: ``powersgd (commhub-powersgd 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})" if self.distribution else self.name
+
+    @property
+    def wire(self) -> str | None:
+        """The wire dtype that was given, in its shortest spelling; what is no dtype stays as it is."""
+        wire = self.reserved.get("wire")
+        return None if wire is None else short_name(wire)
 
     @property
     def kind(self) -> str:
-        """`"hook"` or `"averager"`."""
-        return self.spec.kind
+        """``"hook"`` or ``"averager"``."""
+        if self.spec is not None:
+            return self.spec.kind
+        return "averager" if is_averager(self.instance) else "hook"
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version})"
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be given at ``register`` besides the model."""
+        return () if self.spec is None else self.spec.needs
 
-    def load(self) -> Callable[..., object]:
-        """Import the factory.
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where its tensors may live."""
+        return ("cpu", "cuda") if self.spec is None else self.spec.devices
 
-        Raises PluginError, from the original, when it cannot be imported or is not callable.
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """The hook strings among its options."""
+        hooks = [] if self.spec is None else [option.name for option in self.spec.options if option.type == "hook"]
+        return tuple(str(self.options[name]) for name in hooks if self.options[name] is not None)
+
+    def packages(self) -> dict[str, str]:
+        """The distributions that its hook strings lead to, its own included, with their versions.
+
+        Raises:
+            UnknownHookError, HookConflictError, PluginError, HookOptionError: for a nested hook that cannot be had.
         """
+        found = {self.distribution: self.version} if self.distribution else {}
+        for text in self.nested:
+            found |= choose(text, {}).packages()
+        return found
+
+    def wrote(self, text: str) -> bool:
+        """Whether ``text`` is the hook string of the same hook and options, whatever its wire and distribution.
+
+        Raises:
+            HookOptionError: if the text cannot be read.
+        """
+        if text == self._text:
+            return True
+        other = parse_any(text)
+        theirs = {key: value for key, value in other.options.items() if key != "wire"}
+        return write(other.name, None, theirs) == write(self.name, None, self.given)
+
+    def load(self) -> Callable[..., Any]:
+        """Import what makes the hook.
+
+        Raises:
+            PluginError: from the original, when it cannot be imported or is not callable.
+        """
+        if self.spec is None:
+            return lambda: self.instance
         module, _, attribute = self.spec.factory.partition(":")
         try:
             factory = getattr(import_module(module), attribute)
@@ -64,80 +140,104 @@ class Choice:
             raise
         except BaseException as err:
             raise PluginError(
-                f"{self}: its factory {self.spec.factory} cannot be imported: {described(err)}. "
+                f"{self.label}: its factory {self.spec.factory} cannot be imported: {described(err)}. "
                 f"Repair, upgrade or uninstall {self.distribution}."
             ) from err
         if not callable(factory):
-            raise PluginError(f"{self}: its factory {self.spec.factory} is {factory!r}, not a callable.")
-        return cast("Callable[..., object]", factory)
+            raise PluginError(f"{self.label}: its factory {self.spec.factory} is {factory!r}, not a callable.")
+        return cast("Callable[..., Any]", factory)
 
-    def create(self) -> Any:
-        """Return a new instance.
+    def make(self) -> Any:
+        """A hook or averager: each call makes a new one, except of a hook object. Errors of commhub's own pass.
 
-        Raises HookOptionError when the factory refuses its options with TypeError or ValueError, and
-        PluginError when it cannot be imported or fails in another way. Errors of commhub's own pass
-        unchanged.
+        Raises:
+            HookOptionError: when the factory refuses its options with TypeError or ValueError.
+            PluginError: when it cannot be imported or fails in another way.
         """
+        if self.spec is None:
+            return self.instance
         factory = self.load()
         try:
             return factory(**self.options)
         except CommhubError:
             raise
         except (TypeError, ValueError) as err:
-            raise HookOptionError(f"{self}: {err}") from err
+            raise HookOptionError(f"{self.label}: {err}") from err
         except Exception as err:
-            raise PluginError(f"{self}: its factory failed with {described(err)}.") from err
+            raise PluginError(f"{self.label}: its factory failed with {described(err)}.") from err
 
 
-def check_options(
-    spec: HookSpec | AveragerSpec, where: str, given: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, object]]:
-    """Return the user's options converted, and all options with defaults and preset.
+def choose(hook: object, options: Mapping[str, Any]) -> Recipe:
+    """Resolve what the user wrote; nothing is made yet. Arguments of ``register`` may stand among the options.
 
-    Raises HookOptionError, beginning with `where`, for an option that is unknown, preset, reserved, of the
-    wrong type or none of the choices.
+    Raises:
+        UnknownHookError, HookConflictError, PluginError: see ``commhub.info``.
+        HookOptionError: for an option that is unknown, given twice, or of the wrong type.
+        TypeError: if ``hook`` is neither text nor has a ``reduce`` method.
     """
-    converted: dict[str, object] = {}
-    for name, value in sorted(given.items()):
-        option = spec.option(name)
-        if option is None:
-            raise HookOptionError(f"{where}: {_unknown(spec, name)}")
-        if name in spec.preset:
-            raise HookOptionError(
-                f"{where}: {name} is preset to {spec.preset[name]!r} by this name and cannot be given."
-            )
-        try:
-            converted[name] = option.convert(value)
-        except ValueError as err:
-            raise HookOptionError(f"{where}: {err}.") from err
-        if option.type == "hook" and value is not None:
-            converted[name] = _nested(str(converted[name]), f"{where}: {name}")
-    defaults = {option.name: option.default for option in spec.options}
-    return converted, {**defaults, **spec.preset, **converted}
+    if isinstance(hook, str):
+        return resolve(str(getattr(hook, "value", hook)), options, reserved=RESERVED)
+    return _of_object(hook, options)
 
 
-def _nested(text: str, where: str) -> str:
-    """Return a nested hook string in the one spelling that all ranks agree on."""
-    try:
-        nested = parse(text)
-    except HookOptionError as err:
-        raise HookOptionError(f"{where}: {err}") from err
-    return str(attrs.evolve(nested, name=canonical(nested.name)))
+def resolve(
+    text: str, options: Mapping[str, object] | None = None, *, kind: str | None = None, reserved: Collection[str] = ()
+) -> Recipe:
+    """Choose a hook or averager by name, ``distribution:name`` or hook string, and check its options.
+
+    Loads the specs of the one plugin that owns the name, and nothing else.
+
+    Args:
+        text: the hook string.
+        options: more options.
+        kind: ``"hook"`` or ``"averager"``, where only that will do.
+        reserved: those arguments of ``register`` that may stand among the options.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError: see ``commhub.info``.
+        UnknownHookError: also for a name of another kind.
+        HookOptionError: for an option that is unknown, given twice, or of the wrong type.
+    """
+    parsed = parse(text)
+    options = options or {}
+    if twice := sorted(parsed.options.keys() & options.keys()):
+        raise HookOptionError(f"{text}: {twice[0]!r} is given in the hook string and as an argument. Give it once.")
+    every = {**parsed.options, **options}
+    claim = _lookup.find(parsed.name, parsed.distribution)
+    if kind is not None and claim.kind != kind:
+        raise UnknownHookError(f"{claim.name!r} of {claim.distribution} is of kind {claim.kind!r}, not {kind!r}.")
+    spec = specs_of(claim)[claim.name]
+    own = {key: value for key, value in every.items() if key not in reserved}
+    given, effective = check_options(spec, f"{claim.name} ({claim.distribution} {claim.version})", own)
+    return Recipe(
+        name=claim.name,
+        distribution=claim.distribution,
+        version=claim.version,
+        qualified=_lookup.names().get(claim.name) != claim,
+        given=MappingProxyType(given),
+        options=MappingProxyType(effective),
+        reserved=MappingProxyType({key: every[key] for key in sorted(every.keys() - own.keys())}),
+        spec=spec,
+    )
 
 
-def _unknown(spec: HookSpec | AveragerSpec, name: str) -> str:
-    if name in RESERVED:
-        return f"{name} is an argument of commhub.register, not an option of the {spec.kind}. Give it there."
-    free = [option.name for option in spec.options if option.name not in spec.preset]
-    if not free:
-        return f"there is no option {name!r}; it takes none."
-    import difflib  # only failures pay for it
+def _of_object(hook: object, options: Mapping[str, Any]) -> Recipe:
+    if isinstance(hook, type) or not callable(getattr(hook, "reduce", None)):
+        shown = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
+        raise TypeError(
+            f"{shown} is no hook. Give a name, a hook string, a HookType member, or an object with reduce(bucket)."
+        )
+    reserved = {key: value for key, value in options.items() if key in RESERVED}
+    extra = sorted(options.keys() - reserved.keys())
+    name, inside = hook.made if isinstance(hook, InnerHook) else (type(hook).__name__, hook)
+    if extra:
+        raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
+    return Recipe(name=name, options=_plain_fields(inside), reserved=reserved, instance=hook)
 
-    close = difflib.get_close_matches(name, free, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"there is no option {name!r}.{hint} Its options are {', '.join(sorted(free))}."
 
-
-def canonical_string(name: str, distribution: str | None, given: Mapping[str, object]) -> str:
-    """Return the canonical hook string; raises HookOptionError for a value that cannot be written."""
-    return str(HookString(name=name, distribution=distribution, options=given))
+def _plain_fields(hook: object) -> dict[str, object]:
+    """The settings of an attrs class that can be compared between processes."""
+    kind: type = type(hook)
+    fields = attrs.fields(kind) if attrs.has(kind) else ()
+    values = {field.alias or field.name: getattr(hook, field.name) for field in fields if field.init}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | dict | None)}

@@ -1,4 +1,4 @@
-"""The registry: what is installed, what a name resolves to, and the way from a name to a hook.
+"""The registry: what is installed, and what each name resolves to.
 
 It joins the two floors of discovery: metadata says who claims a name, and only then the specs of that one
 plugin are loaded. Listing loads all plugins, each apart.
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from commhub._errors import HookOptionError, PluginError, UnknownHookError
+from commhub._errors import PluginError
 
 from . import _index, _lookup
 from ._hookstring import parse
 from ._loading import load_specs
-from ._recipe import Choice, canonical_string, check_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from ._lookup import Standing
     from ._spec import AveragerSpec, HookSpec
 
-__all__ = ["HookInfo", "hooks", "info", "installed", "refresh", "resolve"]
+__all__ = ["HookInfo", "hooks", "info", "installed", "refresh", "specs_of"]
 
 _loaded: dict[tuple[Claim, ...], _Loaded] = {}
 _lock = threading.Lock()
@@ -36,10 +35,15 @@ _lock = threading.Lock()
 class HookInfo:
     """One claim to a name, as listed.
 
-    * `kind`: `"hook"` or `"averager"`.
-    * `status`: `"ok"`, `"broken"`, `"disabled"`, `"conflict"`, `"shadowed"` or `"incompatible"`.
-    * `error`: why the status is not `"ok"`, and what to do; else None.
-    * `spec`: what the plugin declares; None where its specs were not or could not be loaded.
+    Attributes:
+        name: canonical.
+        kind: ``"hook"`` or ``"averager"``.
+        distribution: whose claim it is.
+        version: the distribution's.
+        status: ``"ok"``, ``"broken"``, ``"disabled"``, ``"conflict"``, ``"shadowed"`` or ``"incompatible"``.
+        summary: one line; empty where there is no spec.
+        error: why the status is not ``"ok"``, and what to do; else ``None``.
+        spec: what the plugin declares; ``None`` where its specs were not or could not be loaded.
     """
 
     name: str
@@ -52,7 +56,7 @@ class HookInfo:
     spec: HookSpec | AveragerSpec | None
 
     def as_dict(self) -> dict[str, str | None]:
-        """Return the row as `commhub list --json` prints it."""
+        """The row as ``commhub list --json`` prints it."""
         return {field: getattr(self, field) for field in _COLUMNS}
 
 
@@ -67,7 +71,7 @@ def refresh() -> None:
 
 
 def installed() -> tuple[HookInfo, ...]:
-    """Return one row per claim, hooks and averagers alike, sorted by name and distribution.
+    """One row per claim, hooks and averagers alike, sorted by name and distribution.
 
     A broken plugin is a row that says why; nothing raises.
     """
@@ -75,46 +79,22 @@ def installed() -> tuple[HookInfo, ...]:
 
 
 def hooks() -> Mapping[str, HookInfo]:
-    """Return what each bare name resolves to, both kinds, sorted; unusable names are left out."""
+    """What each bare name resolves to, both kinds, sorted; unusable names are left out."""
     return MappingProxyType({row.name: row for row in installed() if row.status == "ok"})
 
 
 def info(name: str) -> HookInfo:
-    """Return the row of one name, alias or `distribution:name`; a broken plugin's row says why.
+    """The row of one name, alias or ``distribution:name``; a broken plugin's row says why.
 
-    Raises UnknownHookError, HookConflictError or PluginError when the name leads to no plugin that may be
-    loaded.
+    Raises:
+        UnknownHookError: when nothing installed and enabled has that name.
+        HookConflictError: when several distributions have it.
+        PluginError: when what has it needs another version of commhub.
+        HookOptionError: when it cannot be read.
     """
     text = parse(name)
     claim = _lookup.find(text.name, text.distribution)
     return next(_info(standing) for standing in _lookup.standings() if standing.claim == claim)
-
-
-def resolve(name: str, options: Mapping[str, object] | None = None, kind: str | None = None) -> Choice:
-    """Choose a hook or averager by name, `distribution:name` or hook string, and check its options.
-
-    Loads the specs of the one plugin that owns the name. Raises UnknownHookError, HookConflictError,
-    PluginError or HookOptionError; with `kind`, also UnknownHookError for a name of the other kind.
-    """
-    text = parse(name)
-    claim = _lookup.find(text.name, text.distribution)
-    if kind is not None and claim.kind != kind:
-        raise UnknownHookError(f"{claim.name!r} of {claim.distribution} is of kind {claim.kind!r}, not {kind!r}.")
-    spec = _specs(claim)[claim.name]
-    where = f"{claim.name} ({claim.distribution} {claim.version})"
-    options = options or {}
-    if twice := sorted(set(options) & set(text.options)):
-        raise HookOptionError(f"{where}: {', '.join(twice)} is given both in the hook string and apart.")
-    given, effective = check_options(spec, where, {**text.options, **options})
-    bare = _lookup.names().get(claim.name) == claim
-    return Choice(
-        spec=spec,
-        distribution=claim.distribution,
-        version=claim.version,
-        given=MappingProxyType(given),
-        options=MappingProxyType(effective),
-        canonical=canonical_string(claim.name, None if bare else claim.distribution, given),
-    )
 
 
 def _info(standing: Standing) -> HookInfo:
@@ -122,7 +102,7 @@ def _info(standing: Standing) -> HookInfo:
     spec = None
     if status in {"ok", "shadowed", "conflict"}:
         try:
-            spec = _specs(claim)[claim.name]
+            spec = specs_of(claim)[claim.name]
         except PluginError as err:
             status, error = "broken", str(err)
     return HookInfo(
@@ -137,8 +117,12 @@ def _info(standing: Standing) -> HookInfo:
     )
 
 
-def _specs(claim: Claim) -> Mapping[str, HookSpec | AveragerSpec]:
-    """Return the specs of the plugin behind a claim, loaded once; a failure is remembered too."""
+def specs_of(claim: Claim) -> Mapping[str, HookSpec | AveragerSpec]:
+    """The specs of the plugin behind a claim, by name; loaded once, and a failure is remembered too.
+
+    Raises:
+        PluginError: when they cannot be loaded.
+    """
     siblings = tuple(
         other for other in _index.claims() if (other.distribution, other.module) == (claim.distribution, claim.module)
     )

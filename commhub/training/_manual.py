@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commhub._errors import RegistrationError
 from commhub.protocol._bucket import lay_out
 from commhub.protocol._hook import is_averager
-from commhub.registry._choosing import choose
+from commhub.registry._recipe import choose
 
 from ._ddp import check_devices
 from ._late import Late, pack, sparse_in
@@ -27,7 +27,7 @@ from ._trained import Trained, trainable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from commhub.registry._choosing import Chosen
+    from commhub.registry._recipe import Recipe
 
 BUCKET_BYTES = 25 * 2**20
 """The size at which a bucket is full, DDP's own default."""
@@ -52,7 +52,7 @@ class ManualRegistration(Registration):
         self._sparse = [(name, p) for name, p in parameters if id(p) in sparse]
         self._late = Late(self._trained, self._module, parameters)
 
-    def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
+    def _replace(self, choose_one: Callable[[], Recipe], call: str = "swap") -> None:
         former = self._target
         self._target = attrs.evolve(former, parameters=self._trained.look())
         try:
@@ -195,7 +195,7 @@ def manual(
     if wire is not None:
         every["wire"] = wire
 
-    def chosen_here() -> Chosen:
+    def chosen_here() -> Recipe:
         check_devices((p for _, p in parameters), dist.get_backend(group))
         return choose(hook, every)
 

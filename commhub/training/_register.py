@@ -12,7 +12,7 @@ import torch.distributed as dist
 from commhub._errors import HookOptionError, RegistrationError
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
-from commhub.registry._choosing import Chosen, choose
+from commhub.registry._recipe import Recipe, choose
 
 from ._ddp import check_devices, find, group_of, refuse
 from ._registration import Registration
@@ -70,7 +70,7 @@ def register(
         if value is not None:
             every[name] = value
 
-    def chosen_here() -> Chosen:
+    def chosen_here() -> Recipe:
         if not isinstance(verify, bool):
             raise RegistrationError(f"verify is {verify!r}; it is True or False.")
         refuse(ddp)

@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from commhub._errors import RegistrationError
-from commhub.registry._choosing import Chosen, choose
+from commhub.registry._recipe import Recipe, choose
 from commhub.training.saving import _saving
 from commhub.training.saving._folder import Folder
 from commhub.training.saving._saved import to_dict
@@ -47,7 +47,7 @@ class Registration:
         self._announce("registered")
 
     def __str__(self) -> str:
-        return self._session.chosen.text(self._session.wire)
+        return str(self._session.chosen)
 
     def __repr__(self) -> str:
         return f"<commhub registration of {self} at step {self.step}>"
@@ -150,7 +150,7 @@ class Registration:
         """
         self._check_usable()
         self._schedule.clear()
-        self._replace(lambda: Chosen(name="none", make=PlainMean), "remove")
+        self._replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
         self._removed = True
         if self._slot is not None:
             self._slot.owner = None
@@ -177,10 +177,10 @@ class Registration:
         if self._session.engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
-    def _replace(self, choose_one: Callable[[], Chosen], call: str = "swap") -> None:
+    def _replace(self, choose_one: Callable[[], Recipe], call: str = "swap") -> None:
         self._install(self._started(choose_one, call))
 
-    def _started(self, choose_one: Callable[[], Chosen], call: str, *, loading: bool = False) -> Session:
+    def _started(self, choose_one: Callable[[], Recipe], call: str, *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
         former = self._session.engine
         session = start(self._target, choose_one, former, call=call, loading=loading)

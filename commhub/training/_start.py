@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from commhub.drivers._driver import Driver
     from commhub.protocol._hook import Averager, Hook
-    from commhub.registry._choosing import Chosen
+    from commhub.registry._recipe import Recipe
 
     from ._target import Target
 
@@ -49,14 +49,14 @@ _taking = threading.Lock()
 class Session:
     """A hook at work."""
 
-    chosen: Chosen
+    chosen: Recipe
     engine: Engine
     wire: torch.dtype | None
 
 
 def start(
     target: Target,
-    choose: Callable[[], Chosen],
+    choose: Callable[[], Recipe],
     former: Engine | None = None,
     *,
     call: str = "register",
@@ -78,7 +78,7 @@ def start(
 
 
 def _start(
-    target: Target, choose: Callable[[], Chosen], former: Engine | None, call: str, at_end: contextlib.ExitStack
+    target: Target, choose: Callable[[], Recipe], former: Engine | None, call: str, at_end: contextlib.ExitStack
 ) -> Session:
     rendezvous = Rendezvous.of(target.group, target.timeout)
     failure: BaseException | None = None
@@ -143,7 +143,7 @@ def stop(engine: Engine) -> None:
     engine.driver.close()
 
 
-def _check_fit(target: Target, chosen: Chosen) -> None:
+def _check_fit(target: Target, chosen: Recipe) -> None:
     if target.device.type not in chosen.devices:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
@@ -259,7 +259,7 @@ def make_driver(target: Target, rendezvous: Rendezvous, label: str) -> Driver:
     return ThreadDriver(communicator, board, signatures, Meter(), timeout=target.timeout, label=label)
 
 
-def _facts(target: Target, chosen: Chosen, wire: torch.dtype | None) -> dict[str, Any]:
+def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:
     described = [[name, list(p.shape), str(p.dtype), list(p.stride())] for name, p in target.parameters]
     return {
         "hook": chosen.name,
@@ -272,7 +272,7 @@ def _facts(target: Target, chosen: Chosen, wire: torch.dtype | None) -> dict[str
     }
 
 
-def _others(chosen: Chosen) -> dict[str, str]:
+def _others(chosen: Recipe) -> dict[str, str]:
     """The versions of what else takes part: the core, and the packages of nested hooks."""
     return {n: v for n, v in {**chosen.packages(), "commhub": __version__}.items() if n != chosen.distribution}
 

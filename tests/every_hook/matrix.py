@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.registry._choosing import choose
 from commhub.registry._hookstring import parse
+from commhub.registry._recipe import choose
 
 AS_ONE = (
     "batched_powersgd(start_step=0, min_compression_rate=0.5)",

@@ -6,7 +6,7 @@ import pytest
 
 import commhub
 from commhub.registry import _registry
-from commhub.registry._registry import resolve
+from commhub.registry._recipe import resolve
 
 OPTIONS = """options=(
     Option(name='rank', type=int, default=1),
@@ -120,8 +120,8 @@ def test_two_third_parties_with_one_name_are_a_conflict(site):
 def test_a_conflict_is_resolved_by_naming_the_distribution(site):
     site.add("a-dist", "same")
     site.add("b-dist", "same")
-    choice = resolve("B_Dist:SAME")
-    assert (choice.distribution, choice.canonical) == ("b-dist", "b-dist:same")
+    recipe = resolve("B_Dist:SAME")
+    assert (recipe.distribution, str(recipe)) == ("b-dist", "b-dist:same")
     assert commhub.info("a-dist:same").status == "conflict"
 
 
@@ -130,7 +130,7 @@ def test_disabling_one_of_two_resolves_the_conflict(site, monkeypatch):
     site.add("b-dist", "same")
     monkeypatch.setenv("COMMHUB_DISABLE", "a-dist")
     assert statuses() == {"a-dist:same": "disabled", "b-dist:same": "ok"}
-    assert resolve("same").canonical == "same"
+    assert str(resolve("same")) == "same"
 
 
 def test_a_documented_name_belongs_to_its_distribution(site):
@@ -138,7 +138,7 @@ def test_a_documented_name_belongs_to_its_distribution(site):
     site.add("commhub-fp16", "fp16")
     assert statuses() == {"a-dist:fp16": "shadowed", "commhub-fp16:fp16": "ok"}
     assert resolve("fp16").distribution == "commhub-fp16"
-    assert resolve("a-dist:fp16").canonical == "a-dist:fp16"
+    assert str(resolve("a-dist:fp16")) == "a-dist:fp16"
 
 
 def test_a_documented_name_is_not_taken_over_while_its_owner_is_missing(site):
@@ -217,8 +217,8 @@ def test_an_alias_disables_what_it_stands_for(site, monkeypatch):
 )
 def test_case_dashes_and_aliases_lead_to_one_hook(site, name):
     site.add("commhub-powersgd", "powersgd", "powersgd_rank2")
-    assert resolve(name).canonical == "powersgd_rank2"
-    assert resolve(f"commhub-powersgd:{name}").canonical == "powersgd_rank2"
+    assert str(resolve(name)) == "powersgd_rank2"
+    assert str(resolve(f"commhub-powersgd:{name}")) == "powersgd_rank2"
     assert commhub.info(name).name == "powersgd_rank2"
 
 
@@ -260,10 +260,10 @@ def test_the_wrong_kind_is_refused(site):
 def test_defaults_preset_and_given_options(site):
     fields = "options=(Option(name='rank', type=int, default=1), Option(name='rate', type=float, default=2))"
     site.add("some-dist", "some", fields=f"{fields}, preset={{'rank': 2}}")
-    choice = resolve("some", {"rate": 3})
-    assert dict(choice.given) == {"rate": 3.0}
-    assert dict(choice.options) == {"rank": 2, "rate": 3.0}
-    assert choice.canonical == "some(rate=3.0)"
+    recipe = resolve("some", {"rate": 3})
+    assert dict(recipe.given) == {"rate": 3.0}
+    assert dict(recipe.options) == {"rank": 2, "rate": 3.0}
+    assert str(recipe) == "some(rate=3.0)"
     with pytest.raises(commhub.HookOptionError, match="rank is preset to 2"):
         resolve("some", {"rank": 3})
     with pytest.raises(commhub.HookOptionError, match="rank is preset to 2"):
@@ -274,8 +274,8 @@ def test_options_of_a_hook_string_and_of_a_call_are_one(site):
     site.add("some-dist", "some", fields=OPTIONS)
     written = resolve("some(rate=3, rank=4)")
     assert written == resolve("some", {"rank": 4, "rate": 3.0}) == resolve("some(rate=3)", {"rank": 4})
-    assert written.canonical == "some(rank=4, rate=3.0)"
-    with pytest.raises(commhub.HookOptionError, match="rank is given both"):
+    assert str(written) == "some(rank=4, rate=3.0)"
+    with pytest.raises(commhub.HookOptionError, match="'rank' is given in the hook string and as"):
         resolve("some(rank=4)", {"rank": 4})
 
 
@@ -309,50 +309,50 @@ def test_a_hook_without_options_says_so(site):
 
 def test_nested_hook_strings_are_kept_canonical(site):
     site.add("some-dist", "some", fields=OPTIONS)
-    choice = resolve("some", {"inner": " POWER-SGD( rank = 4 )"})
-    assert choice.options["inner"] == "powersgd(rank=4)"
-    assert choice.canonical == "some(inner=powersgd(rank=4))"
-    assert resolve(choice.canonical) == choice
+    recipe = resolve("some", {"inner": " POWER-SGD( rank = 4 )"})
+    assert recipe.options["inner"] == "powersgd(rank=4)"
+    assert str(recipe) == "some(inner=powersgd(rank=4))"
+    assert resolve(str(recipe)) == recipe
 
 
 def test_values_are_plain_even_where_subclasses_are_given(site):
     site.add("some-dist", "some", "other", fields=OPTIONS)
-    choice = resolve("some", {"inner": commhub.HookType.OTHER})
-    assert type(choice.options["inner"]) is str
-    assert choice.canonical == "some(inner=other)"
+    recipe = resolve("some", {"inner": commhub.HookType.OTHER})
+    assert type(recipe.options["inner"]) is str
+    assert str(recipe) == "some(inner=other)"
 
 
-# From a choice to an instance
+# From a recipe to an instance
 
 
-def test_create_calls_the_factory_with_all_options(site):
+def test_make_calls_the_factory_with_all_options(site):
     module = site.add("some-dist", "some", fields=OPTIONS)
     site.module(f"{module}_factory", MADE)
-    made = resolve("some", {"rank": 3}).create()
+    made = resolve("some", {"rank": 3}).make()
     assert made.options == dict(resolve("some", {"rank": 3}).options)
     assert made.options["rate"] == 2.0
 
 
-def test_the_factory_is_imported_only_when_created(site):
+def test_the_factory_is_imported_only_when_made(site):
     module = site.add("some-dist", "some")
     site.module(f"{module}_factory", MADE)
-    choice = resolve("some")
+    recipe = resolve("some")
     assert f"{module}_factory" not in sys.modules
-    assert choice.load().__name__ == "Made"
+    assert recipe.load().__name__ == "Made"
 
 
 def test_a_factory_that_refuses_its_options_is_an_option_error(site):
     module = site.add("some-dist", "some", fields=OPTIONS)
     site.module(f"{module}_factory", MADE)
     with pytest.raises(commhub.HookOptionError, match=r"some \(some-dist 1.0\): rank must be at least 1"):
-        resolve("some", {"rank": 0}).create()
+        resolve("some", {"rank": 0}).make()
 
 
 def test_a_factory_that_lacks_an_option_is_an_option_error(site):
     module = site.add("some-dist", "some", fields=OPTIONS)
     site.module(f"{module}_factory", "class Made:\n    pass\n")
     with pytest.raises(commhub.HookOptionError, match=r"some \(some-dist 1.0\): .*no arguments") as caught:
-        resolve("some").create()
+        resolve("some").make()
     assert isinstance(caught.value.__cause__, TypeError)
 
 
@@ -360,14 +360,14 @@ def test_a_factory_that_fails_otherwise_is_a_plugin_error(site):
     module = site.add("some-dist", "some", fields=OPTIONS)
     site.module(f"{module}_factory", MADE)
     with pytest.raises(commhub.PluginError, match="RuntimeError: unlucky"):
-        resolve("some", {"rank": 13}).create()
+        resolve("some", {"rank": 13}).make()
 
 
 def test_errors_of_commhub_pass_through_a_factory(site):
     module = site.add("some-dist", "some", fields=OPTIONS)
     site.module(f"{module}_factory", MADE)
     with pytest.raises(commhub.UnknownHookError, match="inner"):
-        resolve("some", {"rank": 14}).create()
+        resolve("some", {"rank": 14}).make()
 
 
 @pytest.mark.parametrize("source", ["import no_such_module_at_all", "x = 1", "raise SystemExit", "Made = 3"])

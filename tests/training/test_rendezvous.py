@@ -156,7 +156,7 @@ class Exits(str):
 
 
 def choose_plain():
-    from commhub.registry._choosing import choose
+    from commhub.registry._recipe import choose
 
     return choose("fp16", {})
 

@@ -66,7 +66,7 @@ def spec_is_quick(subject: Subject) -> None:
 @rule("static", kinds=BOTH, after=("loads",))
 def factory_takes_the_options(subject: Subject) -> None:
     """The factory can be imported, and its parameters are the declared options with their defaults."""
-    factory = subject.choice.load()
+    factory = subject.recipe.load()
     taken = {}
     for name, parameter in inspect.signature(factory).parameters.items():
         keyword = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)

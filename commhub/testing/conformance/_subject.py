@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from commhub.registry._hookstring import HookString, parse
-from commhub.registry._registry import HookInfo, info, resolve
+from commhub.registry._recipe import resolve
+from commhub.registry._registry import HookInfo, info
 
 if TYPE_CHECKING:
-    from commhub.registry._recipe import Choice
+    from commhub.registry._recipe import Recipe
     from commhub.registry._spec import AveragerSpec, HookSpec
 
 _AT_ONCE = {"start_step": 0, "warmup_steps": 0}
@@ -48,29 +49,30 @@ class Subject:
         return info(self.name)
 
     @property
-    def choice(self) -> Choice:
+    def recipe(self) -> Recipe:
         """Resolved, with the options that put a method off set to zero where they were not given."""
-        options = dict(self.parsed.options)
-        spec = resolve(self.name).spec
-        for name, value in _AT_ONCE.items():
-            if spec.option(name) is not None and name not in spec.preset:
-                options.setdefault(name, value)
-        return resolve(self.name, options)
+        recipe = resolve(self.text)
+        spec = recipe.spec
+        assert spec is not None
+        free = [name for name in _AT_ONCE if spec.option(name) is not None and name not in spec.preset]
+        return resolve(self.text, {name: _AT_ONCE[name] for name in free if name not in recipe.given})
 
     @property
     def spec(self) -> HookSpec | AveragerSpec:
         """What the plugin declares."""
-        return self.choice.spec
+        spec = self.recipe.spec
+        assert spec is not None
+        return spec
 
     @property
     def hook(self) -> str:
         """The hook string that the checks run."""
-        return self.choice.canonical
+        return str(self.recipe)
 
     @property
     def options(self) -> dict[str, Any]:
         """All options."""
-        return dict(self.choice.options)
+        return dict(self.recipe.options)
 
     def promises(self, field: str) -> Any:
         """A property that the spec declares; ``None`` where its kind has none."""

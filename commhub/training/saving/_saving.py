@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from commhub._errors import CheckpointError
 from commhub.protocol._state import State, Tables, check_same
-from commhub.registry._hookstring import parse
 
 from ._saved import Saved, key_of
+
+if TYPE_CHECKING:
+    from commhub.registry._recipe import Recipe
 
 
 @contextlib.contextmanager
@@ -145,13 +147,11 @@ class Mean:
         return self._sums
 
 
-def check_hook(part: Part, hook: str) -> None:
+def check_hook(part: Part, hook: Recipe) -> None:
     """Raise CheckpointError unless the state is of ``hook``, whatever its wire."""
-    if part.hook == hook:
-        return
     with _named(part.where):
         try:
-            alike = _without_wire(part.hook) == _without_wire(hook)
+            alike = hook.wrote(part.hook)
         except Exception as error:
             raise CheckpointError(f"the state is damaged: its hook is {part.hook[:80]!r} ({error}).") from error
         if not alike:
@@ -159,12 +159,6 @@ def check_hook(part: Part, hook: str) -> None:
                 f"the state was saved by {part.hook}; this registration runs {hook}. Register that one, or go on "
                 "without the state."
             )
-
-
-def _without_wire(hook: str) -> tuple[str, str]:
-    name, _, options = hook.partition("(")
-    given = parse(f"x({options}").options if options else {}
-    return name.rpartition(":")[2], repr(sorted((k, v) for k, v in given.items() if k != "wire"))
 
 
 def fit(part: Part, state: State) -> Part:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
-from commhub.registry._choosing import choose
+from commhub.registry._recipe import choose
 from commhub.training._agree import Rendezvous, agree
 from commhub.training._start import stop
 
@@ -123,7 +123,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
     if alone:
         registration._check_usable()
         part = take(former.engine.rank, former.engine.world_size)
-        _saving.check_hook(part, str(registration))
+        _saving.check_hook(part, former.chosen)
         _change(registration, _saving.fit(part, former.engine.state))
         return
     together = Together(registration._target, "load")
@@ -133,7 +133,7 @@ def load(registration: Registration, take: Callable[[int, int], _saving.Part], *
         part = take(together.rank, together.size)
         due = [step for step in registration._schedule if step <= part.step]
         text = registration._schedule[max(due)] if due else None
-        _saving.check_hook(part, str(registration) if text is None else choose(text, {}).text())
+        _saving.check_hook(part, former.chosen if text is None else choose(text, {}))
         facts.update({"checkpoint": part.source, "step": part.step, "hook": text})
     session = former if text is None else registration._started(lambda: choose(text, {}), "load", loading=True)
     try:

@@ -136,11 +136,11 @@ def test_a_hierarchy_that_leaves_ranks_apart_is_refused_at_registration(ranks):
 
 
 def test_the_canonical_string_of_a_hierarchy_reads_back():
-    from commhub.registry._choosing import choose
+    from commhub.registry._recipe import choose
 
-    text = choose("Hierarchical(periods={2:2,8:4})", {}).text()
+    text = str(choose("Hierarchical(periods={2:2,8:4})", {}))
     assert text == "hierarchical(periods={2: 2, 8: 4})"
-    nested = choose("post_local_sgd", {"averager": text}).text()
+    nested = str(choose("post_local_sgd", {"averager": text}))
     assert choose(nested, {}).make().averager == text
 
 

@@ -1,7 +1,7 @@
 """commhub: gradient communication for data-parallel PyTorch, one hook per plugin.
 
 This is the public face. Every name is imported from its home when it is first asked for, so that
-`import commhub`, `commhub --help` and `commhub list` stay quick and never load torch.
+``import commhub``, ``commhub --help`` and ``commhub list`` stay quick and never load torch.
 """
 
 from importlib import import_module

@@ -20,7 +20,7 @@ __all__ = [
 
 
 class CommhubError(Exception):
-    """The root: `except commhub.CommhubError` catches whatever commhub raises on purpose."""
+    """The root: ``except commhub.CommhubError`` catches whatever commhub raises on purpose."""
 
 
 class UnknownHookError(CommhubError, LookupError):
@@ -28,7 +28,7 @@ class UnknownHookError(CommhubError, LookupError):
 
 
 class HookConflictError(CommhubError, LookupError):
-    """Several distributions offer this name and none of them is preferred; `distribution:name` decides."""
+    """Several distributions offer this name and none of them is preferred; ``distribution:name`` decides."""
 
 
 class HookOptionError(CommhubError, ValueError):

@@ -17,14 +17,18 @@ _DEEPEST: Final = 100
 
 
 def malformed(text: str, position: int, what: str) -> HookOptionError:
-    """Return the error for a hook string that cannot be read."""
+    """The error for a hook string that cannot be read."""
     return HookOptionError(
         f"hook string {text!r}, position {position}: {what}. Write it as name(key=value, key=value)."
     )
 
 
 def closing(text: str, start: int) -> int:
-    """Return where the bracket at `start` is closed; raises HookOptionError if it is not."""
+    """Where the bracket at ``start`` is closed.
+
+    Raises:
+        HookOptionError: if it is not.
+    """
     for position, depth in _outside_quotes(text, start, len(text)):
         if depth == 0:
             return position
@@ -34,7 +38,8 @@ def closing(text: str, start: int) -> int:
 def pieces(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges between commas outside brackets and quotes; at least one, perhaps empty.
 
-    Raises HookOptionError where a bracket or quote is left open.
+    Raises:
+        HookOptionError: where a bracket or quote is left open.
     """
     begin = start
     for position, depth in _outside_quotes(text, start, stop):

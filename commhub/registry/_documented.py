@@ -1,7 +1,8 @@
 """The documented names: the only hooks and averagers that the core knows by name.
 
 A documented name belongs to the distribution named here, so that no other package can take it over and a
-missing one can be explained. `_documented_names`, which editors and type checkers read, is generated from these tables.
+missing one can be explained. ``_documented_names``, which editors and type checkers read, is generated from these
+tables.
 """
 
 from typing import Final
@@ -39,6 +40,6 @@ ALIASES: Final = {
 
 
 def owner(name: str) -> str | None:
-    """Return the distribution that a canonical name or alias belongs to; None where it is anyone's."""
+    """The distribution that a canonical name or alias belongs to; ``None`` where it is anyone's."""
     name = ALIASES.get(name, name)
     return HOOKS.get(name) or AVERAGERS.get(name)

@@ -1,6 +1,6 @@
 """Hook strings: ``[distribution:]name[(key=value, ...)]``, read and written.
 
-One notation serves `register`, the command line, configuration files and what is printed, so reading what was
+One notation serves ``register``, the command line, configuration files and what is printed, so reading what was
 written gives the same again. This module knows the notation only: not which hooks exist, nor which options.
 """
 

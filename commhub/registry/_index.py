@@ -1,7 +1,7 @@
 """The index: which distribution claims which name, read from installed metadata alone.
 
 Nothing of a plugin is imported here. A distribution found twice on the path counts once, the first, as with
-`import`; damaged metadata of one package hides that package and no other.
+``import``; damaged metadata of one package hides that package and no other.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ GROUPS: Final[dict[str, Kind]] = {"commhub.hooks.v1": "hook", "commhub.averagers
 
 _cache: dict[object, tuple[Claim, ...]] = {}
 _lock = threading.RLock()
-"""One thread reads or forgets at a time: `importlib.invalidate_caches` itself fails when two threads call it."""
+"""One thread reads or forgets at a time: ``importlib.invalidate_caches`` itself fails when two threads call it."""
 
 
 @attrs.frozen(order=True)
 class Claim:
     """One entry point: a distribution says that it offers a name.
 
-    `module` is the spec module, `location` where the distribution was found, and `incompatible` the reason
-    why it cannot work with this version of commhub, or None.
+    Attributes:
+        name: canonical.
+        distribution: normalised.
+        kind: ``"hook"`` or ``"averager"``.
+        module: the spec module.
+        version: the distribution's.
+        location: where the distribution was found.
+        incompatible: why it cannot work with this version of commhub; else ``None``.
     """
 
     name: str
@@ -50,7 +56,7 @@ class Claim:
 
 
 def claims() -> tuple[Claim, ...]:
-    """Return every claim, sorted; read again whenever a directory on `sys.path` has changed."""
+    """Every claim, sorted; read again whenever a directory on ``sys.path`` has changed."""
     with _lock:
         key = tuple((path, _changed(path)) for path in _search_path())
         found = _cache.get(key)
@@ -102,7 +108,7 @@ def _read() -> Iterator[Claim]:
 
 
 def _offering() -> set[str]:
-    """Return the distributions that mention one of the groups; parsing only these keeps the index quick."""
+    """The distributions that mention one of the groups; parsing only these keeps the index quick."""
     names = set()
     for found in importlib_metadata.distributions(path=_search_path()):
         try:
@@ -124,7 +130,7 @@ def _core_version() -> str:
 
 
 def _incompatible(requires: list[str], core: str) -> str | None:
-    """Return why this core is outside the declared range, or None."""
+    """Why this core is outside the declared range, or ``None``."""
     for line in requires:
         if not line.lower().startswith("commhub"):
             continue  # not parsed: packaging is slow to import and most lines are other packages

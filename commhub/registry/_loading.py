@@ -28,24 +28,31 @@ _SPECS: Final = {"commhub_hooks": HookSpec, "commhub_averagers": AveragerSpec}
 
 hookspec: Final = pluggy.HookspecMarker(_PROJECT)
 hookimpl: Final = pluggy.HookimplMarker(_PROJECT)
-"""Marks a plugin's `commhub_hooks` and `commhub_averagers`."""
+"""Marks a plugin's ``commhub_hooks`` and ``commhub_averagers``."""
 
 
 @hookspec
 def commhub_hooks() -> Iterable[HookSpec]:  # type: ignore[empty-body]  # plugins answer
-    """Return the hooks that this plugin offers: one `HookSpec` per entry point in `commhub.hooks.v1`."""
+    """Return the hooks that this plugin offers: one ``HookSpec`` per entry point in ``commhub.hooks.v1``."""
 
 
 @hookspec
 def commhub_averagers() -> Iterable[AveragerSpec]:  # type: ignore[empty-body]  # plugins answer
-    """Return the averagers that this plugin offers: one spec per entry point in `commhub.averagers.v1`."""
+    """Return the averagers that this plugin offers: one spec per entry point in ``commhub.averagers.v1``."""
 
 
 def load_specs(claims: Iterable[Claim]) -> Mapping[str, HookSpec | AveragerSpec]:
-    """Import one spec module and return its specs by name; `claims` are all the claims that point at it.
+    """Import one spec module.
 
-    Raises PluginError, from the original, for anything that goes wrong in the plugin, SystemExit included,
-    and when the specs are not the ones that the entry points announce.
+    Args:
+        claims: all the claims that point at it.
+
+    Returns:
+        Its specs, by name.
+
+    Raises:
+        PluginError: from the original, for anything that goes wrong in the plugin, SystemExit included, and when the
+            specs are not the ones that the entry points announce.
     """
     claims = tuple(claims)
     one = claims[0]

@@ -28,8 +28,10 @@ __all__ = ["Standing", "canonical", "find", "names", "standings"]
 class Standing:
     """A claim, and what metadata alone says of it.
 
-    `status` is `"ok"`, `"disabled"`, `"incompatible"`, `"shadowed"` or `"conflict"`; `reason` says why it
-    is not `"ok"`.
+    Attributes:
+        claim: the entry point.
+        status: ``"ok"``, ``"disabled"``, ``"incompatible"``, ``"shadowed"`` or ``"conflict"``.
+        reason: why it is not ``"ok"``.
     """
 
     claim: Claim
@@ -38,13 +40,13 @@ class Standing:
 
 
 def canonical(name: str) -> str:
-    """Return the canonical name that a spelling or one of PyTorch's aliases stands for."""
+    """The canonical name that a spelling or one of PyTorch's aliases stands for."""
     name = canonical_name(name)
     return _documented.ALIASES.get(name, name)
 
 
 def standings() -> tuple[Standing, ...]:
-    """Return one standing per claim, sorted by name and distribution."""
+    """One standing per claim, sorted by name and distribution."""
     claims = _index.claims()
     disabled = [claim for claim in claims if _is_disabled(claim)]
     candidates = [claim for claim in claims if claim not in disabled and claim.incompatible is None]
@@ -52,7 +54,7 @@ def standings() -> tuple[Standing, ...]:
 
 
 def names() -> dict[str, Claim]:
-    """Return what every bare name leads to, sorted by name."""
+    """What every bare name leads to, sorted by name."""
     found: dict[str, Claim] = {}
     for standing in standings():
         if standing.status == "ok":
@@ -61,10 +63,12 @@ def names() -> dict[str, Claim]:
 
 
 def find(name: str, distribution: str | None = None) -> Claim:
-    """Return the claim that a name, perhaps of a given distribution, leads to.
+    """The claim that a name, perhaps of a given distribution, leads to.
 
-    Raises UnknownHookError when nothing usable has that name, HookConflictError when a bare name is claimed
-    by several distributions, and PluginError when what has the name needs another version of commhub.
+    Raises:
+        UnknownHookError: when nothing usable has that name.
+        HookConflictError: when a bare name is claimed by several distributions.
+        PluginError: when what has the name needs another version of commhub.
     """
     wanted = canonical(name)
     named = [standing for standing in standings() if standing.claim.name in {wanted, canonical_name(name)}]
@@ -107,7 +111,7 @@ def _stand(claim: Claim, disabled: Iterable[Claim], candidates: Iterable[Claim])
 
 
 def _unusable(name: str, distribution: str | None, named: Iterable[Standing]) -> UnknownHookError | PluginError:
-    """Return the error for a name that leads nowhere, with the most likely way out."""
+    """The error for a name that leads nowhere, with the most likely way out."""
     where = f"{distribution}:{name}" if distribution else name
     for standing in named:
         offer = f"{standing.claim.distribution} {standing.claim.version}"

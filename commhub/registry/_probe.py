@@ -30,7 +30,15 @@ _CHILD = (
 
 
 class Finding(TypedDict):
-    """What a child process found out about one spec module."""
+    """What a child process found out about one spec module.
+
+    Attributes:
+        error: why it cannot be used; else ``None``.
+        summaries: by hook's name, its one line.
+        import_ms: how long loading it took, in milliseconds.
+        imports_torch: whether that loaded torch.
+        traceback: of the error.
+    """
 
     error: str | None
     summaries: dict[str, str]
@@ -64,7 +72,7 @@ def _lost(error: str, traceback: str | None) -> Finding:
 
 
 def probe(job: dict[str, Any]) -> None:
-    """The child's side: load the specs that the claims of `job` point at, and write what was found to stdout."""
+    """The child's side: load the specs that the claims of ``job`` point at, and write what was found to stdout."""
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the plugin prints is not the report
     claims = [Claim(**claim) for claim in job["claims"]]

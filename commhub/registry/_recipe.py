@@ -194,8 +194,7 @@ def resolve(
         reserved: those arguments of ``register`` that may stand among the options.
 
     Raises:
-        UnknownHookError, HookConflictError, PluginError: see ``commhub.info``.
-        UnknownHookError: also for a name of another kind.
+        UnknownHookError, HookConflictError, PluginError: see ``commhub.info``; a name of another kind is unknown too.
         HookOptionError: for an option that is unknown, given twice, or of the wrong type.
     """
     parsed = parse(text)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option"]
 
 RESERVED: Final = ("process_group", "optimizer", "scaler", "wire", "verify", "timeout", "state")
-"""Arguments of `register` itself and of the core; no hook may declare an option of these names."""
+"""Arguments of ``register`` itself and of the core; no hook may declare an option of these names."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 _FACTORY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -82,13 +82,15 @@ def _options(value: object) -> tuple[Option, ...]:
 class Option:
     """One option of a hook: a keyword argument of its factory.
 
-    * `name`: lowercase snake_case, and none of the names that `register` takes itself.
-    * `type`: `int`, `float` (takes an int too), `bool`, `str`, `dict`, or `"hook"` for a nested hook string.
-    * `default`: the value when the option is not given. Where it is None, None is allowed as a value.
-    * `help`: one line, for `commhub info`.
-    * `choices`: the allowed values; empty means any value of the type.
+    Attributes:
+        name: lowercase snake_case, and none of the names that ``register`` takes itself.
+        type: ``int``, ``float`` (takes an int too), ``bool``, ``str``, ``dict``, or ``"hook"``: a nested hook string.
+        default: the value when the option is not given. Where it is ``None``, that is allowed as a value.
+        help: one line, for ``commhub info``.
+        choices: the allowed values; empty means any value of the type.
 
-    A declaration that contradicts itself raises ValueError.
+    Raises:
+        ValueError: if the declaration contradicts itself.
     """
 
     name: str = attrs.field(validator=[_is_name, _is_option_name])
@@ -106,14 +108,16 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        """The type as a reader writes it, which is `int`, `float`, `bool`, `str`, `dict` or `hook`."""
+        """The type as a reader writes it: ``int``, ``float``, ``bool``, ``str``, ``dict`` or ``hook``."""
         return self.type if isinstance(self.type, str) else self.type.__name__
 
     def convert(self, value: object) -> object:
-        """Return `value` as a plain value of this option's type.
+        """The value as a plain one of this option's type.
 
-        An int becomes a float where a float is asked for; a bool is no number, and text is neither. Raises
-        ValueError when the type does not fit or the value is none of the choices.
+        An int becomes a float where a float is asked for; a bool is no number, and text is neither.
+
+        Raises:
+            ValueError: when the type does not fit or the value is none of the choices.
         """
         if value is None and self.default is None:
             return None
@@ -185,7 +189,7 @@ class _Spec:
         return converted
 
     def option(self, name: str) -> Option | None:
-        """Return the declared option of this name, or None."""
+        """The declared option of this name, or ``None``."""
         return next((option for option in self.options if option.name == name), None)
 
 
@@ -193,24 +197,27 @@ class _Spec:
 class HookSpec(_Spec):
     """A hook, as its plugin declares it.
 
-    * `name`: what users write; lowercase snake_case.
-    * `summary`: one line, for `commhub list`.
-    * `factory`: `"package.module:Class"`; imported at the first use, called with the options as keywords.
-    * `options`: what it takes, each an `Option`.
-    * `preset`: options that this name fixes (`powersgd_rank2` presets `rank=2`); users cannot override them.
-    * `needs`: what must be given at register besides the model, such as `"optimizer"`.
-    * `devices`: where its tensors may live.
-    * `sent_bytes`: the bytes that one rank sends per step for the gradient of one parameter, as a formula: Python
-      arithmetic with `min`, `max`, `ceil`, `sqrt`, `log2` over `p` (ranks), `h` (ranks on one host), `rows` and `cols`
-      of the matrix, `numel`, `itemsize`, and the options by name; a nested hook's name stands for its own bytes.
-    * `reference`: the paper or document that defines the method.
-    * `example`: options for the line that `commhub info` shows as an example, where the defaults would not do.
-    * `exact`: whether the result is the mean up to rounding in the gradient's dtype.
-    * `agrees`: whether the result is identical on all ranks, bit by bit.
-    * `tolerance`: the bound on the relative error of one step; None where no single step promises one.
+    Attributes:
+        name: what users write; lowercase snake_case.
+        summary: one line, for ``commhub list``.
+        factory: ``"package.module:Class"``; imported at the first use, called with the options as keywords.
+        options: what it takes, each an ``Option``.
+        preset: options that this name fixes (``powersgd_rank2`` presets ``rank=2``); users cannot override them.
+        needs: what must be given at register besides the model, such as ``"optimizer"``.
+        devices: where its tensors may live.
+        sent_bytes: the bytes that one rank sends per step for the gradient of one parameter, as a formula: Python
+            arithmetic with ``min``, ``max``, ``ceil``, ``sqrt``, ``log2`` over ``p`` (ranks), ``h`` (ranks on one
+            host), ``rows`` and ``cols`` of the matrix, ``numel``, ``itemsize``, and the options by name; a nested
+            hook's name stands for its own bytes.
+        reference: the paper or document that defines the method.
+        example: options for the line that ``commhub info`` shows as an example, where the defaults would not do.
+        exact: whether the result is the mean up to rounding in the gradient's dtype.
+        agrees: whether the result is identical on all ranks, bit by bit.
+        tolerance: the bound on the relative error of one step; ``None`` where no single step promises one.
 
-    Raises ValueError when a field is malformed, an option is declared twice or a preset or example names no option,
-    and TypeError when a field that takes a tuple was given something else.
+    Raises:
+        ValueError: when a field is malformed, an option is declared twice or a preset or example names no option.
+        TypeError: when a field that takes a tuple was given something else.
     """
 
     kind: ClassVar[str] = "hook"
@@ -222,6 +229,6 @@ class HookSpec(_Spec):
 
 @attrs.frozen(kw_only=True)
 class AveragerSpec(_Spec):
-    """An averager of parameters, as its plugin declares it; fields and errors are those of `HookSpec`."""
+    """An averager of parameters, as its plugin declares it; fields and errors are those of ``HookSpec``."""
 
     kind: ClassVar[str] = "averager"

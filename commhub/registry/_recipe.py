@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "choose", "resolve"]
 
 
+def _fixed(mapping: Mapping[str, object]) -> Mapping[str, object]:
+    return MappingProxyType(dict(mapping))
+
+
 @attrs.frozen(kw_only=True)
 class Recipe:
     """A hook or averager that was chosen, and can be made. ``str()`` is the hook string that leads here again.
@@ -54,9 +58,9 @@ class Recipe:
     distribution: str = ""
     version: str = ""
     qualified: bool = False
-    given: Mapping[str, object] = attrs.field(factory=dict, hash=False)
-    options: Mapping[str, object] = attrs.field(factory=dict, hash=False)
-    reserved: Mapping[str, object] = attrs.field(factory=dict, hash=False)
+    given: Mapping[str, object] = attrs.field(factory=dict, converter=_fixed, hash=False)
+    options: Mapping[str, object] = attrs.field(factory=dict, converter=_fixed, hash=False)
+    reserved: Mapping[str, object] = attrs.field(factory=dict, converter=_fixed, hash=False)
     spec: HookSpec | AveragerSpec | None = None
     instance: Any = attrs.field(default=None, eq=id)
     _text: str = attrs.field(init=False, repr=False, eq=False)
@@ -213,9 +217,9 @@ def resolve(
         distribution=claim.distribution,
         version=claim.version,
         qualified=_lookup.names().get(claim.name) != claim,
-        given=MappingProxyType(given),
-        options=MappingProxyType(effective),
-        reserved=MappingProxyType({key: every[key] for key in sorted(every.keys() - own.keys())}),
+        given=given,
+        options=effective,
+        reserved={key: every[key] for key in sorted(every.keys() - own.keys())},
         spec=spec,
     )
 

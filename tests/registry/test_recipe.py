@@ -148,9 +148,10 @@ def test_a_recipe_changes_only_into_another_one(site):
     recipe = choose("some(wire=bf16)", {})
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         recipe.name = "other"
-    for mapping in (recipe.given, recipe.options, recipe.reserved):
+    for mapping in (recipe.given, recipe.options, recipe.reserved, choose(Halves(), {"wire": "bf16"}).reserved):
         with pytest.raises(TypeError):
             mapping["rank"] = 2
+    assert len({recipe, choose("some(wire=bf16)", {}), choose("some(wire=fp16)", {})}) == 2
     assert str(attrs.evolve(recipe, given={"rank": 2})) == "some(rank=2, wire=bf16)"
     assert str(Recipe(name="None", instance=Halves())) == "None"
 

@@ -34,7 +34,7 @@ def pages() -> dict[Path, str]:
         "CHANGELOG.md": "changelog",
         "CONTRIBUTING.md": "contributing",
         "contrib/README.md": "contrib",
-        "commhub/drivers/README.md": "drivers",
+        "commhub/drivers/HOW_IT_WORKS.md": "drivers",
     }
     found = {ROOT / path: name for path, name in named.items()}
     found |= {path: path.stem for path in sorted(DOCS.glob("*.md"))}

@@ -47,9 +47,9 @@ class Asked:
         if stage >= len(self.stages):
             return "nothing more"
         parts = []
-        for kind, dtype, numel, group, src in self.stages[stage]:
+        for kind, dtype, numel, group, manner in self.stages[stage]:
             among = f"all {size} ranks" if group is None else f"ranks {', '.join(map(str, group.ranks))}"
-            parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" from {src}" if src else ""))
+            parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" {manner}" if manner else ""))
         return " and ".join(parts).replace("torch.", "")
 
     def names(self) -> str:

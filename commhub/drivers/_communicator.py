@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 class Flight(Protocol):
-    """One collective on its way.
-
-    Attributes:
-        job: which one.
-        not_before: the time, in seconds of ``time.monotonic()``, before which it does not count as done.
-    """
-
-    job: Job
-    not_before: float
+    """One collective on its way."""
 
     def is_done(self) -> bool:
         """Whether it has ended, well or badly."""
@@ -45,7 +37,7 @@ class Communicator(Protocol):
         """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
 
     def launch(self, job: Job) -> Flight:
-        """Start a collective; nothing blocks."""
+        """Start a collective; nothing blocks. Raises HookError for a kind that it cannot carry out."""
 
     def abort(self, seconds: float) -> bool:
         """End all that is in flight in any of the groups, badly; nothing can be launched any more.

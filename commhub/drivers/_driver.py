@@ -1,14 +1,18 @@
-"""What an engine asks of a driver."""
+"""What an engine asks of a driver, and which driver it gets."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from commhub._errors import RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
     from commhub._errors import HookError
     from commhub.protocol._collectives import Subgroup
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Driver(Protocol):
-    """What carries tasks out; see README.md in this folder."""
+    """What carries tasks out; see HOW_IT_WORKS.md in this folder."""
 
     meter: Meter
     failure: HookError | None
@@ -47,3 +51,59 @@ class Driver(Protocol):
 
     def close(self) -> None:
         """Give up threads and groups."""
+
+
+def make_driver(
+    *,
+    device: torch.device,
+    group: ProcessGroup,
+    rank: int,
+    size: int,
+    timeout: float,
+    label: str,
+    branch: Callable[[str], Store],
+) -> Driver:
+    """The driver for gradients on a device; collective.
+
+    Args:
+        device: where the gradients are.
+        group: the model's process group.
+        rank, size: in that group.
+        timeout: seconds after which a collective has failed, and a hook that has not returned.
+        label: the hook's name, distribution and version, for errors.
+        branch: gives a part of the group's store by name, the same on every rank, that nothing else uses.
+
+    Raises:
+        RegistrationError: if the ranks cannot be connected.
+    """
+    make: Callable[..., Driver] = BY_DEVICE.get(device.type, _on_threads)
+    return make(device=device, group=group, rank=rank, size=size, timeout=timeout, label=label, branch=branch)
+
+
+def _on_threads(
+    *, rank: int, size: int, timeout: float, label: str, branch: Callable[[str], Store], **_: Any
+) -> Driver:
+    from ._board import FailureBoard
+    from ._gloo import GlooCommunicator
+    from ._signature import Signatures
+    from ._stats import Meter
+    from ._thread import ThreadDriver
+
+    patience = timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
+    try:
+        communicator = GlooCommunicator(branch("gloo"), rank, size, patience)
+    except RuntimeError as error:
+        raise RegistrationError(f"the ranks could not be connected: {error}") from error
+    board, signatures = FailureBoard(branch("board"), rank), Signatures(branch("signatures"), rank, size)
+    return ThreadDriver(communicator, board, signatures, Meter(), timeout=timeout, label=label)
+
+
+def _on_streams(*, device: torch.device, group: ProcessGroup, label: str, **_: Any) -> Driver:
+    from ._stats import Meter
+    from ._stream import CudaStreams, StreamDriver
+
+    return StreamDriver(group, CudaStreams(device), Meter(), label=label)
+
+
+BY_DEVICE: dict[str, Callable[..., Driver]] = {"cpu": _on_threads, "cuda": _on_streams}
+"""What makes a driver, given what ``make_driver`` is given, by the type of the device; any other is taken for a CPU."""

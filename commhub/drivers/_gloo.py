@@ -12,7 +12,8 @@ import ctypes
 import datetime
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -20,13 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
-from commhub.protocol._collectives import AllGather, AllReduce, Broadcast, ReduceScatter, Subgroup
+from commhub.protocol._collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Broadcast,
+    Collective,
+    ReduceScatter,
+    Subgroup,
+)
 
-from ._job import Job, sum_shares
+from ._job import Job, sum_shares, way
 from ._threads import are_at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 PIECE = 1 << 20
 """Bytes of payload in one piece of a large all-gather or all-to-all."""
@@ -53,12 +62,28 @@ class _Piece:
 
 
 class GlooFlight:
-    """One job on its way, in pieces."""
+    """One job on its way, in pieces.
+
+    Attributes:
+        job: which one.
+        pieces: what is in flight of it; none where the rank is alone or there is nothing to send.
+        finish: what comes of the pieces when all have ended.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.pieces: list[_Piece] = []
-        self.not_before = 0.0
+        self.finish: Callable[[GlooFlight], Tensor] = GlooFlight.payload
+
+    def keep(self, work: Work, out: Tensor, kept: Tensor) -> None:
+        """Add a piece that was just issued.
+
+        Args:
+            work: what Gloo calls it.
+            out: where its result comes.
+            kept: its input.
+        """
+        self.pieces.append(_Piece(work, out, kept))
 
     def is_done(self) -> bool:
         """Whether every piece has ended, well or badly."""
@@ -81,20 +106,27 @@ class GlooFlight:
         """
         for piece in self.pieces:
             piece.work.wait()
-        job = self.job
-        if job.kind in (AllReduce, Broadcast):
-            return job.payload
-        if not self.pieces:
-            return job.payload.clone()
-        gathered = self._assembled()
-        if job.kind is ReduceScatter:
-            return sum_shares(list(gathered.view(job.payload.dtype).view(job.p, -1)))
-        return gathered.view(job.payload.dtype)
+        return self.finish(self) if self.pieces else self.job.alone()
 
-    def _assembled(self) -> Tensor:
+    def payload(self) -> Tensor:
+        """What is in the payload by then."""
+        return self.job.payload
+
+    def assembled(self) -> Tensor:
+        """The pieces side by side: p shares, in group-rank order, 1-D."""
         if len(self.pieces) == 1:
-            return self.pieces[0].out
-        return torch.cat([piece.out.view(self.job.p, -1) for piece in self.pieces], dim=1).view(-1)
+            whole = self.pieces[0].out
+        else:
+            whole = torch.cat([piece.out.view(self.job.p, -1) for piece in self.pieces], dim=1).view(-1)
+        return whole.view(self.job.payload.dtype)
+
+    def summed(self) -> Tensor:
+        """The sum of the p shares, in group-rank order."""
+        return sum_shares(list(self.assembled().view(self.job.p, -1)))
+
+
+Finish = Callable[[GlooFlight], Tensor]
+"""What comes of a flight's pieces when all have ended: 1-D, as it travelled."""
 
 
 class GlooCommunicator:
@@ -130,39 +162,18 @@ class GlooCommunicator:
             self._groups[group] = ProcessGroupGloo(store, rank, size, self._timeout)
 
     def launch(self, job: Job) -> GlooFlight:
-        """Start a job; nothing blocks."""
+        """Start a job; nothing blocks.
+
+        Raises:
+            HookError: for a kind that is not known here.
+        """
+        issue = way(WAYS, job.kind, "by the thread driver, over Gloo")
         self._flights = [f for f in self._flights if not f.is_done()]
         flight = GlooFlight(job)
         if job.p > 1 and job.payload.numel():
             self._flights.append(flight)  # before anything is on its way, so that abort knows of it
-            for piece in self._pieces(job, self._groups[job.group]):
-                flight.pieces.append(piece)
+            flight.finish = issue(flight, self._groups[job.group])
         return flight
-
-    def _pieces(self, job: Job, group: Any) -> Iterator[_Piece]:
-        payload = job.payload
-        if job.kind is AllReduce:
-            yield _Piece(group.allreduce([payload], dist.AllreduceOptions()), payload, payload)
-            return
-        octets = payload.view(torch.uint8)  # what is only moved may have any dtype
-        if job.kind is Broadcast:
-            options = dist.BroadcastOptions()
-            options.rootRank = job.src
-            yield _Piece(group.broadcast([octets], options), payload, payload)
-            return
-        if job.kind is AllGather:
-            cuts = torch.split(octets, PIECE)
-        else:
-            table = octets.view(job.p, -1)
-            columns = max(1, PIECE // job.p)
-            cuts = tuple(part.reshape(-1) for part in torch.split(table, columns, dim=1))
-        for cut in cuts:
-            if job.kind is AllGather:
-                out = cut.new_empty(job.p * cut.numel())
-                yield _Piece(group._allgather_base(out, cut), out, cut)
-            else:
-                out = torch.empty_like(cut)
-                yield _Piece(group.alltoall_base(out, cut, [], [], dist.AllToAllOptions()), out, cut)
 
     def abort(self, seconds: float) -> bool:
         """End all that is in flight in any of the groups; whether it has ended within so many seconds.
@@ -213,3 +224,54 @@ def sweep(at_exit: bool = False) -> None:
         elif at_exit:
             for kept in (*one._groups.values(), *(p.work for f in one._flights for p in f.pieces)):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+
+def _all_reduce(flight: GlooFlight, group: Any) -> Finish:
+    payload = flight.job.payload
+    flight.keep(group.allreduce([payload], dist.AllreduceOptions()), payload, payload)
+    return GlooFlight.payload
+
+
+def _broadcast(flight: GlooFlight, group: Any) -> Finish:
+    payload = flight.job.payload
+    options = dist.BroadcastOptions()
+    options.rootRank = cast("Broadcast", flight.job.asked).src
+    flight.keep(group.broadcast([_octets(payload)], options), payload, payload)
+    return GlooFlight.payload
+
+
+def _all_gather(flight: GlooFlight, group: Any) -> Finish:
+    for cut in torch.split(_octets(flight.job.payload), PIECE):
+        out = cut.new_empty(flight.job.p * cut.numel())
+        flight.keep(group._allgather_base(out, cut), out, cut)
+    return GlooFlight.assembled
+
+
+def _all_to_all(flight: GlooFlight, group: Any) -> Finish:
+    p = flight.job.p
+    for columns in torch.split(_octets(flight.job.payload).view(p, -1), max(1, PIECE // p), dim=1):
+        cut = columns.reshape(-1)
+        out = torch.empty_like(cut)
+        flight.keep(group.alltoall_base(out, cut, [], [], dist.AllToAllOptions()), out, cut)
+    return GlooFlight.assembled
+
+
+def _reduce_scatter(flight: GlooFlight, group: Any) -> Finish:
+    _all_to_all(flight, group)
+    return GlooFlight.summed
+
+
+def _octets(payload: Tensor) -> Tensor:
+    """What is only moved may have any dtype."""
+    return payload.view(torch.uint8)
+
+
+WAYS: dict[type[Collective], Callable[[GlooFlight, Any], Finish]] = {
+    AllReduce: _all_reduce,
+    ReduceScatter: _reduce_scatter,
+    AllGather: _all_gather,
+    AllToAll: _all_to_all,
+    Broadcast: _broadcast,
+}
+"""How each kind is issued in a ``ProcessGroupGloo``: the flight keeps what is issued; the function that is returned
+makes the result of it when all has ended."""

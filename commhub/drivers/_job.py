@@ -5,30 +5,21 @@ Everything that is the same for every way of communicating is here, once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from commhub._errors import HookError
-from commhub.protocol._collectives import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Broadcast,
-    Collective,
-    ReduceScatter,
-    Subgroup,
-    sent_bytes,
-)
+from commhub.protocol._collectives import Collective, Subgroup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from commhub.protocol._bucket import Bucket
 
-_KINDS = (AllReduce, AllGather, ReduceScatter, AllToAll, Broadcast)
+T = TypeVar("T")
 
 
 class Scratch:
@@ -56,10 +47,9 @@ class Job:
         kind: which one.
         group: the subgroup, or ``None`` for all ranks.
         p: how many ranks take part.
-        src: a broadcast's source, a rank of the group.
-        payload: 1-D, real, contiguous, in the dtype that travels; an all-reduce and a broadcast leave their result
-            in it.
+        payload: 1-D, real, contiguous, in the dtype that travels; an in-place kind may leave its result in it.
         sent_bytes: what this rank sends.
+        asked: what the hook yielded.
         raw: the result as it travelled, where whoever carries the job out leaves it here.
         apart: whether to give every result in memory of its own, and spoil the payload: a hook that goes on with what
             it yielded is found out.
@@ -68,10 +58,9 @@ class Job:
     kind: type[Collective]
     group: Subgroup | None
     p: int
-    src: int
     payload: Tensor
     sent_bytes: float
-    _collective: Collective
+    asked: Collective
     _scratch: Scratch
     raw: Tensor | None = None
     apart: bool = False
@@ -79,10 +68,10 @@ class Job:
     def result(self, raw: Tensor) -> Tensor:
         """What the hook is sent: ``raw`` (1-D, as it travelled) in the payload's dtype, complex again if it was.
 
-        An all-reduce or a broadcast gives back the very tensor that was yielded, unless results are kept apart.
+        An in-place kind gives back the very tensor that was yielded, unless results are kept apart.
         """
-        tensor = self._collective.tensor
-        in_place = self.kind in (AllReduce, Broadcast)
+        tensor = self.asked.tensor
+        in_place = self.kind.in_place
         if in_place and not self.apart:
             if raw.data_ptr() != tensor.data_ptr() or raw.dtype != tensor.dtype:
                 _real(tensor).copy_(raw)
@@ -93,9 +82,31 @@ class Job:
             if self.apart:
                 _spoil(tensor)
             tensor = made.view(tensor.shape) if in_place else made
-        if self.payload.data_ptr() != self._collective.tensor.data_ptr():
+        if self.payload.data_ptr() != self.asked.tensor.data_ptr():
             self._scratch.give(self.payload)
         return tensor
+
+    def alone(self) -> Tensor:
+        """What comes of it, as it would have travelled, where there is nobody else or nothing to send."""
+        return self.payload if self.kind.in_place else self.payload.clone()
+
+
+def way(table: Mapping[type[Collective], T], kind: type[Collective], driver: str) -> T:
+    """How a driver carries out a kind: what its table has for exactly this one.
+
+    Args:
+        table: the driver's.
+        kind: which is asked for.
+        driver: who it is, after "cannot be carried out".
+
+    Raises:
+        HookError: if it does not know this kind.
+    """
+    found = table.get(kind)
+    if found is None:
+        others = ", ".join(sorted(known.__name__ for known in table))
+        raise HookError(f"yielded {kind.__name__}, which cannot be carried out {driver}. Yield one of {others}.")
+    return found
 
 
 def sum_shares(shares: Sequence[Tensor]) -> Tensor:
@@ -136,13 +147,9 @@ def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | No
     payload = _real(tensor)
     p = world if collective.group is None else len(collective.group)
     kind = type(collective)
-    if kind in (ReduceScatter, AllToAll) and tensor.numel() % p:
-        raise HookError(
-            f"yielded {kind.__name__} of {tensor.numel()} elements among {p} ranks. Pad to a multiple of {p}."
-        )
-    if isinstance(collective, Broadcast) and not 0 <= collective.src < p:
-        raise HookError(f"yielded Broadcast(src={collective.src}) among {p} ranks. Give a rank of the group.")
-    if isinstance(collective, AllReduce | ReduceScatter) and collective.op == "mean":
+    if objection := collective.objection(p):
+        raise HookError(f"yielded {objection}")
+    if collective.op == "mean":
         if not payload.is_floating_point():
             raise HookError(
                 f"yielded {kind.__name__}(op='mean') of {payload.dtype}. Use op='sum', or a floating dtype."
@@ -155,13 +162,11 @@ def make_job(request: object, bucket: Bucket, world: int, wire: torch.dtype | No
     narrow = collective.wire if collective.wire is not None else wire
     if narrow is not None and payload.is_floating_point() and narrow.itemsize < payload.dtype.itemsize:
         payload = scratch.take(payload.numel(), narrow, payload.device).copy_(payload)
-    src = collective.src if isinstance(collective, Broadcast) else 0
-    size = sent_bytes(kind, payload.nbytes, p)
-    return Job(kind, collective.group, p, src, payload, size, collective, scratch)
+    return Job(kind, collective.group, p, payload, kind.sent_bytes(payload.nbytes, p), collective, scratch)
 
 
 def _checked(request: object, bucket: Bucket) -> Collective:
-    if not isinstance(request, _KINDS):
+    if not isinstance(request, Collective) or type(request) is Collective:
         raise HookError(
             f"yielded {type(request).__name__}. Yield a collective such as AllReduce(bucket.flat), or a tuple."
         )

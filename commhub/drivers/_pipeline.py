@@ -17,7 +17,6 @@ from ._watch import SLICE
 if TYPE_CHECKING:
     from ._communicator import Communicator, Flight
     from ._inbox import Inbox
-    from ._network import Network
     from ._stats import Meter
     from ._task import Task
     from ._watch import Watch
@@ -36,18 +35,17 @@ class Pipeline:
     """Carries out the tasks of one round after another; runs in the communication thread alone.
 
     Args:
-        communicator: the groups to communicate on.
+        communicator: the groups to communicate on; another may take its place between rounds.
         inbox: where tasks come from.
         watch: guards hooks and looks around.
         meter: counts the figures.
     """
 
     def __init__(self, communicator: Communicator, inbox: Inbox, watch: Watch, meter: Meter) -> None:
-        self.network: Network | None = None
+        self.communicator = communicator
         self.active: list[Task] = []
-        self._communicator, self._inbox, self._watch, self._meter = communicator, inbox, watch, meter
+        self._inbox, self._watch, self._meter = inbox, watch, meter
         self._flights: dict[Task, list[Flight]] = {}
-        self._link_free = 0.0
 
     def round(self) -> None:
         """Carry out a round.
@@ -104,10 +102,10 @@ class Pipeline:
             self._do_something()
 
     def _do_something(self) -> None:
-        """Land what has arrived, else encode what waits, else sleep a little."""
+        """Resume what has arrived, else encode what waits, else sleep a little."""
         self._check()
         for task, flights in self._flights.items():
-            if all(self._is_over(flight) for flight in flights):
+            if all(flight.is_done() for flight in flights):
                 self._resume(task)
                 return
         waiting = self._inbox.unstarted()
@@ -121,30 +119,22 @@ class Pipeline:
             self._watch.guarded(task, task.start)
 
     def _issue(self, task: Task) -> None:
-        now = time.monotonic()
+        task.issued_at = time.monotonic()
         flights = self._flights[task] = []
         for job in task.jobs:
-            flight = self._communicator.launch(job)
-            if self.network is not None and job.p > 1:
-                self._link_free = max(now, self._link_free) + self.network.occupied(job.sent_bytes)
-                flight.not_before = self._link_free + self.network.latency
+            flights.append(self.communicator.launch(job))
             self._meter.step.sent_bytes += job.sent_bytes
-            flights.append(flight)
-        task.issued_at = now
 
     def _resume(self, task: Task) -> None:
         flights = self._flights.pop(task)
         self._watch.guarded(task, lambda: task.resume([flight.result() for flight in flights]))
-
-    def _is_over(self, flight: Flight) -> bool:
-        return flight.is_done() and time.monotonic() >= flight.not_before
 
     def _sleep(self) -> None:
         began = time.monotonic()
         oldest = next(iter(self._flights), None)
         if oldest is not None:
             self._watch.look(oldest, oldest.issued_at, list(self._flights))
-        pending = ((f, task.issued_at) for task, fs in self._flights.items() for f in fs if not self._is_over(f))
+        pending = ((f, task.issued_at) for task, fs in self._flights.items() for f in fs if not f.is_done())
         first, issued = next(pending, (None, 0.0))
         if first is None:
             self._inbox.await_more(SLICE)
@@ -152,8 +142,6 @@ class Pipeline:
         if not self._inbox.ended:
             with self._inbox.changed:
                 self._inbox.changed.wait(min(max(0.1 * (began - issued), _SHORTEST), _LONGEST))
-        elif not first.is_done():
-            first.wait(SLICE)
         else:
-            time.sleep(min(max(first.not_before - began, 0.0), SLICE))
+            first.wait(SLICE)
         self._meter.spent("wait", began, time.monotonic())

@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
 from commhub._errors import HookError
-from commhub.protocol._collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter
+from commhub.protocol._collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, ReduceScatter
 
-from ._job import sum_shares
+from ._failure import own_error
+from ._job import Job, sum_shares, way
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from ._job import Job
+    from ._task import Task
+
+
+def check(label: str, tasks: list[Task]) -> None:
+    """Look whether all ranks ask for the same, and for what can be carried out.
+
+    Args:
+        label: the hook's name, distribution and version, for errors.
+        tasks: one per rank, in rank order.
+
+    Raises:
+        HookError: naming a rank and what it asked for.
+    """
+
+    def shown(task: Task) -> str:
+        return "its end" if task.finished else " and ".join(map(_shown, task.jobs)) or "nothing"
+
+    def differ(rank: int, other: int) -> HookError:
+        told = f"asked for {shown(tasks[rank])} where rank {other} asked for {shown(tasks[other])}. Kinds, shapes and "
+        told = f"rank {rank} {told}dtypes must not depend on a rank's own values."
+        return own_error(label, tasks[rank].bucket, HookError(told))
+
+    for rank, task in enumerate(tasks):
+        if (task.finished, len(task.jobs)) != (tasks[0].finished, len(tasks[0].jobs)):
+            raise differ(rank, 0)
+    for stage in zip(*(task.jobs for task in tasks), strict=True):
+        asked = [(j.kind, j.payload.numel(), j.payload.dtype, j.group, j.asked.manner) for j in stage]
+        for rank, job in enumerate(stage):
+            for other in range(len(stage)) if job.group is None else job.group.ranks:
+                if asked[other] != asked[rank]:
+                    raise differ(other, rank)
+    for task in tasks:
+        try:
+            for job in task.jobs:
+                way(WAYS, job.kind, "by the simulator")
+        except HookError as error:
+            raise own_error(label, task.bucket, error) from error
+
+
+def _shown(job: Job) -> str:
+    words = f"{job.payload.numel()} {job.payload.dtype} among {job.p} {job.asked.manner}".rstrip()
+    return f"{job.kind.__name__}[{words}]"
 
 
 def exchange(stage: Sequence[Job]) -> None:
@@ -33,22 +76,46 @@ def exchange(stage: Sequence[Job]) -> None:
 
 
 def _carry_out(jobs: list[Job]) -> None:
-    kind, payloads = jobs[0].kind, [job.payload for job in jobs]
-    if kind is AllReduce:
-        total = payloads[0].clone()
-        for payload in payloads[1:]:
-            total += payload
-        results = [total.clone() for _ in jobs]
-    elif kind is Broadcast:
-        results = [payloads[jobs[0].src].clone() for _ in jobs]
-    elif kind is AllGather:
-        results = [torch.cat(payloads) for _ in jobs]
-    else:
-        shares = [payload.chunk(len(jobs)) if payload.numel() else [payload] * len(jobs) for payload in payloads]
-        if kind is AllToAll:
-            results = [torch.cat([mine[place] for mine in shares]) for place in range(len(jobs))]
-        else:
-            assert kind is ReduceScatter
-            results = [sum_shares([mine[place] for mine in shares]) for place in range(len(jobs))]
+    results = WAYS[jobs[0].kind](jobs)
     for job, result in zip(jobs, results, strict=True):
         job.raw = result
+
+
+def _all_reduce(jobs: list[Job]) -> list[Tensor]:
+    total = jobs[0].payload.clone()
+    for job in jobs[1:]:
+        total += job.payload
+    return [total.clone() for _ in jobs]
+
+
+def _reduce_scatter(jobs: list[Job]) -> list[Tensor]:
+    return [sum_shares(shares) for shares in _shares(jobs)]
+
+
+def _all_gather(jobs: list[Job]) -> list[Tensor]:
+    return [torch.cat([job.payload for job in jobs]) for _ in jobs]
+
+
+def _all_to_all(jobs: list[Job]) -> list[Tensor]:
+    return [torch.cat(shares) for shares in _shares(jobs)]
+
+
+def _broadcast(jobs: list[Job]) -> list[Tensor]:
+    src = cast("Broadcast", jobs[0].asked).src
+    return [jobs[src].payload.clone() for _ in jobs]
+
+
+def _shares(jobs: list[Job]) -> list[list[Tensor]]:
+    """Per place, each rank's share for it."""
+    cut = [j.payload.chunk(len(jobs)) if j.payload.numel() else [j.payload] * len(jobs) for j in jobs]
+    return [[mine[place] for mine in cut] for place in range(len(jobs))]
+
+
+WAYS: dict[type[Collective], Callable[[list[Job]], list[Tensor]]] = {
+    AllReduce: _all_reduce,
+    ReduceScatter: _reduce_scatter,
+    AllGather: _all_gather,
+    AllToAll: _all_to_all,
+    Broadcast: _broadcast,
+}
+"""What comes of each kind: the group's jobs in rank order, to each one's result, 1-D, in memory of its own."""

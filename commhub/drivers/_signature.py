@@ -68,7 +68,7 @@ class Signatures:
             new = before is not None and len(before.stages) > stage
             group = before.groups[stage] if before is not None and new else None
         else:
-            jobs = tuple((job.kind, job.payload.dtype, job.payload.numel(), job.group, job.src) for job in task.jobs)
+            jobs = tuple((j.kind, j.payload.dtype, j.payload.numel(), j.group, j.asked.manner) for j in task.jobs)
             group = task.jobs[0].group if task.jobs else None
             asked.stages.append(jobs)
             asked.groups.append(group)
@@ -241,8 +241,8 @@ class Comparison:
     def _issued(self) -> list[list[Any]]:
         position = [self._question["position"][0], list(self._question["position"][1]), self._question["position"][2]]
         return [
-            [*task[:3], task[3] - 1 if task[:3] == position and task[3] > self._stage else task[3]]
-            for task in self._signatures.issued()
+            [*entry[:3], entry[3] - 1 if entry[:3] == position and entry[3] > self._stage else entry[3]]
+            for entry in self._signatures.issued()
         ]
 
     def _is_unanimous(self) -> bool:

@@ -14,9 +14,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub._errors import HookError
 from commhub.protocol._bucket import Bucket, lay_out
-from commhub.protocol._collectives import Subgroup
+from commhub.protocol._collectives import AllReduce, Subgroup
 from commhub.protocol._hook import Hook, is_averager
 from commhub.protocol._nesting import Confined, LocalSteps
 from commhub.protocol._setup import Setup
@@ -26,7 +25,7 @@ from commhub.registry._recipe import choose
 
 from ._failure import own_error
 from ._job import Scratch
-from ._plain import exchange
+from ._plain import check, exchange
 from ._stats import Meter
 from ._task import Task
 
@@ -178,7 +177,7 @@ class _World:
         for index, places in enumerate(_buckets(gradients[0], buckets)):
             tasks = [self._task(rank, gradients[rank], places, index, step) for rank in range(self.p)]
             self._drive(tasks)
-            self.logical += 2 * (self.p - 1) / self.p * tasks[0].bucket.flat.nbytes
+            self.logical += AllReduce.sent_bytes(tasks[0].bucket.flat.nbytes, self.p)
             for rank, task in enumerate(tasks):
                 finite[rank] = finite[rank] & task.bucket.finite.cpu()
                 for place, view in zip(places, task.bucket.gradients, strict=True):
@@ -230,7 +229,7 @@ class _World:
     def _drive(self, tasks: list[Task]) -> None:
         self._each(tasks, Task.start)
         while not all(task.finished for task in tasks):
-            _check_alike(self.label, tasks)
+            check(self.label, tasks)
             for stage in zip(*(task.jobs for task in tasks), strict=True):
                 exchange(stage)
                 for rank, job in enumerate(stage):
@@ -277,24 +276,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-def _check_alike(label: str, tasks: list[Task]) -> None:
-    def shown(task: Task) -> str:
-        jobs = (f"{j.kind.__name__}[{j.payload.numel()} {j.payload.dtype} among {j.p}]" for j in task.jobs)
-        return "its end" if task.finished else " and ".join(jobs) or "nothing"
-
-    def differ(rank: int, other: int) -> HookError:
-        told = f"asked for {shown(tasks[rank])} where rank {other} asked for {shown(tasks[other])}. Kinds, shapes and "
-        told = f"rank {rank} {told}dtypes must not depend on a rank's own values."
-        return own_error(label, tasks[rank].bucket, HookError(told))
-
-    for rank, task in enumerate(tasks):
-        if (task.finished, len(task.jobs)) != (tasks[0].finished, len(tasks[0].jobs)):
-            raise differ(rank, 0)
-    for stage in zip(*(task.jobs for task in tasks), strict=True):
-        asked = [(job.kind, job.payload.numel(), job.payload.dtype, job.group) for job in stage]
-        for rank, job in enumerate(stage):
-            for other in range(len(stage)) if job.group is None else job.group.ranks:
-                if asked[other] != asked[rank]:
-                    raise differ(other, rank)

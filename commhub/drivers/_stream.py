@@ -8,21 +8,29 @@ fails are ended by NCCL's watchdog after the group's timeout: a collective in fl
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commhub._errors import HookError
-from commhub.protocol._collectives import AllGather, AllReduce, AllToAll, Broadcast, Subgroup
+from commhub.protocol._collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Broadcast,
+    Collective,
+    ReduceScatter,
+    Subgroup,
+)
 
 from ._failure import own_error
+from ._job import Job, way
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from ._job import Job
     from ._network import Network
     from ._stats import Meter
     from ._task import Task
@@ -104,31 +112,15 @@ class StreamDriver:
             task.cancel()
 
     def _carry_out(self, job: Job) -> Tensor:
+        """Enqueue one collective and what waits for it; subgroups' communicators are never in flight together."""
+        enqueue = way(WAYS, job.kind, "by the stream driver, over NCCL")
         payload = job.payload
         if job.p == 1 or not payload.numel():
-            return payload if job.kind in (AllReduce, Broadcast) else payload.clone()
-        group = self._groups[job.group]
-        if job.kind is AllReduce:
-            work = dist.all_reduce(payload, group=group, async_op=True)
-            result = payload
-        elif job.kind is Broadcast:
-            work = dist.broadcast(payload.view(torch.uint8), group=group, async_op=True, group_src=job.src)
-            result = payload
-        elif job.kind is AllGather:
-            result = payload.new_empty(job.p * payload.numel())
-            work = dist.all_gather_single(
-                result.view(torch.uint8), payload.view(torch.uint8), group=group, async_op=True
-            )
-        elif job.kind is AllToAll:
-            result = torch.empty_like(payload)
-            work = dist.all_to_all_single(
-                result.view(torch.uint8), payload.view(torch.uint8), group=group, async_op=True
-            )
-        else:
-            result = payload.new_empty(payload.numel() // job.p)
-            work = dist.reduce_scatter_single(result, payload, group=group, async_op=True)
-        work.wait()  # the side stream waits; subgroups' communicators are never in flight together
-        return result
+            return job.alone()
+        in_place = job.kind.in_place
+        out = payload if in_place else payload.new_empty(job.kind.result_numel(payload.numel(), job.p))
+        enqueue(job, out, self._groups[job.group])
+        return out
 
     def end_round(self) -> None:
         """Nothing is left to say: every task is enqueued."""
@@ -148,3 +140,44 @@ class StreamDriver:
                 del self._groups[subgroup]
                 with contextlib.suppress(RuntimeError, ValueError):
                     dist.destroy_process_group(group)
+
+
+def _all_reduce(_job: Job, out: Tensor, group: dist.ProcessGroup) -> None:
+    _wait(dist.all_reduce(out, group=group, async_op=True))
+
+
+def _reduce_scatter(job: Job, out: Tensor, group: dist.ProcessGroup) -> None:
+    _wait(dist.reduce_scatter_single(out, job.payload, group=group, async_op=True))
+
+
+def _all_gather(job: Job, out: Tensor, group: dist.ProcessGroup) -> None:
+    _wait(dist.all_gather_single(_octets(out), _octets(job.payload), group=group, async_op=True))
+
+
+def _all_to_all(job: Job, out: Tensor, group: dist.ProcessGroup) -> None:
+    _wait(dist.all_to_all_single(_octets(out), _octets(job.payload), group=group, async_op=True))
+
+
+def _broadcast(job: Job, out: Tensor, group: dist.ProcessGroup) -> None:
+    src = cast("Broadcast", job.asked).src
+    _wait(dist.broadcast(_octets(out), group=group, async_op=True, group_src=src))
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    """What is only moved may have any dtype."""
+    return tensor.view(torch.uint8)
+
+
+def _wait(work: dist.Work) -> None:
+    """Make the side stream wait; the host does not."""
+    work.wait()
+
+
+WAYS: dict[type[Collective], Callable[[Job, Tensor, dist.ProcessGroup], None]] = {
+    AllReduce: _all_reduce,
+    ReduceScatter: _reduce_scatter,
+    AllGather: _all_gather,
+    AllToAll: _all_to_all,
+    Broadcast: _broadcast,
+}
+"""How each kind is enqueued, given where its result goes: for one in place the payload, for others a new tensor."""

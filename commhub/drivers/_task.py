@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from commhub._errors import HookError, described
-from commhub.protocol._collectives import AllGather, AllReduce, Broadcast
 from commhub.protocol._finite import is_number
 
 from ._job import Job, Scratch, make_job
@@ -162,7 +161,7 @@ class Task:
 
     def _note_finite(self, results: tuple[Tensor, ...]) -> None:
         for job, result in zip(self.jobs, results, strict=True):
-            alike = job.kind in (AllReduce, AllGather, Broadcast) and is_number(result)
+            alike = job.kind.alike and is_number(result)
             if alike:
                 self.bucket.look_at(result)
             if not alike or job.p != self.bucket.world_size:

@@ -1,7 +1,7 @@
 """The driver for tensors in host memory: one communication thread and a Gloo group of its own per registration.
 
 Here is what the training thread calls, and the life of the communication thread; ``Pipeline`` is what that thread
-does in a round. Nothing runs in Gloo's threads. See README.md in this folder.
+does in a round. Nothing runs in Gloo's threads. See HOW_IT_WORKS.md in this folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from commhub._errors import HookError, described
 from ._failure import Stopped
 from ._gloo import sweep
 from ._inbox import Inbox
+from ._link import emulate, network_of
 from ._pipeline import Pipeline
 from ._watch import SLICE, Watch
 
@@ -65,7 +66,7 @@ class ThreadDriver:
         timeout: float,
         label: str,
     ) -> None:
-        self.communicator, self.meter, self.label = communicator, meter, label
+        self.meter, self.label = meter, label
         self.failure: HookError | None = None
         self._board, self._inbox = board, Inbox()
         self._watch = Watch(board, signatures, timeout, label)
@@ -77,13 +78,22 @@ class ThreadDriver:
         _drivers.add(self)
 
     @property
+    def communicator(self) -> Communicator:
+        """What collectives are issued on. Between steps, a wrapper of it may take its place."""
+        return self._pipeline.communicator
+
+    @communicator.setter
+    def communicator(self, communicator: Communicator) -> None:
+        self._pipeline.communicator = communicator
+
+    @property
     def network(self) -> Network | None:
-        """The network to emulate."""
-        return self._pipeline.network
+        """The network that the communicator is emulated over."""
+        return network_of(self.communicator)
 
     @network.setter
     def network(self, network: Network | None) -> None:
-        self._pipeline.network = network
+        self.communicator = emulate(self.communicator, network)
 
     # Called by the training thread.
 

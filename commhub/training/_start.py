@@ -12,7 +12,7 @@ import torch
 
 from commhub._errors import RegistrationError
 from commhub._version import __version__
-from commhub.drivers._stats import Meter
+from commhub.drivers._driver import make_driver
 from commhub.protocol._bucket import lay_out
 from commhub.protocol._nesting import LocalSteps
 from commhub.protocol._setup import Setup
@@ -98,7 +98,15 @@ def _start(
     driver: Driver | None = None
     callbacks, compared = Callbacks(), Compared()
     try:
-        driver = make_driver(target, rendezvous, chosen.label)
+        driver = make_driver(
+            device=target.device,
+            group=target.group,
+            rank=rendezvous.rank,
+            size=rendezvous.size,
+            timeout=target.timeout,
+            label=chosen.label,
+            branch=rendezvous.branch,
+        )
         engine = _prepared(target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, compared)
         facts = compared.facts() if rendezvous.size > 1 and target.verify else {}
     except BaseException as error:  # noqa: BLE001 - the same
@@ -236,27 +244,6 @@ def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, S
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
     return Timetable(averager, averaging, engine.world_size, averaging.prepared)
-
-
-def make_driver(target: Target, rendezvous: Rendezvous, label: str) -> Driver:
-    """The driver for the gradients' device."""
-    if target.device.type == "cuda":
-        from commhub.drivers._stream import CudaStreams, StreamDriver
-
-        return StreamDriver(target.group, CudaStreams(target.device), Meter(), label=label)
-    from commhub.drivers._board import FailureBoard
-    from commhub.drivers._gloo import GlooCommunicator
-    from commhub.drivers._signature import Signatures
-    from commhub.drivers._thread import ThreadDriver
-
-    patience = target.timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
-    try:
-        communicator = GlooCommunicator(rendezvous.branch("gloo"), rendezvous.rank, rendezvous.size, patience)
-    except RuntimeError as error:
-        raise RegistrationError(f"the ranks could not be connected: {error}") from error
-    board = FailureBoard(rendezvous.branch("board"), rendezvous.rank)
-    signatures = Signatures(rendezvous.branch("signatures"), rendezvous.rank, rendezvous.size)
-    return ThreadDriver(communicator, board, signatures, Meter(), timeout=target.timeout, label=label)
 
 
 def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:

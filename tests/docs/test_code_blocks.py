@@ -28,7 +28,7 @@ PAGES = sorted(
     [
         ROOT / "README.md",
         ROOT / "contrib/README.md",
-        ROOT / "commhub/drivers/README.md",
+        ROOT / "commhub/drivers/HOW_IT_WORKS.md",
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("plugins/*/README.md"),
         *ROOT.glob("contrib/*/README.md"),

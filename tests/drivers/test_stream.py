@@ -1,6 +1,7 @@
 """The stream driver: its logic on the host with streams that do nothing, and on a GPU where there is one."""
 
 import contextlib
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+from commhub.drivers import _driver
 from commhub.drivers._stats import Meter
 from commhub.drivers._stream import CudaStreams, StreamDriver
 from commhub.testing import assert_equal_across_ranks, bitwise_equal
-from commhub.training import _start
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 
@@ -54,8 +55,13 @@ class Everything:
         bucket.flat.copy_((mean + gathered[:n]) / 2)
 
 
-def on_host_streams(target, rendezvous, label):
-    return StreamDriver(target.group, HostStreams(), Meter(), label=label)
+def on_host_streams(*, group, label, **_):
+    return StreamDriver(group, HostStreams(), Meter(), label=label)
+
+
+def host_streams(wanted=True):
+    """Registrations made meanwhile get the stream driver, if it is wanted."""
+    return patch.dict(_driver.BY_DEVICE, {"cpu": on_host_streams} if wanted else {})
 
 
 def train(hook, stream, steps=4):
@@ -63,13 +69,8 @@ def train(hook, stream, steps=4):
     model = DistributedDataParallel(
         torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(6)]), bucket_cap_mb=0.002
     )
-    former = _start.make_driver
-    if stream:
-        _start.make_driver = on_host_streams
-    try:
+    with host_streams(stream):
         registration = commhub.register(model, hook)
-    finally:
-        _start.make_driver = former
     for step in range(steps):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
         model(x).pow(2).mean().backward()
@@ -107,16 +108,13 @@ def fail_and_go_on():
     model = DistributedDataParallel(
         torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)]), bucket_cap_mb=0.0005
     )
-    former, _start.make_driver = _start.make_driver, on_host_streams
-    try:
+    with host_streams():
         registration = commhub.register(model, Raises())
         model(torch.ones(2, 8)).sum().backward()
         with pytest.raises(commhub.HookError, match="planned"):
             model(torch.ones(2, 8)).sum().backward()
         registration.swap("allreduce")
         model(torch.ones(2, 8)).sum().backward()
-    finally:
-        _start.make_driver = former
 
 
 def test_a_hook_that_raises_on_the_stream_driver_is_one_error_and_a_swap_mends_it(ranks):

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter
+from commhub import AllGather, AllReduce, Broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,13 +44,8 @@ class Hosts:
     def share(self, asked: Collective) -> Share:
         """This rank's share of a collective among the hosts."""
         count = self.count
-        rows, kept = {
-            AllReduce: (1, 1),
-            Broadcast: (1, 1),
-            AllGather: (1, count),
-            ReduceScatter: (count, 1),
-            AllToAll: (count, count),
-        }[type(asked)]
+        rows = count if asked.in_shares else 1
+        kept = asked.result_numel(rows, count)
         if asked.tensor.numel() % rows:
             raise ValueError(f"{type(asked).__name__} of {asked.tensor.numel()} elements among {rows} hosts.")
         return Share(hosts=self, asked=asked, rows=rows, kept=kept, columns=asked.tensor.numel() // rows)
@@ -110,6 +105,6 @@ class Share:
         lanes = self.hosts.lanes
         blocks = gathered.view(-1, self.kept, self.width)[:lanes] if self.width else gathered.view(lanes, self.kept, 0)
         table = blocks.transpose(0, 1).reshape(self.kept, lanes * self.width)[:, : self.columns]
-        if isinstance(self.asked, AllReduce | Broadcast):
+        if self.asked.in_place:
             return self.asked.tensor.copy_(table.reshape(self.asked.tensor.shape))
         return table.reshape(-1)

@@ -100,8 +100,6 @@ class Counted(TwoLevel):
     within: float = attrs.field(default=0.0, init=False)
 
     def reduce(self, bucket):
-        from commhub.protocol._collectives import sent_bytes
-
         exchange, answer = TwoLevel.reduce(self, bucket), None
         while True:
             try:
@@ -109,9 +107,7 @@ class Counted(TwoLevel):
             except StopIteration:
                 return
             for one in request:
-                size = sent_bytes(
-                    type(one), one.tensor.numel() * (one.wire or one.tensor.dtype).itemsize, len(one.group)
-                )
+                size = one.sent_bytes(one.tensor.numel() * (one.wire or one.tensor.dtype).itemsize, len(one.group))
                 if one.group is self._hosts.lane:
                     self.between += size
                 else:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ._board import Board
 from ._check import checked
+from ._display import default_progress
 from ._finish import finish
 from ._launch import launch
-from ._progress import default_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -35,7 +35,7 @@ def bucket_of(x: torch.Tensor, ranks: int) -> Bucket:
 def ours(bucket: Bucket, wire: torch.dtype, scratch: Scratch) -> None:
     """Encode and decode as the driver does."""
     job = make_job(AllReduce(bucket.flat, wire=wire), bucket, bucket.world_size, None, scratch)
-    job.finish(job.payload)
+    job.result(job.payload)
 
 
 def theirs(x: torch.Tensor, wire: torch.dtype, ranks: int) -> None:

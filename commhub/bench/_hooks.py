@@ -26,7 +26,8 @@ _DENSE_PHASE = "start_step"
 class StepCost:
     """One step's communication on this rank: bytes, and seconds for which the training thread stood still.
 
-    `reference_bytes` is what a plain all-reduce of the same gradients would have sent.
+    Attributes:
+        reference_bytes: what a plain all-reduce of the same gradients would have sent.
     """
 
     sent_bytes: float
@@ -42,15 +43,19 @@ def network(settings: Settings) -> Network | None:
 
 
 def in_canonical_form(text: str) -> str:
-    """Return `text` as register would print it; CommhubError if it cannot be resolved. Imports no torch."""
+    """Return ``text`` as register would print it. Imports no torch.
+
+    Raises:
+        CommhubError: if it cannot be resolved.
+    """
     return str(_resolve(text)[0])
 
 
 def in_steady_state(text: str) -> str:
-    """Return the hook string to train with in place of `text`.
+    """Return the hook string to train with in place of ``text``.
 
-    A hook that begins with a dense phase (`start_step`, a thousand steps in real training) would be measured
-    as a plain all-reduce, so `start_step` becomes 0 where it was not given, in hooks inside another one too.
+    A hook that begins with a dense phase (``start_step``, a thousand steps in real training) would be measured
+    as a plain all-reduce, so ``start_step`` becomes 0 where it was not given, in hooks inside another one too.
     """
     chosen, spec = _resolve(text)
     free = [option for option in spec.options if option.name not in spec.preset]
@@ -79,7 +84,7 @@ def _resolve(text: str) -> tuple[HookString, HookSpec | AveragerSpec]:
 def attach(
     model: DistributedDataParallel, hook: str, *, optimizer: torch.optim.Optimizer, link: Network | None
 ) -> Registration:
-    """Register `hook` on `model`, on the emulated link if there is one. Collective."""
+    """Register ``hook`` on ``model``, on the emulated link if there is one. Collective."""
     import commhub
 
     registration = commhub.register(model, hook, optimizer=optimizer)

@@ -20,13 +20,13 @@ class Progress(Protocol):
         """The ranks are up and said what they found."""
 
     def start(self, hook: str) -> None:
-        """Training under `hook` begins."""
+        """Training under ``hook`` begins."""
 
     def step(self, record: StepRecord) -> None:
         """A step is over."""
 
     def end(self, text: str) -> None:
-        """The hook that was started is over; `text` says how."""
+        """The hook that was started is over; ``text`` says how."""
 
     def close(self) -> None:
         """Nothing more comes; leave the terminal as it was."""

@@ -219,7 +219,11 @@ class Case:
         self.pool: RankPool | None = None
 
     def __call__(self) -> None:
-        """Run the check: raises AssertionError, or pytest's skip or xfail."""
+        """Run the check.
+
+        Raises:
+            AssertionError: if it fails. Pytest's own for skip and xfail come where it does not apply, or may fail.
+        """
         import pytest
 
         assert self.pool is not None

@@ -1,8 +1,8 @@
 """Build the documentation site: ``python docs/build_site.py [FOLDER]``, by default ``docs/_site``.
 
 Its pages are the files that are read in the repository: README.md is the home page, ``docs/*.md``, each package's
-README, and a reference that is made from docstrings. Links between them are followed from file to page; a link that leads
-nowhere ends the build, and so does any warning of Sphinx.
+README, and a reference that is made from docstrings. Links between them are followed from file to page; a link that
+leads nowhere ends the build, and so does any warning of Sphinx.
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ class StepCost:
 
 
 def network(settings: Settings) -> Network | None:
-    """The link to emulate, if any; ValueError where its text is not understood."""
+    """The link to emulate, if any.
+
+    Raises:
+        ValueError: if its text is not understood.
+    """
     return Network.parse(settings.bandwidth, settings.latency) if settings.emulated else None
 
 

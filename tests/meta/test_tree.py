@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,21 @@ CORE = sorted(ROOT.glob("commhub/**/*.py"))
 
 NOT_YET = [("commhub.training.saving._together", "commhub.training._registration")]
 """Imports for annotations that run back up."""
+
+OTHER_DIALECTS = (
+    "commhub/__init__.py",
+    "commhub/_errors.py",
+    "commhub/drivers/_communicator.py",
+    "commhub/registry/",
+    "commhub/training/_register.py",
+    "contrib/commhub-sign/",
+    "contrib/commhub-topk/",
+    "plugins/commhub-quantize/",
+)
+"""Where docstrings are not all written in Google's sections with double backticks."""
+
+RAISES = r"\b[Rr]aises (an? |one )?`*[A-Z]\w*(Error|Exception)\b|\b[A-Z]\w+Error (if|outside|unless|when|where)\b"
+"""What belongs in a section ``Raises:``, as a sentence."""
 
 
 def run(*command, **options):
@@ -50,6 +66,30 @@ def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in CORE}
     assert {path: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}
     assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+def docstrings(path):
+    """Each docstring of a file, those of attributes included, with its line and the node that it describes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            for said in node.body:
+                match said:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        yield text, said.lineno, node
+
+
+def test_docstrings_have_double_backticks_and_say_what_is_raised_in_a_section():
+    sources = [*CORE, *ROOT.glob("plugins/*/commhub_*/**/*.py"), *ROOT.glob("contrib/*/commhub_*/**/*.py")]
+    assert len(sources) > 150
+    wrong = []
+    for path in sources:
+        where = path.relative_to(ROOT).as_posix()
+        if not where.startswith(OTHER_DIALECTS):
+            for text, line, node in docstrings(path):
+                bare = re.sub("``.*?``", "", text, flags=re.DOTALL)
+                sentence = not isinstance(node, ast.Module) and re.search(RAISES, text)
+                wrong += [f"{where}:{line}"] * ("`" in bare or bool(sentence))
+    assert wrong == []
 
 
 def test_the_generated_names_are_fresh():

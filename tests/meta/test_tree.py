@@ -28,8 +28,8 @@ OTHER_DIALECTS = (
 )
 """Where docstrings are not all written in Google's sections with double backticks."""
 
-RAISES = r"\b[Rr]aises (an? |one )?`*[A-Z]\w*(Error|Exception)\b|\b[A-Z]\w+Error (if|outside|unless|when|where)\b"
-"""What belongs in a section ``Raises:``, as a sentence."""
+RAISES = r"\b[Rr]aises (an? |one )?`*[A-Z]\w*Error\b|(?<!Raise )\b[A-Z]\w+Error (if|outside|unless|when|where)\b"
+"""What belongs in a section ``Raises:``, as a part of a sentence. That a function does nothing else is a summary."""
 
 
 def run(*command, **options):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ CORE = sorted(ROOT.glob("commhub/**/*.py"))
 
 NOT_YET = [("commhub.training.saving._together", "commhub.training._registration")]
 """Imports for annotations that run back up."""
+
+ROOMS = ["bench", "cli", "scaffold", "testing"]
+"""Packages of the core that have a README of their own and floors in the import contracts."""
 
 OTHER_DIALECTS = (
     "commhub/__init__.py",
@@ -66,6 +70,18 @@ def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in CORE}
     assert {path: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}
     assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_in_25_lines_what_lives_there_and_every_package_of_it_has_floors(room):
+    folder = ROOT / "commhub" / room
+    assert 0 < (folder / "README.md").read_text(encoding="utf-8").count("\n") <= 25
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    exhaustive = {name for one in contracts if one.get("exhaustive") for name in one["containers"]}
+    packages = [path.parent.relative_to(ROOT) for path in folder.rglob("__init__.py")]
+    assert {".".join(package.parts) for package in packages} <= exhaustive
 
 
 def docstrings(path):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from commhub.testing._outcome import RankError
 
-from ._check import Check, CheckResult, NotApplicableError, all_checks
+from ._check import Check, CheckResult, NotApplicableError
+from ._list import all_checks
 from ._subject import Subject
 
 if TYPE_CHECKING:

@@ -73,9 +73,10 @@ def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_in_25_lines_what_lives_there_and_every_package_of_it_has_floors(room):
+def test_a_room_has_a_readme_of_25_lines_and_tests_and_every_package_of_it_has_floors(room):
     folder = ROOT / "commhub" / room
     assert 0 < (folder / "README.md").read_text(encoding="utf-8").count("\n") <= 25
+    assert list((ROOT / "tests" / room).glob("test_*.py"))
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]

@@ -12,7 +12,7 @@ test: .venv/installed
 	$(PY) -m pytest -n 3 --dist worksteal tests plugins
 
 lint: .venv/installed
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff check --preview --select DOC102,DOC202,DOC403 . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/commhub enum --documented --check commhub/registry/_documented_names.py

@@ -1,4 +1,4 @@
-"""`python -m commhub` is the command line, for launchers and environments without scripts on the path."""
+"""``python -m commhub`` is the command line, for launchers and environments without scripts on the path."""
 
 from commhub.cli import main
 

@@ -1,8 +1,8 @@
-"""Build the documentation site: `python docs/build_site.py [FOLDER]`, by default `docs/_site`.
+"""Build the documentation site: ``python docs/build_site.py [FOLDER]``, by default ``docs/_site``.
 
-Its pages are the files that are read in the repository: README.md is the home page, `docs/*.md`, each package's README,
-and a reference that is made from docstrings. Links between them are followed from file to page; a link that leads
-nowhere ends the build, and so does any warning of Sphinx.
+Its pages are the files that are read in the repository: README.md is the home page, ``docs/*.md``, each package's
+README, and a reference that is made from docstrings. Links between them are followed from file to page; a link that
+leads nowhere ends the build, and so does any warning of Sphinx.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _contents() -> str:
 
 
 def build(target: Path) -> int:
-    """Build the site in `target`; returns Sphinx's exit status, which is not 0 after a warning."""
+    """Build the site in ``target``; returns Sphinx's exit status, which is not 0 after a warning."""
     with tempfile.TemporaryDirectory() as folder:
         assemble(Path(folder))
         options = ["--fail-on-warning", "--keep-going", "--quiet", "-c", str(DOCS), "-d", f"{folder}/.doctrees"]

@@ -1,4 +1,4 @@
-"""Sphinx's settings for the site that `docs/build_site.py` assembles and builds."""
+"""Sphinx's settings for the site that ``docs/build_site.py`` assembles and builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`commhub bench`: train a real model on real text under several hooks, and compare them.
+"""``commhub bench``: train a real model on real text under several hooks, and compare them.
 
 A bench trains the same byte-level transformer once per hook, from the same initial weights and on the same
 batches, in real processes, and reports loss, step time, bytes and where the time went. This package's face

@@ -1,4 +1,4 @@
-"""The report's two charts as inline SVG, drawn by matplotlib without a display. Needs the `bench` extra."""
+"""The report's two charts as inline SVG, drawn by matplotlib without a display. Needs the ``bench`` extra."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element that can stand in a page with others, without any address in it."""
+    """The figure as an ``<svg>`` element that can stand in a page with others, without any address in it."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = out.getvalue()

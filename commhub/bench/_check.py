@@ -20,8 +20,9 @@ NO_MATPLOTLIB = "the report needs matplotlib: pip install commhub[bench]"
 def checked(settings: Settings, *, world_size: int) -> Settings:
     """The same settings with hooks in canonical form and the report's file decided on.
 
-    Raises BenchError for an unknown hook, a wrong option, an unreadable link, a missing or too short text, no
-    place to write to, or a report that was asked for and cannot be drawn.
+    Raises:
+        BenchError: for an unknown hook, a wrong option, an unreadable link, a missing or too short text, no place to
+            write to, or a report that was asked for and cannot be drawn.
     """
     try:
         _hooks.network(settings)

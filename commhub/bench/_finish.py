@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 def finish(outcome: Outcome, *, stopped: int) -> int:
-    """Show `outcome` and write the files that its settings name; returns the exit code.
+    """Show ``outcome`` and write the files that its settings name.
 
-    Files of an earlier bench stay as they are where nothing was measured before it was stopped. The code is
-    `stopped` where the bench was stopped, else 1 where a hook failed or a file could not be written,
-    else 0.
+    Files of an earlier bench stay as they are where nothing was measured before it was stopped.
+
+    Returns:
+        The exit code: ``stopped`` where the bench was stopped, else 1 where a hook failed or a file could not be
+        written, else 0.
     """
     if not outcome.measured and stopped:
         print("Nothing was measured.", flush=True)

@@ -8,14 +8,14 @@ NOTHING = "-"
 
 
 def seconds(value: float | None) -> str:
-    """Seconds as `87.1 ms` or `1.42 s`."""
+    """Seconds as ``87.1 ms`` or ``1.42 s``."""
     if value is None:
         return NOTHING
     return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1e3)} ms"
 
 
 def size(value: float | None) -> str:
-    """Bytes as `0 B`, `3.36 MB` (decimal units)."""
+    """Bytes as ``0 B``, ``3.36 MB`` (decimal units)."""
     if value is None:
         return NOTHING
     for unit in ("B", "kB", "MB"):
@@ -26,7 +26,7 @@ def size(value: float | None) -> str:
 
 
 def count(value: float) -> str:
-    """A count as `842 k`, `4.83 M`."""
+    """A count as ``842 k``, ``4.83 M``."""
     for unit in ("", " k", " M"):
         if value < 999.5:
             return f"{value:.0f}" if not unit else f"{_digits(value)}{unit}"
@@ -35,7 +35,7 @@ def count(value: float) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio as `1.85x`; `inf` where nothing was sent."""
+    """A ratio as ``1.85x``; ``inf`` where nothing was sent."""
     if value is None:
         return NOTHING
     return f"{_digits(value)}x" if math.isfinite(value) else "inf"

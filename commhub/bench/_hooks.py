@@ -25,7 +25,8 @@ _DENSE_PHASE = "start_step"
 class StepCost:
     """One step's communication on this rank: bytes, and seconds for which the training thread stood still.
 
-    `reference_bytes` is what a plain all-reduce of the same gradients would have sent.
+    Attributes:
+        reference_bytes: what a plain all-reduce of the same gradients would have sent.
     """
 
     sent_bytes: float
@@ -36,20 +37,28 @@ class StepCost:
 
 
 def network(settings: Settings) -> Network | None:
-    """The link to emulate, if any; ValueError where its text is not understood."""
+    """The link to emulate, if any.
+
+    Raises:
+        ValueError: if its text is not understood.
+    """
     return Network.parse(settings.bandwidth, settings.latency) if settings.emulated else None
 
 
 def in_canonical_form(text: str) -> str:
-    """Return `text` as register would print it; CommhubError if it cannot be resolved. Imports no torch."""
+    """Return ``text`` as register would print it. Imports no torch.
+
+    Raises:
+        CommhubError: if it cannot be resolved.
+    """
     return str(_resolve(text))
 
 
 def in_steady_state(text: str) -> str:
-    """Return the hook string to train with in place of `text`.
+    """Return the hook string to train with in place of ``text``.
 
-    A hook that begins with a dense phase (`start_step`, a thousand steps in real training) would be measured
-    as a plain all-reduce, so `start_step` becomes 0 where it was not given, in hooks inside another one too.
+    A hook that begins with a dense phase (``start_step``, a thousand steps in real training) would be measured
+    as a plain all-reduce, so ``start_step`` becomes 0 where it was not given, in hooks inside another one too.
     """
     recipe = _resolve(text)
     assert recipe.spec is not None
@@ -73,7 +82,7 @@ def _resolve(text: str) -> Recipe:
 def attach(
     model: DistributedDataParallel, hook: str, *, optimizer: torch.optim.Optimizer, link: Network | None
 ) -> Registration:
-    """Register `hook` on `model`, on the emulated link if there is one. Collective."""
+    """Register ``hook`` on ``model``, on the emulated link if there is one. Collective."""
     import commhub
 
     registration = commhub.register(model, hook, optimizer=optimizer)

@@ -33,9 +33,10 @@ _GRACE_SECONDS = 5.0
 
 
 def launch(settings: Settings, board: Board) -> None:
-    """Run every hook; `board` is told all events, a hook whose ranks died included.
+    """Run every hook; ``board`` is told all events, a hook whose ranks died included.
 
-    Raises BenchError when the ranks could not be started at all, or found that the settings cannot work.
+    Raises:
+        BenchError: if the ranks could not be started at all, or found that the settings cannot work.
     """
     attempt = 0
     with tempfile.TemporaryDirectory(prefix="commhub-bench-") as name:
@@ -136,7 +137,7 @@ def _events(rank: int | str) -> str:
 
 
 def _reason(folder: Path, index: int) -> str:
-    """Why the hook at `index` failed: how a rank died, else what the rank that failed first says."""
+    """Why the hook at ``index`` failed: how a rank died, else what the rank that failed first says."""
     log = (folder / "log").read_text(errors="replace")
     # The launcher's summary. It ends the other ranks with SIGTERM itself.
     for rank, code in re.findall(r"rank\s*: (\d+) .*?exitcode\s*: (-?\d+) ", log, re.DOTALL):

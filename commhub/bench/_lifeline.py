@@ -24,7 +24,7 @@ _SUPPORTED = hasattr(os, "mkfifo")
 
 
 class Lifeline:
-    """Keeps the ranks that watch `folder` alive until it is cut, or this process ends."""
+    """Keeps the ranks that watch ``folder`` alive until it is cut, or this process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._descriptor: int | None = None
@@ -47,7 +47,7 @@ class Lifeline:
 
 
 def die_with(folder: Path) -> None:
-    """End this process as soon as the lifeline in `folder` is cut."""
+    """End this process as soon as the lifeline in ``folder`` is cut."""
     if _SUPPORTED:
         threading.Thread(target=_watch, args=(folder / _NAME,), name="lifeline", daemon=True).start()
 

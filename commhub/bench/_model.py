@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy (nats per byte) of predicting each byte of `windows` from those before it."""
+    """Mean cross-entropy (nats per byte) of predicting each byte of ``windows`` from those before it."""
     logits = model(windows[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 

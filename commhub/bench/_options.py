@@ -52,12 +52,16 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What one bench does; every field is a flag of `commhub bench`.
+    """What one bench does; every field is a flag of ``commhub bench``.
 
-    `learning_rate` is the highest one, None means the model's own. `bandwidth` and `latency` are texts such as
-    "100mbit" and "1ms" and emulate a link when given. `threads` is per rank, None means the cores divided among the
-    ranks. `report` None writes `DEFAULT_REPORT` into the current folder if matplotlib is there, "" writes none.
-    Raises BenchError for a value that cannot work.
+    Attributes:
+        learning_rate: the highest one; ``None`` means the model's own.
+        bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``, which emulate a link.
+        threads: per rank; ``None`` means the cores divided among the ranks.
+        report: ``None`` writes ``DEFAULT_REPORT`` into the current folder if matplotlib is there, ``""`` writes none.
+
+    Raises:
+        BenchError: for a value that cannot work.
     """
 
     hooks: tuple[str, ...] = attrs.field(default=DEFAULT_HOOKS, converter=_strings, validator=_some)
@@ -89,7 +93,7 @@ class Settings:
 
     @property
     def link(self) -> str:
-        """The emulated link in words, such as `100mbit, 1ms`; empty where none is emulated."""
+        """The emulated link in words, such as ``100mbit, 1ms``; empty where none is emulated."""
         return ", ".join(part for part in (self.bandwidth, self.latency) if part is not None)
 
     @property
@@ -107,12 +111,12 @@ class Settings:
         return shlex.join(words)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `from_dict` reads them back."""
+        """Plain values, for JSON; ``from_dict`` reads them back."""
         return attrs.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The settings that `as_dict` wrote."""
+        """The settings that ``as_dict`` wrote."""
         return cls(**values)
 
 

@@ -1,8 +1,9 @@
 """A rank's process: join the others, train under one hook after another, tell what happens as events.
 
-An event is a dict with a `kind`: "setup" (what was found here), "start", "step", "done" and "failed" (of the
-hook at `index`), or "fatal" (no hook can be run). Started by `python -m commhub.bench._rank FOLDER` from the
-launcher, it writes them to a file; under a torchrun that the user started, rank 0 hands them on directly.
+An event is a dict with a ``kind``: ``"setup"`` (what was found here), ``"start"``, ``"step"``, ``"done"`` and
+``"failed"`` (of the hook at ``index``), or ``"fatal"`` (no hook can be run). Started by
+``python -m commhub.bench._rank FOLDER`` from the launcher, it writes them to a file; under a torchrun that the user
+started, rank 0 hands them on directly.
 """
 
 from __future__ import annotations
@@ -37,10 +38,16 @@ _TIMEOUT = timedelta(minutes=5)
 def run_rank(
     settings: Settings, indexes: Sequence[int], emit: Callable[[dict[str, Any]], None], *, go_on: bool
 ) -> bool:
-    """Train under the hooks at `indexes`; returns whether all of them finished.
+    """Train under the hooks at ``indexes``, each in a process group of its own: one that fails leaves nothing behind.
 
-    Each hook gets a process group of its own, so that one that fails leaves nothing behind. `go_on` says
-    whether to try the next hook after a failure, or to leave that to a fresh set of processes.
+    Args:
+        settings: what to do.
+        indexes: of the hooks in ``settings.hooks``.
+        emit: called with each event.
+        go_on: whether to try the next hook after a failure, or to leave that to a fresh set of processes.
+
+    Returns:
+        Whether all of them finished.
     """
     # Heavy imports come after the lifeline is watched.
     import torch
@@ -113,9 +120,10 @@ def describe(err: BaseException) -> str:
 
 
 def _device(settings: Settings, local_ranks: int) -> torch.device:
-    """One GPU per rank, or the CPU; ValueError where GPUs were asked for and cannot be used.
+    """One GPU per rank, or the CPU. A link is emulated by waiting on the CPU, so only there.
 
-    A link is emulated by waiting on the CPU, so only there.
+    Raises:
+        ValueError: if GPUs were asked for and cannot be used.
     """
     import torch
 

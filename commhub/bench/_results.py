@@ -18,9 +18,11 @@ PARTS = ("compute", "encode", "wait", "decode")
 class StepRecord:
     """One training step, averaged over the ranks. Times are seconds.
 
-    `encode`, `wait` and `decode` are the times for which the training thread stood still while the hook
-    worked, so `seconds` minus their sum is the computation. `sent_bytes` is what one rank sent,
-    `reference_bytes` what one rank would have sent in a plain all-reduce of the same gradients.
+    Attributes:
+        encode, wait, decode: for how long the training thread stood still while the hook worked; ``seconds`` minus
+            their sum is the computation.
+        sent_bytes: what one rank sent.
+        reference_bytes: what one rank would have sent in a plain all-reduce of the same gradients.
     """
 
     step: int
@@ -35,11 +37,13 @@ class StepRecord:
 
 @attrs.frozen(kw_only=True)
 class HookResult:
-    """All that was measured under one hook. What was not measured is None.
+    """All that was measured under one hook. What was not measured is ``None``.
 
-    `ran_as` is the hook string that was registered: `hook` with what the bench sets, such as `start_step=0`.
-    `status` is "done", "failed", "interrupted" or "not run"; `error` says why it failed. The first `warmup`
-    records count for the loss and not for the times.
+    Attributes:
+        ran_as: the hook string that was registered: ``hook`` with what the bench sets, such as ``start_step=0``.
+        status: ``"done"``, ``"failed"``, ``"interrupted"`` or ``"not run"``.
+        warmup: so many records count for the loss and not for the times.
+        error: why it failed.
     """
 
     hook: str
@@ -127,7 +131,8 @@ class HookResult:
 class Outcome:
     """A bench's results, in the order in which its hooks were named.
 
-    `setup` is what rank 0 found: versions, device, backend, world_size, parameters, text_bytes.
+    Attributes:
+        setup: what rank 0 found: versions, device, backend, world_size, parameters, text_bytes.
     """
 
     settings: dict[str, Any]
@@ -151,7 +156,7 @@ class Outcome:
         return base.step_seconds / result.step_seconds
 
     def faster(self, one: HookResult, other: HookResult) -> bool:
-        """Whether `one` took measurably less time: by 5 %, and more than the middle halves of both scatter."""
+        """Whether ``one`` took measurably less time: by 5 %, and more than the middle halves of both scatter."""
         if not one.step_seconds or not other.step_seconds or not one.step_quartiles or not other.step_quartiles:
             return False
         apart = one.step_quartiles[1] < other.step_quartiles[0]

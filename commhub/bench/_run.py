@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ._board import Board
 from ._check import checked
+from ._display import default_progress
 from ._finish import finish
 from ._launch import launch
-from ._progress import default_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,12 +32,16 @@ class Stopped(BaseException):
 
 
 def run(settings: Settings) -> int:
-    """Run the bench and print its table; returns 0, 1 when a hook failed, 130 after Ctrl-C.
+    """Run the bench and print its table.
 
     Where torchrun has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise it starts
-    `settings.nproc` of them. Files are written as the settings say, also after Ctrl-C.
+    ``settings.nproc`` of them. Files are written as the settings say, also after Ctrl-C.
 
-    Raises BenchError when the settings cannot work, for example for an unknown hook or a missing file.
+    Returns:
+        The exit code: 0, 1 where a hook failed, 130 after Ctrl-C.
+
+    Raises:
+        BenchError: if the settings cannot work, for example for an unknown hook or a missing file.
     """
     world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     command = settings.command
@@ -63,7 +67,7 @@ def run(settings: Settings) -> int:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into `Stopped`, and let nothing disturb the clean-up it starts."""
+    """Turn the first Ctrl-C or SIGTERM into ``Stopped``, and let nothing disturb the clean-up it starts."""
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         for each in _SIGNALS:

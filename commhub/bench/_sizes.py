@@ -1,4 +1,4 @@
-"""The model sizes that `--model` knows. No torch: the command line checks the text against them."""
+"""The model sizes that ``--model`` knows. No torch: the command line checks the text against them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import attrs
 class ModelSize:
     """The shape of one transformer, and the learning rates that suit it.
 
-    `width` is the model dimension, `context` the number of bytes in a training window, `adamw` and `sgd` the highest
-    learning rate under that optimizer.
+    Attributes:
+        width: the model dimension.
+        context: the number of bytes in a training window.
+        adamw, sgd: the highest learning rate under that optimizer.
     """
 
     width: int
@@ -21,12 +23,12 @@ class ModelSize:
     sgd: float = 0.1
 
     def learning_rate(self, optimizer: str) -> float:
-        """The one for this of the `OPTIMIZERS`."""
+        """The one for this of the ``OPTIMIZERS``."""
         return self.adamw if optimizer == "adamw" else self.sgd
 
 
 OPTIMIZERS = ("adamw", "sgd")
-"""Those that `--optimizer` knows: AdamW, and SGD with Nesterov's momentum."""
+"""Those that ``--optimizer`` knows: AdamW, and SGD with Nesterov's momentum."""
 
 SIZES = {
     # Parameters: 0.8 M, 4.8 M, 25 M, 85 M.

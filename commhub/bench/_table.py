@@ -13,7 +13,7 @@ HEADER = ("hook", "loss", "val. loss", "step time", "sent / step", "compression"
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    """One row of texts per hook, in the order of `HEADER`; what was not measured is a dash."""
+    """One row of texts per hook, in the order of ``HEADER``; what was not measured is a dash."""
     return [
         (
             result.hook,

@@ -25,13 +25,15 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 
 
 def read_text(data: str | None, *, limit: int = MAX_BYTES) -> bytes:
-    """The text as bytes: of a file, of all text files in a folder, or (None) of Python's standard library.
+    """The text as bytes: of a file, of all text files in a folder, or (``None``) of Python's standard library.
 
     Folders are walked in sorted order and their files joined by newlines, so that every rank reads the same
     bytes. Hidden, unreadable and binary files (a NUL byte near the start) of a folder are left out.
 
-    Raises FileNotFoundError when `data` does not exist, OSError when it is a file that cannot be read, and
-    ValueError when there is nothing to read in it.
+    Raises:
+        FileNotFoundError: if ``data`` does not exist.
+        OSError: if it is a file that cannot be read.
+        ValueError: if there is nothing to read in it.
     """
     if data is None:
         files = (file for file in _walk(Path(sysconfig.get_paths()["stdlib"])) if file.suffix == ".py")

@@ -9,8 +9,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ._board import Board
+from ._display import default_progress
 from ._finish import finish
-from ._progress import default_progress
 from ._rank import run_rank
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ _RISE = 10
 def check_same_text(text: bytes, device: torch.device) -> None:
     """Make sure that every machine found the same text: losses could not be compared otherwise.
 
-    Raises ValueError on every rank if one of them differs.
+    Raises:
+        ValueError: if one of them differs, on every rank.
     """
     digest = torch.tensor([len(text), zlib.crc32(text)], dtype=torch.int64, device=device)
     least, most = digest.clone(), digest.clone()
@@ -50,7 +51,7 @@ def train(
     device: torch.device,
     on_step: Callable[[StepRecord], None],
 ) -> float:
-    """Train from the seed's initial weights under `hook`; returns the validation loss. Collective."""
+    """Train from the seed's initial weights under ``hook``; returns the validation loss. Collective."""
     size = SIZES[settings.model]
     torch.manual_seed(settings.seed)
     model = Transformer(size).to(device)
@@ -81,7 +82,7 @@ def train(
 
 
 def _optimizer(name: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
-    """The optimizer `name`; each step sets its learning rate."""
+    """The optimizer ``name``; each step sets its learning rate."""
     if name == "sgd":  # as in Vogels et al. 2019: linear in the gradient, so that error feedback loses nothing
         return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""`commhub bench`: the flags, and nothing else; `commhub.bench` does the work."""
+"""``commhub bench``: the flags, and nothing else; ``commhub.bench`` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`commhub check`: the conformance kit against one hook or averager."""
+"""``commhub check``: the conformance kit against one hook or averager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`commhub doctor`: load every plugin in a process of its own, and say what is wrong with it."""
+"""``commhub doctor``: load every plugin in a process of its own, and say what is wrong with it."""
 
 from __future__ import annotations
 

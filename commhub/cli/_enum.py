@@ -1,4 +1,4 @@
-"""`commhub enum`: names as a Python module, for editors and type checkers."""
+"""``commhub enum``: names as a Python module, for editors and type checkers."""
 
 from __future__ import annotations
 

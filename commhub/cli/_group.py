@@ -21,7 +21,7 @@ __all__ = ["LazyGroup"]
 
 
 class LazyGroup(click.Group):
-    """A group of commands named as `"module:function"`, each with a line of help that needs no import."""
+    """A group of commands named as ``"module:function"``, each with a line of help that needs no import."""
 
     def __init__(self, *args: Any, commands_at: Mapping[str, tuple[str, str]], **settings: Any) -> None:
         super().__init__(*args, **settings)

@@ -1,4 +1,4 @@
-"""`commhub info`: everything that a plugin declares about one name."""
+"""``commhub info``: everything that a plugin declares about one name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`commhub list`: one line per name that an installed package claims."""
+"""``commhub list``: one line per name that an installed package claims."""
 
 from __future__ import annotations
 

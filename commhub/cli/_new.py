@@ -1,4 +1,4 @@
-"""`commhub new`: start a plugin package that works as it comes."""
+"""``commhub new``: start a plugin package that works as it comes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _WrongUsage(click.ClickException):
 def new(name: str, averager: bool, directory: Path, author: str | None) -> None:
     """Start the plugin package commhub-NAME: a hook to edit, its spec, tests, README, licence and CI.
 
-    NAME is what users will write, such as my-hook. The package installs, shows in `commhub list`, passes its
+    NAME is what users will write, such as my-hook. The package installs, shows in 'commhub list', passes its
     tests and builds as it comes. Nothing that exists is overwritten.
     """
     from commhub.scaffold import Names, write  # only this command needs it

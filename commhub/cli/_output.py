@@ -40,7 +40,7 @@ def print_json(rows: Sequence[object]) -> None:
 
 
 def complete_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Return the installed names that begin like `incomplete`; case and dashes do not matter."""
+    """Return the installed names that begin like ``incomplete``; case and dashes do not matter."""
     from commhub.registry import _lookup
     from commhub.registry._hookstring import canonical_name
 

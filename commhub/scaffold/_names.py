@@ -17,18 +17,18 @@ __all__ = ["Names"]
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*", re.ASCII)
 _PREFIX: Final = re.compile(r"\Acommhub[-_]")
 _TAKEN: Final = frozenset({*RESERVED, "commhub", "true", "false", "none"})
-"""What means something else: arguments of `register`, the core itself, and constants in hook strings."""
+"""What means something else: arguments of ``register``, the core itself, and constants in hook strings."""
 
 
 @attrs.frozen
 class Names:
-    """The names of a package that offers one hook or averager, all from the hook's own: `my_hook`."""
+    """The names of a package that offers one hook or averager, all from the hook's own: ``my_hook``."""
 
     hook: str
 
     @classmethod
     def of(cls, text: str) -> Names:
-        """Read `my-hook`, `my_hook` or `commhub-my-hook`.
+        """Read ``my-hook``, ``my_hook`` or ``commhub-my-hook``.
 
         Raises:
             ValueError: if it is none of these, a keyword or reserved.
@@ -48,17 +48,17 @@ class Names:
 
     @property
     def distribution(self) -> str:
-        """What is installed: `commhub-my-hook`."""
+        """What is installed: ``commhub-my-hook``."""
         return f"commhub-{self.hook.replace('_', '-')}"
 
     @property
     def package(self) -> str:
-        """What is imported: `commhub_my_hook`."""
+        """What is imported: ``commhub_my_hook``."""
         return f"commhub_{self.hook}"
 
     @property
     def class_name(self) -> str:
-        """The class: `MyHook`."""
+        """The class: ``MyHook``."""
         return "".join(word.capitalize() for word in self.hook.split("_"))
 
     def check_free(self) -> None:

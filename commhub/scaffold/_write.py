@@ -1,7 +1,7 @@
 """Writing a package from its templates: all of it or nothing.
 
-A file whose name ends in `-tpl` is a `string.Template` and loses that ending; any other is copied. A folder called
-`package` gets the package's name.
+A file whose name ends in ``-tpl`` is a ``string.Template`` and loses that ending; any other is copied. A folder called
+``package`` gets the package's name.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TITLES: Final[dict[Kind, str]] = {
 
 
 def write(names: Names, kind: Kind, directory: Path, author: str) -> tuple[Path, list[Path]]:
-    """Write the folder `directory/commhub-<name>`; return it and the files in it, relative to it, sorted.
+    """Write the folder ``directory/commhub-<name>``; return it and the files in it, relative to it, sorted.
 
     Raises:
-        ValueError: if `author` holds no name or more than one line.
+        ValueError: if ``author`` holds no name or more than one line.
         CommhubError: if something of that name exists, or the folder cannot be written.
     """
     fields = _fields(names, kind, author)

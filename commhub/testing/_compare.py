@@ -1,4 +1,4 @@
-"""Bit equality of tensors, here and between ranks: `==` lets -0.0 pass for 0.0 and refuses NaN."""
+"""Bit equality of tensors, here and between ranks: ``==`` lets -0.0 pass for 0.0 and refuses NaN."""
 
 import ctypes
 import pickle
@@ -19,10 +19,11 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def assert_equal_across_ranks(tensors: Tensors, group: dist.ProcessGroup | None = None) -> None:
-    """Raise one AssertionError, the same on all ranks of the group, unless the tensors agree bit by bit.
+    """Make sure that the tensors agree bit by bit on all ranks of the group. Collective.
 
-    A collective call. The error names the first tensor that differs, its first element that does, and what
-    each rank has there.
+    Raises:
+        AssertionError: if they do not, the same on all ranks. It names the first tensor that differs, its first
+            element that does, and what each rank has there.
     """
     mine = {name: _frozen(tensor) for name, tensor in _named(tensors).items()}
     everyone = gathered(mine, group)

@@ -32,7 +32,7 @@ class Rank:
         return self._store
 
     def connect(self, name: str) -> Store:
-        """A new connection to the part `name` of this call's store."""
+        """A new connection to the part ``name`` of this call's store."""
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         # A client of its own per use: one TCPStore client serves one waiting thread at a time.
@@ -40,7 +40,7 @@ class Rank:
         return PrefixStore(f"{self.prefix}/{name}", client)
 
     def meet(self, store: Store, place: str) -> None:
-        """Wait until every rank came to this `place`."""
+        """Wait until every rank came to this ``place``."""
         if store.add(f"at {place}", 1) == self.world_size:
             store.set(f"all at {place}", "")
         store.wait([f"all at {place}"])
@@ -50,7 +50,11 @@ _current: Rank | None = None
 
 
 def current() -> Rank:
-    """The rank that this process plays; RuntimeError outside a call of the pool."""
+    """The rank that this process plays.
+
+    Raises:
+        RuntimeError: outside a call of the pool.
+    """
     if _current is None:
         raise RuntimeError("current() belongs in a function that RankPool.run runs on a rank")
     return _current

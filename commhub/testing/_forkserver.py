@@ -29,10 +29,10 @@ class RankProcess:
     channel: Connection
     output: IO[bytes]
     status: int | None = None
-    """How it ended, as in `subprocess`; None while it runs."""
+    """How it ended, as in ``subprocess``; ``None`` while it runs."""
 
     def written(self, start: int = 0) -> str:
-        """What it wrote to stdout and stderr, from byte `start` on, without Gloo's chatter."""
+        """What it wrote to stdout and stderr, from byte ``start`` on, without Gloo's chatter."""
         self.output.seek(start)
         text = self.output.read().decode(errors="replace")
         return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] Rank "))
@@ -67,7 +67,7 @@ class ForkServer:
                 env=os.environ | single,
             )
         self.control = Connection(ours.detach())
-        """Readable when `read_notices` has something to do."""
+        """Readable when ``read_notices`` has something to do."""
         self._processes: dict[int, RankProcess] = {}
         self._count = 0
         if not self.control.poll(_START_SECONDS):
@@ -80,7 +80,7 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, *, fresh: bool) -> RankProcess:
-        """A new rank process: for one order if `fresh`, else for many, until its channel closes."""
+        """A new rank process: for one order if ``fresh``, else for many, until its channel closes."""
         ours, theirs = Pipe()
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # Else a rank would go on at its old position after the file was emptied, behind a gap of zeros.
@@ -111,7 +111,7 @@ class ForkServer:
                     self._processes.pop(number).status = status
 
     def reap(self, processes: list[RankProcess], seconds: float = 10) -> None:
-        """Wait until all of them ended, at most `seconds`."""
+        """Wait until all of them ended, at most ``seconds``."""
         deadline = time.monotonic() + seconds
         if self.control.closed:
             return  # the server ended, and they with it

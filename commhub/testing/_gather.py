@@ -28,7 +28,7 @@ class Gathered:
 def gather(
     server: ForkServer, ranks: Sequence[RankProcess], *, fresh: bool, timeout: float, grace: float | None
 ) -> Gathered:
-    """Wait until each rank answered (`fresh`: ended), one failed and the grace is over, or `timeout`."""
+    """Wait until each rank answered (``fresh``: ended), one failed and the grace is over, or ``timeout``."""
     found = Gathered()
     pending = set(range(len(ranks)))
     open_channels = set(pending)

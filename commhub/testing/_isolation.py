@@ -63,7 +63,7 @@ def reset(surroundings: Surroundings) -> None:
 
 
 def _set_path(path: list[str]) -> None:
-    """Take over `path`; forget the modules that came from a folder that is no longer on it."""
+    """Take over ``path``; forget the modules that came from a folder that is no longer on it."""
     gone = tuple(os.path.join(entry, "") for entry in set(sys.path) - set(path) if entry)
     if sys.path != path:
         sys.path[:] = path

@@ -24,7 +24,11 @@ class Keeper:
 
     @classmethod
     def start(cls, server: ForkServer) -> "Keeper":
-        """Fork one; RuntimeError if it gives no port."""
+        """Fork one.
+
+        Raises:
+            RuntimeError: if it gives no port.
+        """
         process = server.fork(fresh=False)
         call = _transport.Call.of(_context.host_store, (), {})
         process.channel.send(Order(call=call, surroundings=Surroundings.here()))

@@ -18,7 +18,7 @@ Batch = Callable[[int, int], tuple[Tensor, ...]]
 def mlp(widths: Sequence[int] = (8, 16, 4), seed: int = 0) -> nn.Sequential:
     """Linear layers of these widths with tanh between them; the same on every rank for one seed.
 
-    `mlp([16] * 13)` has 12 layers of 1 KiB, and `DistributedDataParallel(..., bucket_cap_mb=1 / 1024)` makes
+    ``mlp([16] * 13)`` has 12 layers of 1 KiB, and ``DistributedDataParallel(..., bucket_cap_mb=1 / 1024)`` makes
     12 buckets of it, from the second step on.
     """
     layers: list[nn.Module] = []
@@ -28,7 +28,7 @@ def mlp(widths: Sequence[int] = (8, 16, 4), seed: int = 0) -> nn.Sequential:
 
 
 class Branches(nn.Module):
-    """Two branches, of which `forward` uses the first only, unless told to use both."""
+    """Two branches, of which ``forward`` uses the first only, unless told to use both."""
 
     def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class EveryKind(nn.Module):
     """One parameter of every kind that DDP accepts: a hook that handles this handles any model.
 
     Called with a scale and token numbers, it returns a scalar whose gradient is 2 * scale * parameter; the
-    embedding's gradient is `scale` at each token, sparse.
+    embedding's gradient is ``scale`` at each token, sparse.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -75,7 +75,7 @@ class EveryKind(nn.Module):
 
     @staticmethod
     def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs that differ between ranks and steps, for `train(..., batch=EveryKind.batch)`."""
+        """Inputs that differ between ranks and steps, for ``train(..., batch=EveryKind.batch)``."""
         scale = torch.tensor(1 + rank + 0.25 * step, dtype=torch.float64)
         return scale, torch.tensor([rank % 6, (rank + step) % 6, 5])
 
@@ -107,7 +107,7 @@ def batches(width: int, rows: int = 4, seed: int = 0) -> Batch:
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """What `train` saw."""
+    """What ``train`` saw."""
 
     losses: list[float]
     gradients: list[dict[str, Tensor]]
@@ -127,8 +127,15 @@ def train(
 ) -> Run:
     """Train on this rank's batches and keep losses, gradients and the final parameters (all copies).
 
-    `batch` defaults to normal inputs as wide as the model's first linear layer; the loss is the output if it
-    is a scalar, else its mean square. `optimizer` defaults to SGD.
+    The loss is the output if it is a scalar, else its mean square.
+
+    Args:
+        model: to be trained, under DDP or not.
+        steps: how many.
+        first_step: the number of the first one, which batches depend on.
+        batch: given rank and step, the input; by default normal, and as wide as the model's first linear layer.
+        optimizer: by default SGD with ``lr``.
+        lr: its learning rate.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     bare = getattr(model, "module", model)

@@ -21,7 +21,7 @@ class RankFailure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> "RankFailure":
-        """The failure that `error` is, its traceback without this harness's own frames."""
+        """The failure that ``error`` is, its traceback without this harness's own frames."""
         shown = error.with_traceback(_users(error.__traceback__))
         return cls(type(error).__name__, str(error), "".join(traceback.format_exception(shown)))
 
@@ -36,7 +36,7 @@ def _users(trace: TracebackType | None) -> TracebackType | None:
 
 
 def death(status: int) -> RankFailure:
-    """The failure of a process that ended with `status` (negative: the signal that ended it)."""
+    """The failure of a process that ended with ``status`` (negative: the signal that ended it)."""
     name = signal.Signals(-status).name if status < 0 else f"exit {status}"
     how = f"killed by {name}" if status < 0 else f"exited with code {status}"
     return RankFailure(name, f"the process was {how}" if status < 0 else f"the process {how}", "")
@@ -44,14 +44,14 @@ def death(status: int) -> RankFailure:
 
 @attrs.frozen(kw_only=True)
 class RankResult:
-    """What one brand-new process did: `run_fresh` returns one per rank."""
+    """What one brand-new process did: ``run_fresh`` returns one per rank."""
 
     value: Any = None
-    """What the function returned; None where it did not return."""
+    """What the function returned; ``None`` where it did not return."""
     error: RankFailure | None = None
     """The exception that left the function, a hang, or else an exit that was not 0."""
     exitcode: int = 0
-    """As in `subprocess`: negative for a signal."""
+    """As in ``subprocess``: negative for a signal."""
     stderr: str = ""
     """What the process wrote to stderr, and to stdout in between."""
 

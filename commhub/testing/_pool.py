@@ -50,11 +50,20 @@ class RankPool:
         init: bool = True,
         fresh: bool = False,
     ) -> list[Any]:
-        """Call `fn(*args, **kwargs)` on `nproc` ranks and return their results in rank order.
+        """Call ``fn(*args, **kwargs)`` on ``nproc`` ranks and return their results in rank order.
 
-        Raises RankError when a rank raises, dies, or gives no answer within `timeout` seconds. After a
-        failure its peers have `grace` seconds to tell their side (2 after an exception, 0.5 after a death).
-        `init=False` makes no process group; `fresh=True` runs in new processes that end afterwards.
+        Args:
+            fn: a function of a module, so that other processes find it.
+            nproc: the number of ranks.
+            args, kwargs: what it is called with, on every rank.
+            timeout: seconds within which every rank has to answer.
+            grace: seconds that the others have after a failure to tell their side; by default 2 after an exception,
+                0.5 after a death.
+            init: whether to make a process group.
+            fresh: whether to run in new processes that end afterwards.
+
+        Raises:
+            RankError: if a rank raises, dies, or gives no answer in time.
         """
         call = _transport.Call.of(fn, args, kwargs or {})
         with self._lock:
@@ -80,10 +89,10 @@ class RankPool:
         init: bool = True,
         destroy: bool = False,
     ) -> list[RankResult]:
-        """Call `fn` in `nproc` brand-new processes, let the interpreters end, and tell how each one did.
+        """Call ``fn`` in ``nproc`` brand-new processes, let the interpreters end, and tell how each one did.
 
-        Raises nothing for what happens on a rank. As in a user's script, the process group is left to the
-        interpreter's exit, unless `destroy`.
+        What happens on a rank is in its result, and no error here. As in a user's script, the process group is left
+        to the interpreter's exit, unless ``destroy``. The other arguments are those of ``run``.
         """
         call = _transport.Call.of(fn, args, kwargs or {})
         with self._lock:

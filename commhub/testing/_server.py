@@ -48,7 +48,11 @@ def _preload() -> None:
 
 
 def serve(control: Connection) -> tuple[int, int, bool] | None:
-    """Fork, signal and reap as told. Returns None when the parent is gone; in a child, its task."""
+    """Fork, signal and reap as told.
+
+    Returns:
+        ``None`` when the parent is gone; in a child, its task.
+    """
     children: dict[int, int] = {}  # process id -> the parent's number for it
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -2,7 +2,7 @@
 
 A test module is imported by pytest under a name that no other process can import, so a function travels as
 (module name, file, qualified name) and the file is loaded there under the same name: classes of that module
-unpickle on both sides. Values travel as bytes of `torch.save`, never through shared memory: a rank may be
+unpickle on both sides. Values travel as bytes of ``torch.save``, never through shared memory: a rank may be
 killed at any moment, and nothing of it may live on in another process.
 """
 
@@ -20,7 +20,7 @@ import attrs
 
 
 def dumps(value: object) -> bytes:
-    """`value` as bytes, tensors by value with their strides and shared storages."""
+    """``value`` as bytes, tensors by value with their strides and shared storages."""
     import torch
 
     buffer = io.BytesIO()
@@ -29,7 +29,7 @@ def dumps(value: object) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """The value that `dumps` wrote; both ends belong to one test session, so anything may be unpickled."""
+    """The value that ``dumps`` wrote; both ends belong to one test session, so anything may be unpickled."""
     import torch
 
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
@@ -46,7 +46,11 @@ class Call:
 
     @classmethod
     def of(cls, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
-        """The call `fn(*args, **kwargs)`; TypeError where another process cannot find `fn` by its name."""
+        """The call ``fn(*args, **kwargs)``.
+
+        Raises:
+            TypeError: if another process cannot find ``fn`` by its name.
+        """
         module_name = getattr(fn, "__module__", None) or ""
         qualname = getattr(fn, "__qualname__", "")
         module = sys.modules.get(module_name)
@@ -93,7 +97,7 @@ _loaded: dict[str, tuple[str, int]] = {}  # the modules loaded from a file here:
 
 
 def load_module(name: str, path: str | None) -> types.ModuleType:
-    """The module `name`, imported where that finds `path`, else loaded from it (again if that changed)."""
+    """The module ``name``, imported where that finds ``path``, else loaded from it (again if that changed)."""
     if path is None:
         return importlib.import_module(name)
     present, stamp = sys.modules.get(name), (path, os.stat(path).st_mtime_ns)
@@ -127,7 +131,7 @@ def _importable(name: str, path: str) -> bool:
 
 
 def _add_parents(name: str, path: str) -> None:
-    """Stand-ins for packages that cannot be imported: unpickling `a.b.C` imports `a` first."""
+    """Stand-ins for packages that cannot be imported: unpickling ``a.b.C`` imports ``a`` first."""
     folder = os.path.dirname(path)
     while "." in name:
         name = name.rpartition(".")[0]

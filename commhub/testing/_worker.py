@@ -58,7 +58,7 @@ def settle(output: int, server: int) -> None:
 
 
 def live(channel: Connection, *, fresh: bool) -> None:
-    """Serve orders until the parent is gone; if `fresh`, one order, whose exception then ends the process."""
+    """Serve orders until the parent is gone; if ``fresh``, one order, whose exception then ends the process."""
     while True:
         try:
             order: Order = channel.recv()

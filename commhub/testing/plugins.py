@@ -3,8 +3,8 @@
     with temporary_plugin(tmp_path, "commhub-foo", hooks={"foo": "Foo"}, source="class Foo: ...") as plugin:
         assert "foo" in commhub.hooks()
 
-Its package `commhub_foo` has a spec module and a module `_hook` with `source`. While installed it is on
-PYTHONPATH too, so subprocesses find it; the pool's ranks take over `sys.path` with each call.
+Its package ``commhub_foo`` has a spec module and a module ``_hook`` with ``source``. While installed it is on
+PYTHONPATH too, so subprocesses find it; the pool's ranks take over ``sys.path`` with each call.
 """
 
 import base64
@@ -23,12 +23,12 @@ import attrs
 from ._isolation import forget_modules
 
 Fields = str | Mapping[str, object]
-"""A hook's class in `source`, or its spec's fields: `{"factory": "Foo", "options": [{"name": ...}], ...}`."""
+"""A hook's class in ``source``, or its spec's fields: ``{"factory": "Foo", "options": [{"name": ...}], ...}``."""
 
 
 @attrs.frozen(kw_only=True)
 class TemporaryPlugin:
-    """A plugin that was written to `folder`; as a context manager it is installed for the block."""
+    """A plugin that was written to ``folder``; as a context manager it is installed for the block."""
 
     name: str
     version: str
@@ -43,7 +43,7 @@ class TemporaryPlugin:
         self.uninstall()
 
     def install(self) -> None:
-        """Put it first on `sys.path` and PYTHONPATH."""
+        """Put it first on ``sys.path`` and PYTHONPATH."""
         sys.path.insert(0, str(self.folder))
         rest = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{self.folder}{os.pathsep}{rest}" if rest else str(self.folder)
@@ -75,10 +75,18 @@ def temporary_plugin(
     version: str = "1.0",
     requires: Sequence[str] = ("commhub>=0.1,<1",),
 ) -> TemporaryPlugin:
-    """Write the distribution `name` into `folder`, which may hold others; `with` installs it.
+    """Write the distribution ``name`` into ``folder``, which may hold others; ``with`` installs it.
 
-    `spec` replaces the text of the spec module, `init` that of the package's `__init__`, and `entry_points`
-    (group -> name -> value) the entry points that `hooks` and `averagers` would get: for broken plugins.
+    Args:
+        folder: it is put first on the path.
+        name: of the distribution.
+        hooks, averagers: by name, a class in ``source`` or the fields of a spec.
+        source: the text of the module ``_hook``.
+        spec: the text of the spec module instead of the one that follows from ``hooks`` and ``averagers``.
+        init: the text of the package's ``__init__``.
+        entry_points: group -> name -> value, instead of those that ``hooks`` and ``averagers`` would get.
+        version: of the distribution.
+        requires: what it depends on.
     """
     hooks, averagers = hooks or {}, averagers or {}
     package = re.sub("[-.]+", "_", name).lower()

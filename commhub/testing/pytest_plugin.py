@@ -1,4 +1,4 @@
-"""The harness as pytest fixtures, for a root conftest: `pytest_plugins = ["commhub.testing.pytest_plugin"]`.
+"""The harness as pytest fixtures, for a root conftest: ``pytest_plugins = ["commhub.testing.pytest_plugin"]``.
 
 Not an entry point of pytest's own: whoever has commhub installed should not get fixtures unasked.
 """
@@ -14,7 +14,7 @@ from commhub.testing import _outcome, _pool, plugins
 
 
 class Ranks:
-    """The session's pool as a test calls it: `ranks(fn, 2, *args, **kwargs)`."""
+    """The session's pool as a test calls it: ``ranks(fn, 2, *args, **kwargs)``."""
 
     def __init__(self, pool: _pool.RankPool) -> None:
         self.pool = pool
@@ -30,7 +30,7 @@ class Ranks:
         fresh: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """Call `fn` on `nproc` ranks; their results in rank order. See `RankPool.run`."""
+        """Call ``fn`` on ``nproc`` ranks; their results in rank order. See ``RankPool.run``."""
         return self.pool.run(fn, nproc, args, kwargs, timeout=timeout, grace=grace, init=init, fresh=fresh)
 
     def fresh(
@@ -44,20 +44,20 @@ class Ranks:
         destroy: bool = False,
         **kwargs: Any,
     ) -> list[_outcome.RankResult]:
-        """Call `fn` in brand-new processes and tell how each ended. See `RankPool.run_fresh`."""
+        """Call ``fn`` in brand-new processes and tell how each ended. See ``RankPool.run_fresh``."""
         return self.pool.run_fresh(fn, nproc, args, kwargs, timeout=timeout, grace=grace, init=init, destroy=destroy)
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Real ranks, started once per session: `ranks(fn, 2, *args)` returns the ranks' results."""
+    """Real ranks, started once per session: ``ranks(fn, 2, *args)`` returns the ranks' results."""
     with _pool.RankPool() as pool:
         yield Ranks(pool)
 
 
 @pytest.fixture
 def check(request: pytest.FixtureRequest, ranks: Ranks) -> Any:
-    """A conformance check, to be called: see `commhub.testing.parametrize_with_checks`."""
+    """A conformance check, to be called: see ``commhub.testing.parametrize_with_checks``."""
     case = request.param
     case.pool = ranks.pool
     return case
@@ -65,7 +65,7 @@ def check(request: pytest.FixtureRequest, ranks: Ranks) -> Any:
 
 @pytest.fixture
 def temporary_plugin(tmp_path: Path) -> Iterator[Callable[..., plugins.TemporaryPlugin]]:
-    """Plugins for one test: `temporary_plugin("commhub-foo", hooks={...}, source=...)` installs one."""
+    """Plugins for one test: ``temporary_plugin("commhub-foo", hooks={...}, source=...)`` installs one."""
     with contextlib.ExitStack() as stack:
         count = 0
 

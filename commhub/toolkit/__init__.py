@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._cast_all_reduce import CastAllReduce
+    from ._cast_hook import CastHook
     from ._cpp import cpp_library
     from ._feedback import ErrorFeedback
     from ._kernels import Kernel
     from ._per_bucket import PerBucket
     from ._rules import Rules
 
-__all__ = ["CastAllReduce", "ErrorFeedback", "Kernel", "PerBucket", "Rules", "cpp_library"]
+__all__ = ["CastAllReduce", "CastHook", "ErrorFeedback", "Kernel", "PerBucket", "Rules", "cpp_library"]
 
 _HOMES = {
     "CastAllReduce": "_cast_all_reduce",
+    "CastHook": "_cast_hook",
     "ErrorFeedback": "_feedback",
     "Kernel": "_kernels",
     "PerBucket": "_per_bucket",

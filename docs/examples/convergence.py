@@ -3,7 +3,7 @@
     python docs/examples/convergence.py [--optimizer adamw] [--steps 500] [--seeds 3] [--ranks 2,4]
         [--skip TEXT,...] [--keep FOLDER]
 
-Runs `commhub bench` on its default text once for each seed and number of ranks, the same 8 windows of text a step
+Runs ``commhub bench`` on its default text once for each seed and number of ranks, the same 8 windows of text a step
 whatever the ranks, and prints a table in Markdown. Hooks whose string holds one of the TEXTs are left out. What is in
 FOLDER already is not run again.
 """

@@ -10,8 +10,8 @@ import pytest
 
 from commhub.bench import _launch
 from commhub.bench._board import Board
+from commhub.bench._display import PlainProgress
 from commhub.bench._options import Settings
-from commhub.bench._progress import PlainProgress
 
 DIED = "  rank      : 1 (local_rank: 1)\n  exitcode  : -11 (pid: 7)\n  rank      : 0\n  exitcode  : -15 (pid: 6)\n"
 SETUP = {

@@ -5,8 +5,8 @@ import io
 import pytest
 
 from commhub.bench._board import Board
+from commhub.bench._display import PlainProgress, make_progress
 from commhub.bench._options import Settings
-from commhub.bench._progress import PlainProgress, make_progress
 
 SETUP = {
     "kind": "setup",

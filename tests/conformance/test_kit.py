@@ -9,7 +9,7 @@ import pytest
 from commhub.cli._check import _COLUMNS, check
 from commhub.registry._formula import evaluate
 from commhub.testing import CheckResult, check_hook
-from commhub.testing.conformance._check import all_checks
+from commhub.testing.conformance._list import all_checks
 from commhub.testing.conformance._run import summary
 
 QUICK = ("static", "simulated")

@@ -3,7 +3,7 @@
 import pytest
 
 from commhub.testing import temporary_plugin
-from commhub.testing.conformance._check import all_checks
+from commhub.testing.conformance._list import all_checks
 from commhub.testing.conformance._run import Examination
 
 SOURCE = """

@@ -6,7 +6,7 @@ import pytest
 
 import commhub
 from commhub.testing import check_hook, temporary_plugin
-from commhub.testing.conformance._check import all_checks
+from commhub.testing.conformance._list import all_checks
 from commhub.testing.conformance._run import Examination, plan
 
 from .zoo import AVERAGERS, HOOKS, SOURCE, ZOO

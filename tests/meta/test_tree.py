@@ -1,15 +1,39 @@
 """The core's shape: floors that import downwards, small files, fresh generated ones, no torch where none is needed."""
 
 import ast
+import graphlib
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = sorted(ROOT.glob("commhub/**/*.py"))
+
+NOT_YET = [("commhub.training.saving._together", "commhub.training._registration")]
+"""Imports for annotations that run back up."""
+
+ROOMS = ["bench", "cli", "scaffold", "testing"]
+"""Packages of the core that have a README of their own and floors in the import contracts."""
+
+OTHER_DIALECTS = (
+    "commhub/__init__.py",
+    "commhub/_errors.py",
+    "commhub/drivers/_communicator.py",
+    "commhub/registry/",
+    "commhub/training/_register.py",
+    "contrib/commhub-sign/",
+    "contrib/commhub-topk/",
+    "plugins/commhub-quantize/",
+)
+"""Where docstrings are not all written in Google's sections with double backticks."""
+
+RAISES = r"\b[Rr]aises (an? |one )?`*[A-Z]\w*Error\b|(?<!Raise )\b[A-Z]\w+Error (if|outside|unless|when|where)\b"
+"""What belongs in a section ``Raises:``, as a part of a sentence. That a function does nothing else is a summary."""
 
 
 def run(*command, **options):
@@ -30,10 +54,59 @@ def test_floors_import_downwards_only():
     assert done.returncode == 0, done.stdout
 
 
+def test_no_files_import_each_other_in_a_circle_not_even_for_annotations():
+    """The face stands apart: it names every room, and loads one when it is asked for a name of it."""
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("commhub", cache_dir=None)
+    imported = {
+        module: graph.find_modules_directly_imported_by(module) - {"commhub"} for module in graph.modules - {"commhub"}
+    }
+    for module, name in NOT_YET:
+        imported[module].remove(name)
+    graphlib.TopologicalSorter(imported).prepare()
+
+
 def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in CORE}
     assert {path: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}
     assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_a_readme_of_25_lines_and_tests_and_every_package_of_it_has_floors(room):
+    folder = ROOT / "commhub" / room
+    assert 0 < (folder / "README.md").read_text(encoding="utf-8").count("\n") <= 25
+    assert list((ROOT / "tests" / room).glob("test_*.py"))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    exhaustive = {name for one in contracts if one.get("exhaustive") for name in one["containers"]}
+    packages = [path.parent.relative_to(ROOT) for path in folder.rglob("__init__.py")]
+    assert {".".join(package.parts) for package in packages} <= exhaustive
+
+
+def docstrings(path):
+    """Each docstring of a file, those of attributes included, with its line and the node that it describes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            for said in node.body:
+                match said:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        yield text, said.lineno, node
+
+
+def test_docstrings_have_double_backticks_and_say_what_is_raised_in_a_section():
+    sources = [*CORE, *ROOT.glob("plugins/*/commhub_*/**/*.py"), *ROOT.glob("contrib/*/commhub_*/**/*.py")]
+    assert len(sources) > 150
+    wrong = []
+    for path in sources:
+        where = path.relative_to(ROOT).as_posix()
+        if not where.startswith(OTHER_DIALECTS):
+            for text, line, node in docstrings(path):
+                bare = re.sub("``.*?``", "", text, flags=re.DOTALL)
+                sentence = not isinstance(node, ast.Module) and re.search(RAISES, text)
+                wrong += [f"{where}:{line}"] * ("`" in bare or bool(sentence))
+    assert wrong == []
 
 
 def test_the_generated_names_are_fresh():

@@ -1,8 +1,7 @@
-"""A check, what comes of it, and the list of all of them."""
+"""A check, how a function becomes one, and what comes of it."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -60,9 +59,8 @@ class Check:
     run: Callable[..., Any]
 
 
-_HERE = "commhub.testing.conformance"
-_MODULES = ("_static", "_numbers", "_feedback", "_bytes", "_on_ranks", "_modes", "_state", "_averagers")
-_checks: dict[str, Check] = {}
+MADE: dict[str, Check] = {}
+"""By name, the checks of the modules that are loaded."""
 
 
 def rule(where: Where, *, kinds: tuple[str, ...] = ("hook",), after: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -71,18 +69,10 @@ def rule(where: Where, *, kinds: tuple[str, ...] = ("hook",), after: tuple[str, 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
         assert summary, f"{function.__name__} has no docstring"
-        assert function.__name__ not in _checks, f"{function.__name__} is there twice"
-        _checks[function.__name__] = Check(
+        assert function.__name__ not in MADE, f"{function.__name__} is there twice"
+        MADE[function.__name__] = Check(
             name=function.__name__, summary=summary, where=where, kinds=kinds, after=after, run=function
         )
         return function
 
     return mark
-
-
-def all_checks() -> tuple[Check, ...]:
-    """Every check, basic ones first: in the order of the modules, and in each from top to bottom."""
-    for module in _MODULES:
-        import_module(f"{_HERE}.{module}")
-    places = {f"{_HERE}.{module}": place for place, module in enumerate(_MODULES)}
-    return tuple(sorted(_checks.values(), key=lambda c: (places[c.run.__module__], c.run.__code__.co_firstlineno)))

@@ -86,7 +86,11 @@ def promised_error(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def require_agreement(subject: Subject) -> None:
-    """Raise NotApplicableError where ranks are declared to differ."""
+    """See that ranks are not declared to differ.
+
+    Raises:
+        NotApplicableError: if they are.
+    """
     if subject.promises("agrees") is False:
         raise NotApplicableError("it declares that ranks do not agree")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from commhub.testing._outcome import RankError
 
-from ._check import Check, CheckResult, NotApplicableError, all_checks
+from ._check import Check, CheckResult, NotApplicableError
+from ._list import all_checks
 from ._subject import Subject
 
 if TYPE_CHECKING:
@@ -219,7 +220,11 @@ class Case:
         self.pool: RankPool | None = None
 
     def __call__(self) -> None:
-        """Run the check: raises AssertionError, or pytest's skip or xfail."""
+        """Run the check.
+
+        Raises:
+            AssertionError: if it fails. Pytest's own for skip and xfail come where it does not apply, or may fail.
+        """
         import pytest
 
         assert self.pool is not None

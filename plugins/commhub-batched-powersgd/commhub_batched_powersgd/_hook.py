@@ -53,7 +53,8 @@ class BatchedPowerSGD:
             longest pattern that matches a name decides.
 
     Raises:
-        ValueError: if an option is out of range; HookOptionError if a rule is malformed.
+        ValueError: if an option is out of range.
+        HookOptionError: if a rule is malformed.
     """
 
     rank: int = attrs.field(default=1, validator=Limit(1))

@@ -60,7 +60,8 @@ class PowerSGD:
 
     Raises:
         ValueError: if an option, or a setting in a rule, is out of range; if ``alternating`` is to go with several
-            power iterations or without a warm start; HookOptionError if a rule is malformed.
+            power iterations or without a warm start.
+        HookOptionError: if a rule is malformed.
     """
 
     rank: int = attrs.field(default=1, validator=RANK)

@@ -9,21 +9,38 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._cast_all_reduce import CastAllReduce
     from ._cast_hook import CastHook
+    from ._codec import Codec
     from ._cpp import cpp_library
     from ._feedback import ErrorFeedback
     from ._kernels import Kernel
     from ._per_bucket import PerBucket
     from ._rules import Rules
+    from ._selection import Selection
+    from ._two_step import TwoStep
 
-__all__ = ["CastAllReduce", "CastHook", "ErrorFeedback", "Kernel", "PerBucket", "Rules", "cpp_library"]
+__all__ = [
+    "CastAllReduce",
+    "CastHook",
+    "Codec",
+    "ErrorFeedback",
+    "Kernel",
+    "PerBucket",
+    "Rules",
+    "Selection",
+    "TwoStep",
+    "cpp_library",
+]
 
 _HOMES = {
     "CastAllReduce": "_cast_all_reduce",
     "CastHook": "_cast_hook",
+    "Codec": "_codec",
     "ErrorFeedback": "_feedback",
     "Kernel": "_kernels",
     "PerBucket": "_per_bucket",
     "Rules": "_rules",
+    "Selection": "_selection",
+    "TwoStep": "_two_step",
     "cpp_library": "_cpp",
 }
 

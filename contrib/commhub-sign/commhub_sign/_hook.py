@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
-import torch
-from torch import Tensor
 
-from commhub import AllGather, AllReduce, AllToAll, Bucket, Exchange, Setup
-from commhub.toolkit import ErrorFeedback, Rules
+from commhub.toolkit import Rules, Selection, TwoStep
 
-from ._signs import decode, encode
+from ._signs import Signs
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-_SMALL = 1024
-"""Elements below which a parameter counts as small."""
+    from commhub import Bucket, Exchange, Setup
 
 
 def _group_size(_hook: object, field: attrs.Attribute[int], value: int) -> None:
@@ -31,41 +24,10 @@ def _start_step(_hook: object, field: attrs.Attribute[int], value: int) -> None:
         raise ValueError(f"{field.name} is {value}; it must be at least 0.")
 
 
-class _Groups:
-    """One parameter on its way: v, cut into groups, of which every rank sums an equal number."""
-
-    def __init__(self, i: int, values: Tensor, size: int, bucket: Bucket) -> None:
-        p, self.place, self.numel = bucket.world_size, i, values.numel()
-        self.share = -(-self.numel // (size * p))
-        self.all = values.new_zeros(p * self.share, size)
-        self.all.view(-1)[: self.numel].copy_(values)
-        first = torch.arange(p * self.share, device=values.device).unsqueeze(1) * size
-        self.counts = (self.numel - first).clamp(1, size)
-        self.own = slice(bucket.rank * self.share, (bucket.rank + 1) * self.share)
-        self.start = min(self.own.start * size, self.numel)
-        self.end = min(self.own.stop * size, self.numel)
-        self.missed = self.all
-
-    def encode(self) -> Tensor:
-        """Codes of all groups (groups, bytes); ``all`` holds afterwards what they miss."""
-        coded = encode(self.all, self.counts)
-        self.all -= decode(coded, self.all.dtype)
-        return coded
-
-    def encode_mean(self, received: Tensor, divisor: int) -> Tensor:
-        """Codes of the mean of this rank's groups, from what all ranks sent of them (p, bytes); keeps the rest."""
-        mean = torch.zeros_like(self.all[self.own])
-        for coded in received:
-            mean += decode(coded.view(self.share, -1), mean.dtype).mul_(1 / divisor)
-        mean.view(-1)[self.end - self.start :] = 0  # what fills the last group is no part of its scale
-        coded = encode(mean, self.counts[self.own])
-        self.missed = (mean - decode(coded, mean.dtype)).mul_(divisor).view(-1)[: self.end - self.start]
-        return coded
-
-    def decode(self, gathered: Tensor) -> Tensor:
-        """The result (1-D) from all ranks' codes (p, bytes)."""
-        coded = gathered.reshape(len(self.all), -1)
-        return decode(coded, self.all.dtype).view(-1)[: self.numel]
+def _in_order(_name: str, rows: int, p: int) -> list[range]:
+    """Which rank sums which groups of a parameter: the first so many, the next so many, ..."""
+    share = -(-rows // p)
+    return [range(min(rank * share, rows), min((rank + 1) * share, rows)) for rank in range(p)]
 
 
 @attrs.define(eq=False, kw_only=True, slots=False)
@@ -98,72 +60,16 @@ class Sign:
     dense_small: bool = True
     start_step: int = attrs.field(default=1000, validator=_start_step)
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
-    _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
-    _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
-    _feedback: ErrorFeedback = attrs.field(init=False, default=None, repr=False)  # set by prepare
+    _two_step: TwoStep = attrs.field(init=False, repr=False, default=None)  # set when all is known
 
     def __attrs_post_init__(self) -> None:
-        self._rules = Rules(self.rules, {})
+        selection = Selection(Rules(self.rules, {}), start_step=self.start_step, dense_small=self.dense_small)
+        self._two_step = TwoStep(Signs(self.group_size), selection, owners=_in_order)
 
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate residuals."""
-        dense = self._rules.dense(setup.names)
-        self._compressed = frozenset(
-            name
-            for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if name not in dense
-            and dtype.is_floating_point
-            and 0 not in shape
-            and not (self.dense_small and (len(shape) < 2 or prod(list(shape)) < _SMALL))
-        )
-        self._feedback = ErrorFeedback(setup, [name for name in setup.names if name in self._compressed])
+        self._two_step.prepare(setup)
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """An all-to-all and an all-gather of bytes; beside the first an all-reduce of what is averaged exactly."""
-        started = bucket.step >= self.start_step
-        coded = [i for i, name in enumerate(bucket.names) if started and name in self._compressed]
-        if not coded:
-            bucket.flat.copy_((yield AllReduce(bucket.flat)))
-            return
-        dense = [segment for i, segment in enumerate(bucket.segments) if i not in coded]
-
-        # 1. What this rank has to give. 2. Its signs, to the ranks that own the groups.
-        groups = [_Groups(i, self._feedback.compensated(bucket, i), self.group_size, bucket) for i in coded]
-        shares = [one.encode().view(bucket.world_size, -1) for one in groups]
-        sizes = [share.shape[1] for share in shares]
-        exact = torch.cat(dense) if dense else bucket.flat.new_empty(0)
-        received = yield from _beside(AllToAll(torch.cat(shares, 1).view(-1)), exact)
-
-        # 3. The mean of the groups that this rank owns. 4. Its signs, to all.
-        theirs = received.view(bucket.world_size, -1).split(sizes, 1)
-        own = [one.encode_mean(some, bucket.divisor) for one, some in zip(groups, theirs, strict=True)]
-        gathered = yield AllGather(torch.cat([codes.view(-1) for codes in own]))
-
-        # 5. The result. 6. What was not sent.
-        parts = gathered.view(bucket.world_size, -1).split(sizes, 1)
-        results = [one.decode(part).to(bucket.flat.dtype) for one, part in zip(groups, parts, strict=True)]
-        for result in results:
-            bucket.finite = bucket.finite & result.isfinite().all()
-        for one, result in zip(groups, results, strict=True):
-            self._keep(bucket, one)
-            bucket.segments[one.place].copy_(result)
-        for segment, mean in zip(dense, exact.split([segment.numel() for segment in dense]), strict=True):
-            segment.copy_(mean)
-
-    def _keep(self, bucket: Bucket, one: _Groups) -> None:
-        unsent = one.all.view(-1)[: one.numel]
-        if bucket.used[one.place]:
-            unsent[one.start : one.end] += one.missed
-        elif one.end > one.start:  # its own residual waits; what the mean's signs missed comes on top
-            self._feedback.deposit(bucket, one.place, one.start, one.missed)
-        self._feedback.keep(bucket, one.place, unsent)
-
-
-def _beside(collective: AllToAll, exact: Tensor) -> Generator[Any, Any, Tensor]:
-    """The result of ``collective``; in the same breath ``exact`` is averaged in place, if there is any of it."""
-    if not exact.numel():
-        result: Tensor = yield collective
-        return result
-    result, mean = yield (collective, AllReduce(exact))
-    exact.copy_(mean)
-    return result
+        return self._two_step.reduce(bucket)

@@ -1,30 +1,69 @@
-"""Groups of numbers as one bit each and a scale, and back."""
+"""Groups of numbers as one bit each and a scale, and back: the codec that ``commhub.toolkit.TwoStep`` asks for."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
 import torch
-from torch import Tensor
+
+from commhub.toolkit import Kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def encode(groups: Tensor, counts: Tensor) -> Tensor:
-    """Bytes of groups (n, size): (n, size / 8 + bytes of a scale), uint8: signs, then the mean absolute value.
+@attrs.frozen
+class Signs:
+    """Signs of the numbers of a group, and their mean absolute value.
 
-    Args:
-        groups: floating; zero where the last one is filled up.
-        counts: (n, 1), how many numbers of each are not filling.
+    A bit says that a number is below zero, so that zero counts as positive.
 
-    A bit says that a number is below zero, so that zero counts as positive. Scales are in the groups' dtype.
+    Attributes:
+        row: elements of a group, a multiple of 8.
     """
-    scale = groups.abs().sum(1, keepdim=True) / counts
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=groups.device)
-    bits = (groups < 0).view(len(groups), -1, 8)
-    signs = (bits * weights).sum(2, dtype=torch.uint8)
-    return torch.cat([signs, scale.view(torch.uint8)], 1)
+
+    row: int
+    scales: ClassVar[int] = 1
+
+    def row_bytes(self, _dtype: torch.dtype) -> int:
+        """Bytes of a group's signs."""
+        return self.row // 8
+
+    def encode(self, rows: Tensor, codes: Tensor, scales: Tensor, counts: Tensor, *, keeping: bool) -> None:
+        """Write signs and scales; what fills a group is zero, and does not count for its mean."""
+        (_encode_keeping if keeping else _encode)(rows, codes, scales, counts)
+
+    def decode(self, codes: Tensor, scales: Tensor, rows: Tensor, *, adding: bool) -> None:
+        """Write scale times sign, or add it."""
+        (_accumulate if adding else _decode)(codes, scales, rows)
 
 
-def decode(coded: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``encode`` made, as scale times sign: (n, size), in ``dtype``, that of the groups."""
-    scale = coded[:, -dtype.itemsize :].contiguous().view(dtype)
-    shifts = torch.arange(8, dtype=torch.uint8, device=coded.device)
-    bits = (coded[:, : -dtype.itemsize].unsqueeze(2) >> shifts) & 1
-    return (1 - 2 * bits.view(len(coded), -1).to(dtype)) * scale
+def _signed(codes: Tensor, scales: Tensor) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    bits = (codes.unsqueeze(2) >> shifts) & 1
+    return (1 - 2 * bits.view(len(codes), -1).to(scales.dtype)) * scales
+
+
+def encode(rows: Tensor, codes: Tensor, scales: Tensor, counts: Tensor) -> None:
+    torch.div(rows.abs().sum(1, keepdim=True), counts, out=scales)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=rows.device)
+    bits = (rows < 0).view(len(rows), -1, 8)
+    torch.sum(bits * weights, 2, dtype=torch.uint8, out=codes)
+
+
+def encode_keeping(rows: Tensor, codes: Tensor, scales: Tensor, counts: Tensor) -> None:
+    encode(rows, codes, scales, counts)
+    rows -= _signed(codes, scales)
+
+
+def decode(codes: Tensor, scales: Tensor, rows: Tensor) -> None:
+    rows.copy_(_signed(codes, scales))
+
+
+def accumulate(codes: Tensor, scales: Tensor, rows: Tensor) -> None:
+    rows += _signed(codes, scales)
+
+
+_encode, _encode_keeping = Kernel(encode), Kernel(encode_keeping)
+_decode, _accumulate = Kernel(decode), Kernel(accumulate)

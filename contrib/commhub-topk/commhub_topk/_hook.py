@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from commhub import AllGather, AllReduce, Bucket, Exchange, Setup
-from commhub.toolkit import ErrorFeedback, Rules
+from commhub.toolkit import ErrorFeedback, Rules, Selection
 
 from ._places import InTurn, Largest
 from ._velocity import Velocities
@@ -78,24 +77,17 @@ class TopK:
     shared: bool = False
     seed: int = 0
     rules: dict[str, object] = attrs.field(default={}, validator=attrs.validators.instance_of(dict))
-    _rules: Rules = attrs.field(init=False, repr=False, default=None)  # set when all is known
-    _compressed: frozenset[str] = attrs.field(init=False, default=frozenset(), repr=False)
+    _selection: Selection = attrs.field(init=False, repr=False, default=None)  # set when all is known
     _velocities: Velocities | None = attrs.field(init=False, default=None, repr=False)
     _feedback: ErrorFeedback | None = attrs.field(init=False, default=None, repr=False)
     _places: Largest | InTurn = attrs.field(init=False, default=None, repr=False)  # set by prepare
 
     def __attrs_post_init__(self) -> None:
-        self._rules = Rules(self.rules, {})
+        self._selection = Selection(Rules(self.rules, {}), self.min_numel, self.start_step, max_numel=_INDEXED - 1)
 
     def prepare(self, setup: Setup) -> None:
         """Choose what is compressed; allocate what is remembered."""
-        dense = self._rules.dense(setup.names)
-        chosen = [
-            name
-            for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if name not in dense and dtype.is_floating_point and self.min_numel <= prod(shape) < _INDEXED
-        ]
-        self._compressed = frozenset(chosen)
+        chosen = [*self._selection.choose(setup)]
         if self.momentum:
             self._velocities = Velocities(setup, chosen, self.momentum)
         else:
@@ -104,24 +96,21 @@ class TopK:
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """One all-gather, and beside it one all-reduce of what is averaged exactly, if there is any."""
-        started = bucket.step >= self.start_step
-        sparse = [i for i, name in enumerate(bucket.names) if started and name in self._compressed]
-        dense = [i for i in range(len(bucket.names)) if i not in sparse]
+        sparse = self._selection.places(bucket)
         if self._velocities is not None:
-            for i in dense:
+            for i in set(range(len(bucket.names))).difference(sparse):
                 bucket.segments[i].copy_(self._velocities.advance(bucket, i))
         if not sparse:
-            bucket.flat.copy_((yield AllReduce(bucket.flat)))
+            yield from self._selection.exactly(bucket)
             return
 
         # 1. What this rank has to give. 2. What it sends of that.
         values = [self._compensated(bucket, i) for i in sparse]
         places = [self._places.of(bucket.names[i], v) for i, v in zip(sparse, values, strict=True)]
-        exact = torch.cat([bucket.segments[i] for i in dense]) if dense else bucket.flat.new_empty(0)
 
         # 3. One message, and one of what is averaged exactly. 4. The mean.
         average = self._average_shared if self.shared else self._average_gathered
-        means = yield from average(bucket, values, places, exact)
+        means = yield from average(bucket, values, places)
         means = [mean.to(bucket.flat.dtype) for mean in means]
         for mean in means:
             bucket.finite = bucket.finite & mean.isfinite().all()
@@ -130,19 +119,15 @@ class TopK:
         for i, v, where, mean in zip(sparse, values, places, means, strict=True):
             self._keep(bucket, i, v.index_fill_(0, where, 0), where)
             bucket.segments[i].copy_(mean)
-        for i, mean in zip(dense, exact.split([bucket.segments[i].numel() for i in dense]), strict=True):
-            bucket.segments[i].copy_(mean)
 
-    def _average_gathered(
-        self, bucket: Bucket, values: Sequence[Tensor], places: Sequence[Tensor], exact: Tensor
-    ) -> Means:
-        """Each parameter's mean (1-D) from all ranks' values and indices; ``exact`` is averaged in place."""
+    def _average_gathered(self, bucket: Bucket, values: Sequence[Tensor], places: Sequence[Tensor]) -> Means:
+        """Each parameter's mean (1-D) from all ranks' values and indices."""
         sent = torch.cat([v[where] for v, where in zip(values, places, strict=True)])
         indices = torch.cat([*places]).to(torch.int32)
         message = torch.cat([sent.view(torch.int32), indices])
-        gathered = yield from _beside(AllGather(message), exact)
+        gathered = yield from self._selection.beside(bucket, AllGather(message))
         shares = gathered.view(-1, message.numel())
-        theirs = shares[:, : -len(indices)].contiguous().view(sent.dtype).mul_(1 / bucket.divisor)
+        theirs = shares[:, : -len(indices)].reshape(-1).view(sent.dtype).view(len(shares), -1).mul_(1 / bucket.divisor)
         counts = [len(where) for where in places]
         means = [torch.zeros_like(v) for v in values]
         for given, at in zip(theirs, shares[:, -len(indices) :], strict=True):
@@ -150,15 +135,13 @@ class TopK:
                 mean.index_add_(0, where, some)
         return means
 
-    def _average_shared(
-        self, _bucket: Bucket, values: Sequence[Tensor], places: Sequence[Tensor], exact: Tensor
-    ) -> Means:
-        """Each parameter's mean (1-D) at places that all ranks share; ``exact`` is averaged in place."""
+    def _average_shared(self, bucket: Bucket, values: Sequence[Tensor], places: Sequence[Tensor]) -> Means:
+        """Each parameter's mean (1-D) at places that all ranks share."""
         sent = [v[where] for v, where in zip(values, places, strict=True)]
         for v, some in zip(values, sent, strict=True):
             # What waits must reach all ranks too if it is not finite: NaN goes in its place.
             some[:1] += torch.where(v.isfinite().all(), 0.0, torch.nan)
-        mean = yield from _beside(AllReduce(torch.cat(sent)), exact)
+        mean = yield from self._selection.beside(bucket, AllReduce(torch.cat(sent)))
         shares = mean.split([len(where) for where in places])
         return [
             torch.zeros_like(v).index_copy_(0, where, some)
@@ -177,13 +160,3 @@ class TopK:
         else:
             assert self._feedback is not None
             self._feedback.keep(bucket, i, unsent)
-
-
-def _beside(collective: AllGather | AllReduce, exact: Tensor) -> Generator[Any, Any, Tensor]:
-    """The result of ``collective``; in the same breath ``exact`` is averaged in place, if there is any of it."""
-    if not exact.numel():
-        result: Tensor = yield collective
-        return result
-    result, mean = yield (collective, AllReduce(exact))
-    exact.copy_(mean)
-    return result

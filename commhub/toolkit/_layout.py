@@ -1,8 +1,7 @@
 """Which elements of a bucket are coded in which rows, and which rank sums which row. Pure arithmetic, no tensors.
 
-A parameter's memory is cut into rows, of which the last may be short. Each rank owns an equal run of a parameter's
-rows, the first one beginning at a rank that the parameter's name decides: who owns a row depends on nothing else, so
-that it survives other buckets and a restart.
+A parameter's memory is cut into rows, of which the last may be short. Each rank owns a run of a parameter's rows: who
+owns a row depends on the parameter's name and size alone, so that it survives other buckets and a restart.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from ._coding import Coding
+    from ._codec import Codec
+
+    Owners = Callable[[str, int, int], Sequence[range]]
+    """From a parameter's name, the number of its rows, and p: for each rank a run of rows, each row in one of them."""
 
 
 @attrs.frozen
@@ -51,13 +53,13 @@ class Lines:
 
 @attrs.frozen
 class Section:
-    """All parameters of a bucket that are coded alike.
+    """All parameters of a bucket that have the same codec.
 
     Rows are numbered: those that are full, parameter after parameter, then the short ones. One more, empty, fills
     the shares up to equal lengths.
 
     Attributes:
-        coding: how.
+        codec: theirs.
         lines: each parameter's rows.
         full: stretches of whole rows, in the order of their rows.
         short: what is left of each parameter that does not fill its last row, in the order of their rows.
@@ -65,7 +67,7 @@ class Section:
         owned: what each rank's share holds, in its order.
     """
 
-    coding: Coding
+    codec: Codec
     lines: tuple[Lines, ...]
     full: tuple[Stretch, ...]
     short: tuple[Stretch, ...]
@@ -90,10 +92,17 @@ class Section:
                 numbers[row] = number
         return numbers
 
+    def counts(self) -> list[int]:
+        """For each row how many elements of it are its parameter's; for the empty one 1, to divide by."""
+        width = self.codec.row
+        return [width] * (self.rows - len(self.short)) + [stretch.length for stretch in self.short] + [1]
 
-def section(coding: Coding, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int) -> Section:
+
+def section(
+    codec: Codec, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int, owners: Owners
+) -> Section:
     """Lay out the parameters at ``places`` among p ranks; ``names`` and ``spans`` are those of the whole bucket."""
-    width = coding.row
+    width = codec.row
     whole = sum(spans[place].length // width for place in places)
     lines, full, short = [], [], []
     first, tail = 0, whole
@@ -111,15 +120,13 @@ def section(coding: Coding, places: Sequence[int], names: Sequence[str], spans: 
         lines.append(Lines(place, rows, spans[place]))
     owned: list[list[Lines]] = [[] for _ in range(p)]
     for line in lines:
-        turn = owner_of_first(names[line.place], p)
-        for run in range(p):
-            low, high = (-(-k * len(line.rows) // p) for k in (run, run + 1))
-            if low < high:
-                owned[(turn + run) % p].append(line.part(low, high, width))
+        for mine, run in zip(owned, owners(names[line.place], len(line.rows), p), strict=True):
+            if run:
+                mine.append(line.part(run.start, run.stop, width))
     shares = [[row for part in parts for row in part.rows] for parts in owned]
     longest = max(map(len, shares))
     return Section(
-        coding=coding,
+        codec=codec,
         lines=tuple(lines),
         full=joined(full),
         short=tuple(short),
@@ -128,9 +135,11 @@ def section(coding: Coding, places: Sequence[int], names: Sequence[str], spans: 
     )
 
 
-def owner_of_first(name: str, p: int) -> int:
-    """The rank that sums a parameter's first row."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % p
+def in_turn(name: str, rows: int, p: int) -> list[range]:
+    """Runs as equal as can be, the first one at a rank that the name decides: many small parameters spread evenly."""
+    first = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % p
+    bounds = [-(-k * rows // p) for k in range(p + 1)]
+    return [range(bounds[k], bounds[k + 1]) for k in ((rank - first) % p for rank in range(p))]
 
 
 def joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:

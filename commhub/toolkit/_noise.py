@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from commhub import Bucket
+    from commhub.protocol._bucket import Bucket
 
     from ._layout import Lines
 
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 class Noise:
     """Uniform numbers in [0, 1) that depend on a seed, a parameter's name, the step, and what they are for."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
+    def __init__(self, device: torch.device) -> None:
         self._generator = torch.Generator(device)
 
-    def draw(self, out: Tensor, lines: Iterable[Lines], bucket: Bucket, purpose: object, *, packed: bool) -> Tensor:
+    def draw(
+        self, out: Tensor, lines: Iterable[Lines], bucket: Bucket, seed: int, purpose: object, *, packed: bool
+    ) -> Tensor:
         """Fill the rows of ``out`` (rows, row) that ``lines`` name; ``packed``: the rows in the order of the lines.
 
         ``purpose`` keeps apart what is rounded at one time: the ranks' own values, and their shares of the mean.
         """
         start = 0
         for line in lines:
-            what = (self._seed, bucket.names[line.place], bucket.step, purpose)
+            what = (seed, bucket.names[line.place], bucket.step, purpose)
             digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
             self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
             rows = range(start, start + len(line.rows)) if packed else line.rows

@@ -1,0 +1,75 @@
+"""What a codec is: rows in, bytes and scales out, and what those missed. It knows no rank, bucket or step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Codec(Protocol):
+    """Codes rows of numbers, each row for itself. ``TwoStep`` makes a hook of it.
+
+    A parameter is cut into rows; the last one is filled up with zeros. A row's codes are bytes, and beside them lie
+    some scales. Tensors are contiguous, on one device, with as many rows each:
+
+    * ``rows``: (n, row), in float32 or float64
+    * ``codes``: (n, ``row_bytes``), uint8
+    * ``scales``: (n, ``scales``), in the rows' dtype
+    * ``counts``: (n, 1), int64: how many elements of each row are the parameter's, at least 1. Not contiguous
+
+    Zeros decode to exact zeros, and so do codes and scales that are zero. The first scale is a factor: with half of
+    it, the codes stand for half as much. If an element of a row is not finite, then neither is one of its scales.
+
+    A codec may have more, each of which counts as missing where it is not there:
+
+    * ``seed``, an int or None: rounds by chance. ``encode`` then gets ``noise=``, uniform in [0, 1), like ``rows``; it
+      depends on the seed, the parameter's name, the step and the rank
+    * ``whole``, a bool: a parameter's rows share their scales. ``extents(rows, out)`` then writes for each row, in the
+      shape of its scales, what is not negative and grows with it; ``scales_of(extents)`` makes scales of the largest
+      ones; and ``encode`` is given them, instead of finding them
+    * ``bounded``, a bool: what the codes miss of a finite row is finite, also times the ranks. That spares error
+      feedback a look
+    * ``prepare(dtype, device, elements, keeping=...)``: is called at registration for each dtype of rows to come, with
+      how many elements a step puts through it, to compile what is worth it
+
+    Parameters whose codecs are equal are coded together.
+
+    Attributes:
+        row: elements of a row.
+        scales: how many numbers lie beside a row's codes, at least 1.
+    """
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def scales(self) -> int: ...
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a row's codes, without its scales, for rows of ``dtype``."""
+        ...
+
+    def encode(self, rows: Tensor, codes: Tensor, scales: Tensor, counts: Tensor, *, keeping: bool) -> None:
+        """Write codes and scales. With ``keeping``, ``rows`` hold afterwards what those miss; else anything."""
+        ...
+
+    def decode(self, codes: Tensor, scales: Tensor, rows: Tensor, *, adding: bool) -> None:
+        """Write into ``rows`` what codes and scales stand for, or add it."""
+        ...
+
+
+class FullCodec(Codec, Protocol):
+    """A codec with all that it may have."""
+
+    seed: int | None
+    whole: bool
+    bounded: bool
+
+    def extents(self, rows: Tensor, out: Tensor) -> None: ...
+
+    def scales_of(self, extents: Tensor) -> Tensor: ...
+
+    def prepare(self, dtype: torch.dtype, device: torch.device, elements: int, *, keeping: bool) -> None: ...

@@ -1,0 +1,152 @@
+"""Parameters that are coded alike, on their way through the two messages. All memory is kept between steps."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from math import gcd
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from ._rows import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ._layout import Lines, Section, Stretch
+
+_ALIGNMENT = 16
+
+
+@attrs.frozen
+class Place:
+    """Where something lies in a share: ``rows`` rows of ``width`` elements, from a byte on."""
+
+    byte: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """The byte from which on something else may lie."""
+        return -(-(self.byte + self.rows * self.width * self.dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT
+
+    def within(self, share: Tensor) -> Tensor:
+        """A view of it in a share (1-D, uint8)."""
+        size = self.rows * self.width * self.dtype.itemsize
+        return share.narrow(0, self.byte, size).view(self.dtype).view(self.rows, self.width)
+
+
+class Part:
+    """One section's way through the two messages."""
+
+    def __init__(self, section: Section, byte: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        codec, parameters = section.codec, len(section.lines)
+        self.section, self.codec = section, codec
+        self.owned: tuple[Lines, ...] = section.owned[rank]
+        parameter = torch.tensor(section.parameters(), device=device)
+        self._shares = torch.tensor(section.shares, device=device)
+        self._rows = Rows(codec, parameter, parameters, dtype)
+        self._own_rows = Rows(codec, parameter[self._shares[rank]], parameters, dtype)
+        self.own = torch.zeros(section.share_rows, codec.row, dtype=dtype, device=device)
+        self._short = torch.zeros(len(section.short), codec.row, dtype=dtype, device=device)
+        counts = torch.tensor(section.counts(), device=device)[:, None]
+        self._own_counts = counts[self._shares[rank]]
+        self._full_counts = counts.new_tensor([[codec.row]])  # the same for every row
+        self._short_counts = counts[section.rows - len(section.short) : section.rows].clone()
+        ends = accumulate(len(line.rows) for line in self.owned)
+        filled = [len(line.rows) * codec.row - line.stretch.length for line in self.owned]
+        self._filling = [self.own[end - 1, -n:] for end, n in zip(ends, filled, strict=True) if n]
+        self._noise: dict[bool, Tensor] = {}
+        rows, table = section.share_rows, self._rows.table
+        self._codes_at = Place(byte, rows, codec.row_bytes(dtype), torch.uint8)
+        self.scales_at = Place(self._codes_at.end, rows if table is None else len(table), codec.scales, dtype)
+
+    def noise(self, *, own: bool) -> Tensor:
+        """Memory for one number for each element of all rows, or of this rank's share; zero at first."""
+        if own not in self._noise:
+            rows = len(self.own) if own else self.section.rows
+            self._noise[own] = self.own.new_zeros(rows, self.codec.row)
+        return self._noise[own]
+
+    def encode(self, values: Tensor, noise: Tensor | None, *, keeping: bool) -> None:
+        """Code all rows of ``values``. With ``keeping``, they hold afterwards what the codes miss."""
+        for line, stretch in zip(self._short, self.section.short, strict=True):
+            line[: stretch.length].copy_(part_of(values, stretch))
+            line[stretch.length :].zero_()  # not zero after a step that was not finite
+        self._rows.encode([*self._pieces(values)], noise, keeping=keeping)
+        if keeping:
+            self._put_short(values)
+
+    def encode_own(self, noise: Tensor | None, *, keeping: bool) -> None:
+        """Code this rank's share of the mean. With ``keeping``, ``own`` holds afterwards what the codes miss."""
+        for filling in self._filling:
+            filling.zero_()  # whatever the codes stand for there is no part of the mean
+        self._own_rows.encode([(self.own, self._own_counts, slice(0, len(self.own)))], noise, keeping=keeping)
+
+    def fill(self, shares: Tensor) -> None:
+        """Write the first message, (p, bytes of a share)."""
+        table = self._rows.table
+        for share, rows in zip(shares, self._shares, strict=True):
+            torch.index_select(self._rows.codes, 0, rows, out=self._codes_at.within(share))
+            scales = self.scales_at.within(share)
+            if table is not None:
+                scales.copy_(table)
+            else:
+                torch.index_select(self._rows.scales, 0, rows, out=scales)
+
+    def fill_own(self, share: Tensor) -> None:
+        """Write the second message."""
+        mine = self._own_rows
+        self._codes_at.within(share).copy_(mine.codes)
+        self.scales_at.within(share).copy_(mine.scales if mine.table is None else mine.table)
+
+    def sum(self, received: Tensor, divisor: int) -> None:
+        """Make ``own`` the mean of what all ranks sent, (p, bytes of a share), in their order."""
+        mine = self._own_rows
+        for turn, share in enumerate(received):
+            scales = self.scales_at.within(share)
+            scales = scales.clone() if mine.table is None else scales[mine.parameter]
+            scales[:, :1].mul_(1.0 / divisor)
+            self.codec.decode(self._codes_at.within(share), scales, self.own, adding=turn > 0)
+
+    def take(self, gathered: Tensor, values: Tensor) -> None:
+        """Write the result of all shares, (p, bytes of a share), into ``values``."""
+        all_rows = self._rows
+        for share, rows in zip(gathered, self._shares, strict=True):
+            _in_words(all_rows.codes).index_copy_(0, rows, _in_words(self._codes_at.within(share)))
+            scales = self.scales_at.within(share)
+            if all_rows.table is not None:
+                scales = scales[all_rows.parameter[rows]]
+            all_rows.scales.index_copy_(0, rows, scales)
+        for view, _, rows in self._pieces(values):
+            self.codec.decode(all_rows.codes[rows], all_rows.scales[rows], view, adding=False)
+        self._put_short(values)
+
+    def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Views of ``values`` (1-D, the bucket's elements) as rows, and which; the short ones stand apart."""
+        row = 0
+        for stretch in self.section.full:
+            view = part_of(values, stretch).view(-1, self.codec.row)
+            yield view, self._full_counts.expand(len(view), 1), slice(row, row + len(view))
+            row += len(view)
+        if len(self._short):
+            yield self._short, self._short_counts, slice(row, row + len(self._short))
+
+    def _put_short(self, values: Tensor) -> None:
+        for line, stretch in zip(self._short, self.section.short, strict=True):
+            part_of(values, stretch).copy_(line[: stretch.length])
+
+
+def part_of(values: Tensor, stretch: Stretch) -> Tensor:
+    """The elements of ``values`` (1-D) that a stretch means."""
+    return values.narrow(0, stretch.offset, stretch.length)
+
+
+def _in_words(codes: Tensor) -> Tensor:
+    """The same rows in the widest elements that fit: byte by byte, putting rows in their places takes far longer."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    return codes.view(words[gcd(codes.shape[1], 16)])

@@ -1,0 +1,97 @@
+"""Which parameters a hook compresses, and from which step on; the others are averaged exactly, beside them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from commhub.protocol._collectives import AllReduce
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+
+    from commhub.protocol._bucket import Bucket
+    from commhub.protocol._collectives import Collective
+    from commhub.protocol._hook import Exchange
+    from commhub.protocol._setup import Setup
+
+    from ._rules import Rules
+
+_SMALL = 1024
+"""Elements below which a parameter counts as small."""
+
+
+class Selection:
+    """What is compressed: parameters of a floating dtype that no rule calls dense, if they are large enough.
+
+    Args:
+        rules: what holds for single parameters. A setting ``"dense_small"`` there counts instead of the argument.
+        min_numel: elements that a parameter has at least, 1 or more: an empty one is never compressed.
+        max_numel: elements that it has at most.
+        dense_small: leave out vectors, scalars and parameters of less than 1024 elements.
+        start_step: so many steps compress nothing.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        min_numel: int = 1,
+        start_step: int = 0,
+        *,
+        max_numel: int | None = None,
+        dense_small: bool = False,
+    ) -> None:
+        self._rules, self._start_step, self._dense_small = rules, start_step, dense_small
+        self._least, self._most = max(min_numel, 1), max_numel
+        self._chosen: dict[str, dict[str, object]] = {}
+
+    def choose(self, setup: Setup) -> Mapping[str, Mapping[str, object]]:
+        """The parameters that are compressed, in the model's order, with their settings. Call it in ``prepare``.
+
+        Raises:
+            HookOptionError: if a rule matches no parameter.
+        """
+        settings = self._rules.settings(setup.names)
+        self._chosen = {
+            name: its
+            for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
+            if (its := settings[name]) is not None and dtype.is_floating_point and self._fits(shape, its)
+        }
+        return self._chosen
+
+    def places(self, bucket: Bucket) -> list[int]:
+        """Places in the bucket of the parameters that are compressed in this step."""
+        if bucket.step < self._start_step:
+            return []
+        return [i for i, name in enumerate(bucket.names) if name in self._chosen]
+
+    def beside(self, bucket: Bucket, collective: Collective) -> Generator[Any, Any, Tensor]:
+        """The result of ``collective``: ``result = yield from selection.beside(bucket, collective)``.
+
+        In the same stage an all-reduce averages what is not compressed in this step. Its mean is in the bucket then.
+        """
+        taken = set(self.places(bucket))
+        rest = [segment for i, segment in enumerate(bucket.segments) if i not in taken]
+        exact = torch.cat(rest) if rest else bucket.flat.new_empty(0)
+        if not exact.numel():
+            alone: Tensor = yield collective
+            return alone
+        result: Tensor
+        result, mean = yield (collective, AllReduce(exact))
+        for segment, its in zip(rest, mean.split([segment.numel() for segment in rest]), strict=True):
+            segment.copy_(its)
+        return result
+
+    @staticmethod
+    def exactly(bucket: Bucket) -> Exchange:
+        """Average a bucket of which nothing is compressed: ``yield from selection.exactly(bucket)``."""
+        bucket.flat.copy_((yield AllReduce(bucket.flat)))
+
+    def _fits(self, shape: Sequence[int], settings: Mapping[str, object]) -> bool:
+        numel = prod(shape)
+        if settings.get("dense_small", self._dense_small) and (len(shape) < 2 or numel < _SMALL):
+            return False
+        return self._least <= numel and (self._most is None or numel <= self._most)

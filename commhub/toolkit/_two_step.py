@@ -1,0 +1,189 @@
+"""An all-reduce of codes in two steps, whatever the codec and the number of ranks."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from commhub.protocol._collectives import AllGather, AllToAll
+
+from ._feedback import ErrorFeedback
+from ._layout import Stretch, in_turn, joined, section
+from ._messages import Messages
+from ._noise import Noise
+from ._part import part_of
+from ._per_bucket import PerBucket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from commhub.protocol._bucket import Bucket
+    from commhub.protocol._hook import Exchange
+    from commhub.protocol._setup import Setup
+
+    from ._codec import Codec, FullCodec
+    from ._layout import Owners
+    from ._part import Part
+    from ._selection import Selection
+
+
+class TwoStep:
+    """A hook that averages codes, in two messages of their size, for any number of ranks.
+
+    The ranks share the work of summing. A parameter is cut into rows, and each rank owns some of them:
+
+    1. add what former steps left unsent: g = gradient + residual
+    2. encode g; send every rank the codes that it owns, with their scales: one all-to-all
+    3. decode what came, and average it in float32, or wider
+    4. encode the mean; send it to all ranks: one all-gather
+    5. decode. The owner does so too, so that the result is the same on all ranks, bit by bit
+    6. keep what the codes missed: residual = g - decoded g. The owner adds what step 4 missed of the mean, as many
+       times as there are ranks, for only it will send that: the residuals' mean is exactly what is unsent
+
+    Two steps are those of a ring or tree all-reduce (Rabenseifner 2004). Error feedback is inside, for it needs what
+    this rank itself contributed.
+
+    Args:
+        codec: how all parameters are coded, or a function that makes a codec of a parameter's settings.
+        selection: what is compressed.
+        feedback: whether residuals are kept, or a function that says so of a codec.
+        residual_dtype: of the residuals, where that is not to be the wider of float32 and the gradient's.
+        within: send what is not compressed in the two messages as well, summed in rank order in float32 or wider;
+            otherwise it is all-reduced beside the first one.
+        owners: which rank sums which rows; by default all as many, beginning with one that the name decides.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | Callable[[Mapping[str, object]], Codec],
+        selection: Selection,
+        feedback: bool | Callable[[Any], bool] = True,
+        *,
+        residual_dtype: torch.dtype | None = None,
+        within: bool = False,
+        owners: Owners = in_turn,
+    ) -> None:
+        self._codec, self._selection, self._wanted = codec, selection, feedback
+        self._residual_dtype, self._within, self._owners = residual_dtype, within, owners
+        self._codecs: dict[str, Codec] = {}
+        self._messages = PerBucket(self._lay_out)
+        self._feedback: ErrorFeedback | None = None
+        self._noise: Noise | None = None
+
+    def prepare(self, setup: Setup) -> None:
+        """Choose how each parameter is coded; allocate residuals; have codecs prepare."""
+        self._messages = PerBucket(self._lay_out)
+        made: dict[Codec, Codec] = {}  # equal ones are one
+        chosen = self._selection.choose(setup)
+        codecs = {name: self._code(settings) for name, settings in chosen.items()}
+        self._codecs = {name: made.setdefault(codec, codec) for name, codec in codecs.items()}
+        kept = [name for name, codec in self._codecs.items() if self._keeps(codec)]
+        self._feedback = ErrorFeedback(setup, kept, dtype=self._residual_dtype) if kept else None
+        self._noise = Noise(setup.device)
+        sizes: dict[tuple[Codec, torch.dtype], int] = {}
+        for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True):
+            if name in self._codecs:
+                key = self._codecs[name], torch.promote_types(dtype, torch.float32)
+                sizes[key] = sizes.get(key, 0) + torch.Size(shape).numel()
+        for (codec, dtype), elements in sizes.items():
+            if hasattr(codec, "prepare"):
+                cast("FullCodec", codec).prepare(dtype, setup.device, elements, keeping=self._keeps(codec))
+
+    def reduce(self, bucket: Bucket) -> Exchange:
+        """An all-to-all and an all-gather of bytes; one plain all-reduce where nothing is compressed."""
+        if not self._selection.places(bucket):
+            yield from self._selection.exactly(bucket)
+            return
+        messages = self._messages[bucket]
+
+        # 1. g = gradient + residual, in the bucket's own memory if that is wide enough.
+        values = messages.working_copy(bucket.flat)
+        for part in messages.parts:
+            if self._feedback is not None and self._keeps(part.codec):
+                for line in part.section.lines:
+                    self._feedback.add(bucket, line.place, part_of(values, line.stretch))
+
+        # 2. Encode, and send every rank what it owns.
+        for part in messages.parts:
+            part.encode(values, self._draw(part, bucket, own=False), keeping=self._keeps(part.codec))
+        messages.fill(values, bucket.divisor)
+        first = AllToAll(messages.message.view(-1))
+        if self._within:
+            received = yield first
+        else:
+            received = yield from self._selection.beside(bucket, first)
+
+        # 3. The mean of this rank's share. 4. Encode it, and send it to all.
+        messages.sum(received, bucket.divisor)
+        for part in messages.parts:
+            part.encode_own(self._draw(part, bucket, own=True), keeping=self._keeps(part.codec))
+            part.fill_own(messages.share)
+        gathered = yield AllGather(messages.share)
+
+        # 6. Keep what the codes missed, unless there was no number somewhere. 5. Decode the result.
+        bucket.finite = bucket.finite & messages.finite(gathered, bucket.flat.dtype)
+        for part in messages.parts:
+            if self._feedback is not None and self._keeps(part.codec):
+                self._keep(bucket, part, values, self._feedback)
+        messages.take(gathered, values)
+        if values is not bucket.flat:
+            self._put_back(bucket, messages, values)
+
+    def _keep(self, bucket: Bucket, part: Part, values: Tensor, feedback: ErrorFeedback) -> None:
+        row = 0
+        for line in part.owned:
+            missed = part.own[row : row + len(line.rows)].view(-1)[: line.stretch.length].mul_(bucket.divisor)
+            row += len(line.rows)
+            if bucket.used[line.place]:
+                part_of(values, line.stretch).add_(missed)
+            else:  # it keeps its residual, and takes this on top
+                feedback.deposit(bucket, line.place, line.skipped, missed)
+        # All values that any rank coded were finite, or the mean's scales are not.
+        bounded = getattr(part.codec, "bounded", False)
+        for line in part.section.lines:
+            feedback.keep(bucket, line.place, part_of(values, line.stretch), finite=bounded)
+
+    def _put_back(self, bucket: Bucket, messages: Messages, values: Tensor) -> None:
+        if self._within:
+            bucket.flat.copy_(values)
+            return
+        for part in messages.parts:  # what travelled beside is in its place already
+            for line in part.section.lines:
+                bucket.segments[line.place].copy_(part_of(values, line.stretch))
+
+    def _lay_out(self, bucket: Bucket) -> Messages:
+        sizes = [segment.numel() for segment in bucket.segments]
+        spans = [Stretch(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        by_codec: dict[Codec, list[int]] = {}
+        rest = []
+        for place, name in enumerate(bucket.names):
+            if name in self._codecs:
+                by_codec.setdefault(self._codecs[name], []).append(place)
+            else:
+                rest.append(spans[place])
+        p = bucket.world_size
+        return Messages(
+            [section(codec, places, bucket.names, spans, p, self._owners) for codec, places in by_codec.items()],
+            joined(rest) if self._within else (),
+            rank=bucket.rank,
+            p=p,
+            dtype=torch.promote_types(bucket.flat.dtype, torch.float32),
+            device=bucket.flat.device,
+        )
+
+    def _draw(self, part: Part, bucket: Bucket, *, own: bool) -> Tensor | None:
+        seed = getattr(part.codec, "seed", None)
+        if seed is None or self._noise is None:
+            return None
+        if own:
+            return self._noise.draw(part.noise(own=True), part.owned, bucket, seed, "mean", packed=True)
+        return self._noise.draw(part.noise(own=False), part.section.lines, bucket, seed, bucket.rank, packed=False)
+
+    def _code(self, settings: Mapping[str, object]) -> Codec:
+        return cast("Any", self._codec)(settings) if callable(self._codec) else self._codec
+
+    def _keeps(self, codec: Codec) -> bool:
+        return self._wanted(codec) if callable(self._wanted) else self._wanted

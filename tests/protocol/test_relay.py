@@ -100,7 +100,8 @@ def test_an_exchange_that_is_closed_in_the_middle_closes_the_inner_one_at_once()
         finally:
             stages.append(inner.closed)
 
-    outer = commhub.relay(inner.exchange(), stage)
+    exchange = inner.exchange()  # held here, so that nobody but the relay closes it
+    outer = commhub.relay(exchange, stage)
     assert next(outer) == ("a",)
     outer.close()
     assert (inner.closed, inner.got, stages) == (1, [], [0])
@@ -113,7 +114,8 @@ def test_a_stage_that_raises_closes_the_inner_exchange():
         yield requests
         raise ValueError("in the stage")
 
-    outer = commhub.relay(inner.exchange(), stage)
+    exchange = inner.exchange()
+    outer = commhub.relay(exchange, stage)
     next(outer)
     with pytest.raises(ValueError, match="in the stage"):
         outer.send(("a",))

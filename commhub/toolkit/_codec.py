@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -25,11 +26,12 @@ class Codec(Protocol):
 
     A codec may have more, each of which counts as missing where it is not there:
 
-    * ``seed``, an int or None: rounds by chance. ``encode`` then gets ``noise=``, uniform in [0, 1), like ``rows``; it
-      depends on the seed, the parameter's name, the step and the rank
+    * ``seed``, an int or None: rounds by chance. ``encode`` then gets a fifth tensor, noise like ``rows``, uniform in
+      [0, 1), which depends on the seed, the parameter's name, the step and the rank
     * ``whole``, a bool: a parameter's rows share their scales. ``extents(rows, out)`` then writes for each row, in the
       shape of its scales, what is not negative and grows with it; ``scales_of(extents)`` makes scales of the largest
       ones; and ``encode`` is given them, instead of finding them
+    * ``code``, a dtype: torch.int8, if its codes are to be that and not uint8
     * ``bounded``, a bool: what the codes miss of a finite row is finite, also times the ranks. That spares error
       feedback a look
     * ``prepare(dtype, device, elements, keeping=...)``: is called at registration for each dtype of rows to come, with
@@ -66,10 +68,28 @@ class FullCodec(Codec, Protocol):
 
     seed: int | None
     whole: bool
+    code: torch.dtype
     bounded: bool
+
+    def encode(
+        self,
+        rows: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        counts: Tensor,
+        noise: Tensor | None = None,
+        *,
+        keeping: bool,
+    ) -> None: ...
 
     def extents(self, rows: Tensor, out: Tensor) -> None: ...
 
     def scales_of(self, extents: Tensor) -> Tensor: ...
 
     def prepare(self, dtype: torch.dtype, device: torch.device, elements: int, *, keeping: bool) -> None: ...
+
+
+def code_dtype(codec: Codec) -> torch.dtype:
+    """The dtype of a codec's codes."""
+    found: torch.dtype = getattr(codec, "code", torch.uint8)
+    return found

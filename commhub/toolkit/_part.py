@@ -13,8 +13,6 @@ from torch import Tensor
 from ._rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ._layout import Lines, Section, Stretch
 
 _ALIGNMENT = 16
@@ -49,20 +47,23 @@ class Part:
         self.owned: tuple[Lines, ...] = section.owned[rank]
         parameter = torch.tensor(section.parameters(), device=device)
         self._shares = torch.tensor(section.shares, device=device)
-        self._rows = Rows(codec, parameter, parameters, dtype)
-        self._own_rows = Rows(codec, parameter[self._shares[rank]], parameters, dtype)
+        counts = torch.tensor(section.counts(), device=device)[:, None]
+        alike = counts.new_tensor([[codec.row]])  # the same for every full row
+        full = [stretch.length // codec.row for stretch in section.full]
+        runs = [(count, alike.expand(count, 1)) for count in full]
+        if section.short:
+            runs.append((len(section.short), counts[sum(full) : section.rows].clone()))
+        self._rows = Rows(codec, parameter, parameters, dtype, runs)
+        mine = self._shares[rank]
+        self._own_rows = Rows(codec, parameter[mine], parameters, dtype, [(len(mine), counts[mine])])
         self.own = torch.zeros(section.share_rows, codec.row, dtype=dtype, device=device)
         self._short = torch.zeros(len(section.short), codec.row, dtype=dtype, device=device)
-        counts = torch.tensor(section.counts(), device=device)[:, None]
-        self._own_counts = counts[self._shares[rank]]
-        self._full_counts = counts.new_tensor([[codec.row]])  # the same for every row
-        self._short_counts = counts[section.rows - len(section.short) : section.rows].clone()
         ends = accumulate(len(line.rows) for line in self.owned)
         filled = [len(line.rows) * codec.row - line.stretch.length for line in self.owned]
         self._filling = [self.own[end - 1, -n:] for end, n in zip(ends, filled, strict=True) if n]
         self._noise: dict[bool, Tensor] = {}
         rows, table = section.share_rows, self._rows.table
-        self._codes_at = Place(byte, rows, codec.row_bytes(dtype), torch.uint8)
+        self._codes_at = Place(byte, rows, codec.row_bytes(dtype), self._rows.codes.dtype)
         self.scales_at = Place(self._codes_at.end, rows if table is None else len(table), codec.scales, dtype)
 
     def noise(self, *, own: bool) -> Tensor:
@@ -77,7 +78,7 @@ class Part:
         for line, stretch in zip(self._short, self.section.short, strict=True):
             line[: stretch.length].copy_(part_of(values, stretch))
             line[stretch.length :].zero_()  # not zero after a step that was not finite
-        self._rows.encode([*self._pieces(values)], noise, keeping=keeping)
+        self._rows.encode(self._pieces(values), noise, keeping=keeping)
         if keeping:
             self._put_short(values)
 
@@ -85,7 +86,7 @@ class Part:
         """Code this rank's share of the mean. With ``keeping``, ``own`` holds afterwards what the codes miss."""
         for filling in self._filling:
             filling.zero_()  # whatever the codes stand for there is no part of the mean
-        self._own_rows.encode([(self.own, self._own_counts, slice(0, len(self.own)))], noise, keeping=keeping)
+        self._own_rows.encode([self.own], noise, keeping=keeping)
 
     def fill(self, shares: Tensor) -> None:
         """Write the first message, (p, bytes of a share)."""
@@ -122,19 +123,13 @@ class Part:
             if all_rows.table is not None:
                 scales = scales[all_rows.parameter[rows]]
             all_rows.scales.index_copy_(0, rows, scales)
-        for view, _, rows in self._pieces(values):
-            self.codec.decode(all_rows.codes[rows], all_rows.scales[rows], view, adding=False)
+        all_rows.decode(self._pieces(values))
         self._put_short(values)
 
-    def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """Views of ``values`` (1-D, the bucket's elements) as rows, and which; the short ones stand apart."""
-        row = 0
-        for stretch in self.section.full:
-            view = part_of(values, stretch).view(-1, self.codec.row)
-            yield view, self._full_counts.expand(len(view), 1), slice(row, row + len(view))
-            row += len(view)
-        if len(self._short):
-            yield self._short, self._short_counts, slice(row, row + len(self._short))
+    def _pieces(self, values: Tensor) -> list[Tensor]:
+        """Views of ``values`` (1-D, the bucket's elements) as rows, run by run; the short ones stand apart."""
+        pieces = [part_of(values, stretch).view(-1, self.codec.row) for stretch in self.section.full]
+        return [*pieces, self._short] if len(self._short) else pieces
 
     def _put_short(self, values: Tensor) -> None:
         for line, stretch in zip(self._short, self.section.short, strict=True):

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import attrs
 import torch
 from torch import Tensor
+
+from ._codec import code_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._codec import Codec, FullCodec
 
-    Pieces = Sequence[tuple[Tensor, Tensor, slice]]
-    """Values (rows, row), how many of each row count (rows, 1), and which rows they are."""
+
+@attrs.frozen
+class Run:
+    """Rows that follow one another.
+
+    Attributes:
+        rows: which they are.
+        counts: how many elements of each are its parameter's, (rows, 1).
+        codes: theirs.
+        scales: theirs.
+    """
+
+    rows: slice
+    counts: Tensor
+    codes: Tensor
+    scales: Tensor
 
 
 class Rows:
@@ -24,36 +41,53 @@ class Rows:
         parameter: for each row the number of its parameter, int64.
         parameters: how many there are; ``parameter`` may name one more, for rows of none.
         dtype: of the values and the scales.
+        runs: all rows once, in order: how many follow one another, and their counts.
 
     Attributes:
-        codes: uint8 (rows, bytes).
+        codes: (rows, bytes).
         scales: (rows, scales).
         table: where a parameter's rows share their scales: (parameters + 1, scales); else ``None``.
     """
 
-    def __init__(self, codec: Codec, parameter: Tensor, parameters: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, codec: Codec, parameter: Tensor, parameters: int, dtype: torch.dtype, runs: Sequence[tuple[int, Tensor]]
+    ) -> None:
         device = parameter.device
         self.codec, self.parameter = codec, parameter
-        self.codes = torch.zeros(len(parameter), codec.row_bytes(dtype), dtype=torch.uint8, device=device)
+        self.codes = torch.zeros(len(parameter), codec.row_bytes(dtype), dtype=code_dtype(codec), device=device)
         self.scales = torch.zeros(len(parameter), codec.scales, dtype=dtype, device=device)
         self.table: Tensor | None = None
         if getattr(codec, "whole", False):
             self.table = torch.zeros(parameters + 1, codec.scales, dtype=dtype, device=device)
+        self.runs: list[Run] = []
+        end = 0
+        for count, counts in runs:
+            rows = slice(end, end := end + count)
+            self.runs.append(Run(rows, counts, self.codes[rows], self.scales[rows]))
 
-    def encode(self, pieces: Pieces, noise: Tensor | None, *, keeping: bool) -> None:
-        """Fill codes and scales. With ``keeping``, the pieces hold afterwards what the codes miss of them."""
+    def encode(self, pieces: Sequence[Tensor], noise: Tensor | None, *, keeping: bool) -> None:
+        """Fill codes and scales from each run's values. With ``keeping``, those are afterwards what the codes miss."""
         if self.table is not None:
             self._measure(self.table, pieces)
-        for values, counts, rows in pieces:
-            chance = {} if noise is None else {"noise": noise[rows]}
-            self.codec.encode(values, self.codes[rows], self.scales[rows], counts, keeping=keeping, **chance)
+        for values, run in zip(pieces, self.runs, strict=True):
+            if noise is None:
+                self.codec.encode(values, run.codes, run.scales, run.counts, keeping=keeping)
+            else:
+                chance = noise[run.rows]
+                full = cast("FullCodec", self.codec)
+                full.encode(values, run.codes, run.scales, run.counts, chance, keeping=keeping)
 
-    def _measure(self, table: Tensor, pieces: Pieces) -> None:
+    def decode(self, pieces: Sequence[Tensor]) -> None:
+        """Write what codes and scales stand for into each run's values."""
+        for values, run in zip(pieces, self.runs, strict=True):
+            self.codec.decode(run.codes, run.scales, values, adding=False)
+
+    def _measure(self, table: Tensor, pieces: Sequence[Tensor]) -> None:
         """One set of scales per parameter, from all its rows."""
         codec = cast("FullCodec", self.codec)
         extents = torch.zeros_like(self.scales)
-        for values, _, rows in pieces:
-            codec.extents(values, extents[rows])
+        for values, run in zip(pieces, self.runs, strict=True):
+            codec.extents(values, extents[run.rows])
         index = self.parameter[:, None].expand_as(extents)
         found = torch.zeros_like(table).scatter_reduce_(0, index, extents, "amax")
         # No number where an extent is none, whatever amax makes of those.

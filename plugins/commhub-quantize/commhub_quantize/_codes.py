@@ -25,6 +25,7 @@ class Codes:
     coding: Coding
     seed: int | None = None
     work: dict[torch.dtype, Work] = attrs.field(init=False, factory=dict, eq=False, repr=False)
+    code: ClassVar[torch.dtype] = torch.int8
     bounded: ClassVar[bool] = True
 
     @property
@@ -69,11 +70,11 @@ class Codes:
         keeping: bool,
     ) -> None:
         """Write codes and marks; zeros, which fill a row, change neither."""
-        self._on(rows).encode(rows, scales, codes.view(torch.int8), noise, keeping=keeping)
+        self._on(rows).encode(rows, scales, codes, noise, keeping=keeping)
 
     def decode(self, codes: Tensor, scales: Tensor, rows: Tensor, *, adding: bool) -> None:
         """Write what codes stand for, or add it."""
-        self._on(rows).decode(codes.view(torch.int8), scales, rows, adding=adding)
+        self._on(rows).decode(codes, scales, rows, adding=adding)
 
     def _on(self, rows: Tensor) -> Work:
         return self.work.get(rows.dtype) or kernels(self.coding)

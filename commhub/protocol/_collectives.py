@@ -79,8 +79,7 @@ class Collective:
 
     def objection(self, p: int) -> str:
         """Why it cannot be carried out among p ranks, and what to do, beginning with its name; empty if it can be."""
-        numel = self.tensor.numel()
-        if self.in_shares and numel % p:
+        if self.in_shares and (numel := self.tensor.numel()) % p:
             return f"{type(self).__name__} of {numel} elements among {p} ranks. Pad to a multiple of {p}."
         return ""
 

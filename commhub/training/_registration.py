@@ -42,7 +42,7 @@ class Registration:
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self._schedule = Schedule()
         self._running = Running(session, attachment, self, weakref.WeakMethod(self._follow_schedule))
-        self._running.announce("registered")
+        self._running.begin()
 
     @property
     def _session(self) -> Session:

@@ -46,8 +46,12 @@ class Running:
         self.session, self.attachment, self.is_removed = session, attachment, False
         self._owner, self._follow = weakref.ref(owner), follow
         self._closing: Any = weakref.finalize(attachment, bool)
-        attachment.after = None
+
+    def begin(self) -> None:
+        """Have the first session fed, once the owner can be asked what it is."""
+        self.attachment.after = None
         self._attach()
+        self.announce("registered")
 
     def check_usable(self) -> None:
         """Raise RegistrationError where nothing can be changed; forget a step that backward left over."""
@@ -63,7 +67,7 @@ class Running:
         """Another hook, ready to take over; collective. Until ``install`` it changes nothing."""
         former = self.session
         target = former.target
-        if not loading:  # what has come to be trained is a swap's affair
+        if not loading:  # a checkpoint is of what the former hook was prepared for
             target = attrs.evolve(target, parameters=self.attachment.parameters())
         session = start(target, choose, former, call=call, loading=loading)
         # A rank whose local step failed is behind.

@@ -47,8 +47,7 @@ class Timetable:
         parameters: what is averaged, as it is now, by name.
         is_late: steps are counted after the optimizers' steps, and their averages asked for at once.
 
-    Attributes:
-        then: what waits for the optimizers to have used a step's gradients.
+    ``then`` is what waits for the optimizers to have used a step's gradients.
     """
 
     def __init__(
@@ -62,8 +61,7 @@ class Timetable:
     ) -> None:
         self.then: weakref.WeakMethod[Callable[[], None]] | None = None
         self._is_late = is_late
-        self._averager, self._average, self._world_size = averager, average, world_size
-        self._parameters = parameters
+        self._averager, self._average, self._world_size, self._parameters = averager, average, world_size, parameters
         self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._handles: list[Any] = []
         self._last, self._ended = -1, False

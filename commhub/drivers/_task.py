@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from commhub.protocol._hook import Hook
 
     from ._asked import Position
+    from ._observers import Observers, Shown
     from ._stats import Meter
 
 
@@ -42,6 +43,7 @@ class Task:
         scratch, meter: the driver's.
         watch: whether to keep ``bucket.finite``: for hooks that hold state.
         position: where it stands among all that the ranks do alike; ``None`` where nobody compares what they ask for.
+        observers: who is told of its collectives and their results, in the thread that drives it.
         done: called once, when the exchange has ended or was given up.
     """
 
@@ -56,6 +58,7 @@ class Task:
         meter: Meter,
         watch: bool,
         position: Position | None = None,
+        observers: Observers | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.bucket = bucket
@@ -69,6 +72,8 @@ class Task:
         self.entered = 0
         self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
         self._meter, self._watch = meter, watch
+        self._observers = observers
+        self._shown: Shown | None = None
         self._done = [done]
         self._flat = bucket.flat
         self._single = False
@@ -95,6 +100,9 @@ class Task:
             results = tuple(job.result(raw) for job, raw in zip(self.jobs, raws, strict=True))
             if self._watch:
                 self._note_finite(results)
+            if self._shown is not None:
+                shown, self._shown = self._shown, None
+                shown.answered(results)
             self._send(results[0] if self._single else results, began)
 
     def complete(self) -> None:
@@ -124,6 +132,8 @@ class Task:
             return
         self._single = not isinstance(request, tuple)
         requests = (request,) if self._single else request
+        if self._observers:
+            self._shown = self._observers.asked(self.bucket, requests)
         self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
         self.stage += 1
         self.groups.update(job.group for job in self.jobs)

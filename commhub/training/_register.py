@@ -17,7 +17,7 @@ from commhub.registry._recipe import Recipe, choose
 from ._ddp import check_devices, find, group_of, refuse
 from ._registration import Registration
 from ._slot import Slot
-from ._start import start, stop
+from ._start import start
 from ._target import Target, checked_timeout
 from ._wrapped import outside, wrapped
 
@@ -99,15 +99,15 @@ def register(
         verify=verify is not False,
     )
     former = Slot.on(ddp)
-    session = start(target, chosen_here, None if former is None else former.engine)
+    session = start(target, chosen_here, None if former is None else former.session)
     replaced = former.owner if former is not None else None
     slot = Slot.install(ddp, parameters)
-    leftover = slot.engine
-    registration = Registration(target, session, slot)
+    leftover = slot.session
+    registration = Registration(session, slot)
     if replaced is not None:
         replaced._retire()
     elif leftover is not None:
-        stop(leftover)
+        leftover.stop()
     said = outside(ddp, parameters, gradients=not is_averager(registration.hook))
     if said and session.engine.rank == 0:
         logger.warning("%s: %s", registration, said)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from commhub._errors import RegistrationError
+from commhub.drivers._observers import Observer
 from commhub.registry._recipe import Recipe, choose
-from commhub.training.saving import _saving
-from commhub.training.saving._folder import Folder
-from commhub.training.saving._saved import to_dict
-from commhub.training.saving._together import load, save
 
 from ._agree import Rendezvous, agree
+from ._loading import load, load_alone
 from ._own_hooks import PlainMean
-from ._start import Session, at_work, latest, start, stop
+from ._running import Running
+from ._schedule import Schedule
+from .saving._folder import Folder
+from .saving._phases import save
+from .saving._saved import to_dict
+from .saving._saving import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from commhub.drivers._network import Network
+    from commhub.drivers._observers import After, Before
     from commhub.drivers._stats import Stats
     from commhub.protocol._hook import Averager, Hook
 
-    from ._slot import Slot
-    from ._target import Target
-
-logger = logging.getLogger("commhub")
+    from ._attachment import Attachment
+    from ._session import Session
 
 
 class Registration:
@@ -38,16 +39,17 @@ class Registration:
     ``swap``, ``schedule``, ``remove``, ``save`` and ``load`` are collective: every rank calls them, between steps.
     """
 
-    def __init__(self, target: Target, session: Session, slot: Slot | None) -> None:
-        self._target, self._session, self._slot, self._removed = target, session, slot, False
-        self._schedule: dict[int, str] = {}
-        self._network: Network | None = None
-        self._closing: Any = weakref.finalize(self, bool)
-        self._attach(session)
-        self._announce("registered")
+    def __init__(self, session: Session, attachment: Attachment) -> None:
+        self._schedule = Schedule()
+        self._running = Running(session, attachment, self, weakref.WeakMethod(self._follow_schedule))
+        self._running.begin()
+
+    @property
+    def _session(self) -> Session:
+        return self._running.session
 
     def __str__(self) -> str:
-        return str(self._session.chosen)
+        return str(self._session)
 
     def __repr__(self) -> str:
         return f"<commhub registration of {self} at step {self.step}>"
@@ -55,7 +57,7 @@ class Registration:
     @property
     def hook(self) -> Hook | Averager:
         """The hook object at work; the averager, where one was registered by itself."""
-        return at_work(self._session.engine.hook)
+        return self._session.hook
 
     @property
     def name(self) -> str:
@@ -87,8 +89,8 @@ class Registration:
             HookMismatchError, RegistrationError: as ``register``; the former hook then stays.
         """
         self._check_usable()
-        self._replace(lambda: choose(hook, options))
-        self._announce("swapped")
+        self._running.replace(lambda: choose(hook, options))
+        self._running.announce("swapped")
 
     def schedule(self, hooks: Mapping[int, object]) -> None:
         """Swap by itself: ``{1000: "powersgd_rank2", 5000: "fp16"}`` swaps when that many steps are done.
@@ -100,34 +102,24 @@ class Registration:
         """
         self._check_usable()
         failure: BaseException | None = None
-        texts: dict[int, str] = {}
+        schedule, target = Schedule(), self._session.target
         try:
             self.finish()
-            for step, hook in sorted(hooks.items()):
-                if isinstance(step, bool) or not isinstance(step, int) or step < self.step:
-                    raise RegistrationError(f"schedule: {step!r} is no step to come; {self.step} are done.")
-                if not isinstance(hook, str):
-                    raise RegistrationError("schedule takes hook strings or HookType members, so that it can be shown.")
-                texts[step] = str(getattr(hook, "value", hook))
-                choose(hook, {}).make()
+            schedule = Schedule.of(hooks, self.step)
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
-        rendezvous = Rendezvous.of(self._target.group, self._target.timeout)
-        agree(rendezvous, "schedule", {"schedule": texts}, failure, verify=self._target.verify)
-        self._schedule = texts
-        if self._slot is not None:
-            self._slot.after = self._follow_schedule
+        rendezvous = Rendezvous.of(target.group, target.timeout)
+        agree(rendezvous, "schedule", {"schedule": schedule.texts}, failure, verify=target.verify)
+        self._schedule = schedule
+        self._running.attachment.after = weakref.WeakMethod(self._follow_schedule)
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
-        timetable = self._session.engine.timetable
-        due = [step for step in self._schedule if step <= self.step]
-        if due and timetable is not None and timetable.is_open:
+        timetable, text = self._session.timetable, self._schedule.due(self.step)
+        if text is not None and timetable is not None and timetable.is_open:
             timetable.hold()  # the optimizers have yet to use this step's gradients; it calls again
-        elif due:
-            text = self._schedule[max(due)]
-            for step in due:
-                del self._schedule[step]
+        elif text is not None:
+            self._schedule.drop(self.step)
             self.swap(text)
 
     def finish(self) -> None:
@@ -139,7 +131,7 @@ class Registration:
             RegistrationError: if one is due, and the parameters were moved since the backward before.
             HookError: what went wrong with the average.
         """
-        timetable = self._session.engine.timetable
+        timetable = self._session.timetable
         if timetable is not None and not self._session.engine.in_step:
             timetable.finish()
 
@@ -149,14 +141,30 @@ class Registration:
         The registration cannot be used again.
         """
         self._check_usable()
-        self._schedule.clear()
-        self._replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
-        self._removed = True
-        if self._slot is not None:
-            self._slot.owner = None
-            self._slot.after = None
-        else:
-            stop(self._session.engine)
+        self._schedule = Schedule()
+        self._running.replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
+        self._running.end()
+
+    def observe(self, before: Before | None = None, after: After | None = None) -> Callable[[], None]:
+        """See every collective that a hook asks for, and its results; return a function that ends this.
+
+        ``before(bucket, requests)`` is called with the ``Collective`` values of a stage as the hook asks for them,
+        before they are averaged, cast and sent; ``after(bucket, requests, results)`` with the tensors that the hook
+        is given for them, in the same order. Between the two lies the time that the stage took; ``requests`` are the
+        same tuple in both. Every bucket of a step is seen and every average of parameters, on this rank, whatever
+        hook is swapped in, until ``remove``, another registration, or the function that is returned. What commhub
+        itself asks the ranks (whether a step ended well, whether they train the same) is not.
+
+        They are called in the thread that runs the hook: on CPU tensors the communication thread, while training goes
+        on. On CUDA what they are given is enqueued and not yet there. They look and change nothing, and they are quick,
+        since collectives wait for them. A tensor is theirs until they return: who keeps it makes a copy. What they
+        raise ends the step as if the hook had raised it, on all ranks. They may refer to the model.
+
+        Raises:
+            RegistrationError: if this registration was removed.
+        """
+        self._check_usable()
+        return self._running.observe(Observer(before, after))
 
     def emulate(self, network: Network | None) -> None:
         """Make every collective take at least as long as it would on ``network``, from the next step on.
@@ -164,68 +172,16 @@ class Registration:
         Raises:
             RegistrationError: for CUDA gradients, whose collectives no thread waits for.
         """
-        if network is not None and self._target.device.type != "cpu":
+        if network is not None and self._session.target.device.type != "cpu":
             raise RegistrationError("a network can be emulated for gradients in host memory only.")
-        self._network = network
-        self._session.engine.driver.network = network
+        self._session.emulate(network)
 
     def _check_usable(self) -> None:
-        if self._removed:
-            raise RegistrationError("this registration was removed. Call commhub.register again.")
-        if self._session.engine.is_left_over:
-            self._session.engine.abandon()
-        if self._session.engine.in_step:
-            raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
-
-    def _replace(self, choose_one: Callable[[], Recipe], call: str = "swap") -> None:
-        self._install(self._started(choose_one, call))
-
-    def _started(self, choose_one: Callable[[], Recipe], call: str, *, loading: bool = False) -> Session:
-        """Another hook, ready to take over; collective. Until ``_install`` it changes nothing."""
-        former = self._session.engine
-        session = start(self._target, choose_one, former, call=call, loading=loading)
-        session.engine.step = latest(former.step, session.engine, self._target.device)
-        return session
-
-    def _install(self, session: Session, *, loading: bool = False) -> None:
-        former = self._session
-        session.engine.stats = former.engine.stats
-        session.engine.driver.network = self._network
-        if not loading:  # then the parameters are, or will be, those of the checkpoint
-            self._synchronize(former)
-        self._session = session
-        self._attach(session)
-        stop(former.engine)
-
-    def _synchronize(self, session: Session) -> None:
-        """Leave all ranks with the same parameters, where an averager let them drift apart; then nothing would."""
-        timetable = session.engine.timetable
-        failure = None if timetable is None else timetable.synchronize()
-        if failure is not None:
-            logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
-
-    def _attach(self, session: Session) -> None:
-        self._closing.detach()  # it would keep the former hook's groups and connections open
-        self._closing = weakref.finalize(self._slot or self, session.engine.driver.close)
-        if session.engine.timetable is not None:
-            session.engine.timetable.then = weakref.WeakMethod(self._follow_schedule)
-        if self._slot is not None:
-            self._slot.owner, self._slot.engine, self._slot.scaler = self, session.engine, self._target.scaler
-            self._slot.show(str(self))
+        self._running.check_usable()
 
     def _retire(self) -> None:
         """Another registration has taken the model over."""
-        self._removed = True
-        self._closing.detach()
-        self._synchronize(self._session)
-        stop(self._session.engine)
-
-    def _announce(self, verb: str) -> None:
-        engine = self._session.engine
-        if engine.rank == 0:
-            logger.info("%s %s on %d ranks at step %d", verb, self, engine.world_size, self.step)
-            if verb == "registered" and engine.timetable is not None:
-                engine.timetable.advise(str(self))
+        self._running.retire()
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.
@@ -250,7 +206,8 @@ class Registration:
             CheckpointError: if it is of another hook, model or rank, incomplete or damaged. Nothing is changed then;
                 with a schedule on no rank.
         """
-        load(self, lambda rank, size: _saving.select(state, rank, size), alone=not self._schedule)
+        go_on = load if self._schedule else load_alone
+        go_on(self._running, self._schedule, lambda rank, size: select(state, rank, size))
 
     def save(self, directory: str | Path) -> None:
         """Write all ranks' state into ``directory``, which all ranks share, in place of what an earlier ``save`` wrote.
@@ -261,7 +218,7 @@ class Registration:
             CheckpointError: on every rank, if it failed on any; the former checkpoint stays.
             HookError: what went wrong with an average that was due.
         """
-        save(self._target, directory, self.state_dict)
+        save(self._session.target, directory, self.state_dict)
 
     def load(self, directory: str | Path) -> None:
         """Go on from what ``save`` wrote, with as many ranks or with others.
@@ -272,7 +229,7 @@ class Registration:
             CheckpointError: on every rank, if a file is missing, damaged or of another hook or model for any of them.
                 Nothing is changed then on any rank.
         """
-        load(self, lambda rank, size: Folder(directory).read(rank, size))
+        load(self._running, self._schedule, lambda rank, size: Folder(directory).read(rank, size))
 
     def close(self) -> None:
         """Stop the communication thread and free the group, on this rank alone, averaging nothing.
@@ -280,4 +237,4 @@ class Registration:
         For a process that trains no more. The hook object may be registered again.
         """
         with contextlib.suppress(RuntimeError):
-            stop(self._session.engine)
+            self._session.stop()

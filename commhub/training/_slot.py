@@ -1,4 +1,4 @@
-"""commhub's one entry into a DDP model: the function that the reducer calls with each bucket.
+"""The attachment to a DDP model, commhub's one entry into it: the function that the reducer calls with each bucket.
 
 PyTorch takes a hook once and for good, so the slot stays on the model, and registering, swapping and removing change
 what stands behind it. It raises nothing into the reducer, which would break it for good: a step that failed is
@@ -25,22 +25,28 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
     from ._engine import Engine
+    from ._session import Session
     from ._trained import Named
 
 Future = torch.futures.Future
 
 
 class Slot:
-    """The state of one DDP model's hook: which bucket of which step comes next, and who reduces it."""
+    """The state of one DDP model's hook: which bucket of which step comes next, and who reduces it.
+
+    Attributes:
+        owner: the registration, if there is one.
+        session: at work; also after the registration was removed, because DDP goes on handing buckets over.
+        after: as in ``Attachment``.
+    """
 
     def __init__(self, model: DistributedDataParallel, parameters: Sequence[Named]) -> None:
         self.owner: Any = None
-        self.engine: Engine | None = None
-        self.scaler: Any = None
-        self.after: Callable[[], None] | None = None
+        self.session: Session | None = None
+        self.after: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._engine: Engine | None = None
         self._model = weakref.ref(model)
-        self._names = {id(p): name for name, p in parameters}
-        self._layouts: dict[tuple[int, ...], tuple[Span, ...]] = {}
+        self._name(parameters)
         self._used: set[int] = set()
         self._seen = 0
         self._task: int | None = None
@@ -63,8 +69,7 @@ class Slot:
         """
         slot = cls.on(model)
         if slot is not None:
-            slot._names = {id(p): name for name, p in parameters}
-            slot._layouts.clear()
+            slot._name(parameters)
             return slot
         slot = cls(model, parameters)
         model.register_comm_hook(slot, commhub_slot)
@@ -72,11 +77,26 @@ class Slot:
         model.__dict__[SLOT] = slot
         return slot
 
-    def show(self, name: str) -> None:
-        """Tell DDP's own log which hook is at work."""
+    def _name(self, parameters: Sequence[Named]) -> None:
+        self._parameters = tuple(parameters)
+        self._names = {id(p): name for name, p in parameters}
+        self._layouts: dict[tuple[int, ...], tuple[Span, ...]] = {}
+
+    def parameters(self) -> tuple[Named, ...]:
+        """Those that the reducer holds: they stay what they were when the model was wrapped."""
+        return self._parameters
+
+    def attach(self, session: Session, owner: object) -> None:
+        """Feed this session from the next step on; tell DDP's own log which hook is at work."""
+        self.owner, self.session, self._engine = owner, session, session.engine
         model = self._model()
         if model is not None and model.logger is not None:
-            model.logger._set_comm_hook_name(name)
+            model.logger._set_comm_hook_name(str(session))
+
+    def detach(self) -> bool:
+        """Nobody owns the model's slot any more; buckets still come."""
+        self.owner = self.after = None
+        return True
 
     def _watch_use(self, parameters: Sequence[Named]) -> None:
         """Where backward may leave parameters out, learn which it reached, from hooks of our own."""
@@ -101,15 +121,15 @@ class Slot:
                 if torch._C._current_graph_task_id() == -1:
                     raise  # no backward is under way, and the reducer is not the caller
                 self._error = error
-        if self.engine is not None and self.engine.in_step:
-            self.engine.abandon()
+        if self._engine is not None and self._engine.in_step:
+            self._engine.abandon()
         self._call_back(ended=True)
         future: Future[Tensor] = torch.futures.Future()
         future.set_result(grad_bucket.buffer())
         return future
 
     def _reduce(self, grad_bucket: Any) -> Future[Tensor]:
-        engine, model = self.engine, self._model()
+        engine, model = self._engine, self._model()
         assert engine is not None
         assert model is not None
         in_backward = torch._C._current_autograd_node() is not None
@@ -128,14 +148,12 @@ class Slot:
         flat = buffer
         if parameters[0].is_complex() and not buffer.is_complex():  # PyTorch lays complex gradients out as pairs
             flat = torch.view_as_complex(buffer.view(-1, 2))
-        future = engine.driver.future()
+        future = engine.future()
         used = self._used_flags(parameters, shadow)
         spans = self._layout(parameters)
-        engine.add(flat, parameters, spans, used, lambda: future.set_result(buffer))
-        if last:
-            engine.driver.end_round()
+        engine.add(flat, parameters, spans, used, lambda: future.set_result(buffer), last=last)
         if not in_backward or joining:
-            engine.driver.wait()  # nobody drains later, or a joined rank cannot pipeline either
+            engine.wait()  # nobody drains later, or a joined rank cannot pipeline either
         if in_graph_task:
             self._call_back(last and not in_backward)
         elif last:
@@ -151,7 +169,7 @@ class Slot:
         if joining and not model._divide_by_initial_world_size:
             active = torch.tensor([0.0 if shadow else 1.0], device=self._device)
             divisor = max(1, int(engine.sum(active).item()))
-        scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        scale = 1.0 if self.session is None else self.session.target.loss_scale
         engine.begin(divisor=divisor, divides=model.batched_grad_copy, loss_scale=scale)
 
     def _layout(self, parameters: list[Tensor]) -> tuple[Span, ...]:
@@ -180,7 +198,7 @@ class Slot:
             Variable._execution_engine.queue_callback(after_backward)
 
     def _after_backward(self) -> None:
-        engine, model = self.engine, self._model()
+        engine, model = self._engine, self._model()
         error, self._error = self._error, None
         if error is not None:
             self._seen, self._task = 0, None
@@ -195,7 +213,7 @@ class Slot:
             return
         complete = self._seen >= len(self._names) or model.skip_all_reduce_unused_params
         if not complete:
-            engine.driver.wait()  # a backward within a backward; more buckets follow
+            engine.wait()  # a backward within a backward; more buckets follow
             return
         failure: BaseException | None
         try:
@@ -209,14 +227,15 @@ class Slot:
                 raise failure
 
             Variable._execution_engine.queue_callback(tell)
-        elif self.after is not None or engine.callbacks.after_step:
+        elif self.after is not None or engine.acts_after_steps:
             Variable._execution_engine.queue_callback(self._afterwards)
 
     def _afterwards(self) -> None:
         """What follows a step, after DDP's own callback, which puts the averages where the user reads them."""
-        failure = None if self.engine is None else self.engine.after_step()
-        if self.after is not None:
-            self.after()
+        failure = None if self._engine is None else self._engine.after_step()
+        after = None if self.after is None else self.after()
+        if after is not None:
+            after()
         if failure is not None:
             raise failure
 

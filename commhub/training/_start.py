@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-import attrs
 import torch
 
 from commhub._errors import RegistrationError
 from commhub._version import __version__
 from commhub.drivers._driver import make_driver
 from commhub.protocol._bucket import lay_out
+from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import LocalSteps
 from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
@@ -24,8 +23,9 @@ from commhub.training.averaging._timetable import Timetable
 
 from ._agree import Rendezvous, agree, number_hosts
 from ._callbacks import Callbacks
-from ._compared import Compared
+from ._comparisons import Comparisons
 from ._engine import Engine
+from ._session import Session, at_work, taken
 from ._trained import Trained
 
 if TYPE_CHECKING:
@@ -38,26 +38,10 @@ if TYPE_CHECKING:
     from ._target import Target
 
 
-_at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
-"""By the hook's identity: an object's memory belongs to one model."""
-_starting: set[int] = set()
-"""Those that some thread is about to put to work."""
-_taking = threading.Lock()
-
-
-@attrs.frozen(eq=False)
-class Session:
-    """A hook at work."""
-
-    chosen: Recipe
-    engine: Engine
-    wire: torch.dtype | None
-
-
 def start(
     target: Target,
     choose: Callable[[], Recipe],
-    former: Engine | None = None,
+    former: Session | None = None,
     *,
     call: str = "register",
     loading: bool = False,
@@ -65,20 +49,20 @@ def start(
     """Make the hook that ``choose`` names work on ``target``; collective.
 
     Whatever fails on this rank, in ``choose`` too, joins the handshake, so that every rank raises. ``former`` is the
-    engine that this one replaces, if any; ``call`` is what the user called.
+    session that this one replaces, if any; ``call`` is what the user called.
 
     Raises:
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
-    if former is not None and former.timetable is not None and former.driver.failure is None and not loading:
+    if former is not None and former.timetable is not None and not former.engine.has_failed and not loading:
         former.timetable.let_through()
     with contextlib.ExitStack() as at_end:
         return _start(target, choose, former, call, at_end)
 
 
 def _start(
-    target: Target, choose: Callable[[], Recipe], former: Engine | None, call: str, at_end: contextlib.ExitStack
+    target: Target, choose: Callable[[], Recipe], former: Session | None, call: str, at_end: contextlib.ExitStack
 ) -> Session:
     rendezvous = Rendezvous.of(target.group, target.timeout)
     failure: BaseException | None = None
@@ -88,15 +72,15 @@ def _start(
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         _check_fit(target, chosen)
-        if former is not None and (why := former.driver.in_use()):
+        if former is not None and (why := former.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
-        _take(at_work(hook), chosen.name, former, at_end)
+        at_end.enter_context(taken(hook, chosen.name, former))
         facts = _facts(target, chosen, wire)
     except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
     hosts = agree(rendezvous, call, facts, failure, verify=target.verify, more=True)
     driver: Driver | None = None
-    callbacks, compared = Callbacks(), Compared()
+    callbacks, comparisons = Callbacks(), Comparisons()
     try:
         driver = make_driver(
             device=target.device,
@@ -107,48 +91,26 @@ def _start(
             label=chosen.label,
             branch=rendezvous.branch,
         )
-        engine = _prepared(target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, compared)
-        facts = compared.facts() if rendezvous.size > 1 and target.verify else {}
+        engine, averagers = _prepared(
+            target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, comparisons
+        )
+        timetable = _timetable(target, engine, averagers) if averagers else None
+        engine.averages = timetable
+        facts = comparisons.facts() if rendezvous.size > 1 and target.verify else {}
     except BaseException as error:  # noqa: BLE001 - the same
         failure, facts = error, {}
     try:
-        with compared.told():
+        with comparisons.told():
             agree(rendezvous, call, facts, failure, verify=target.verify)
     except BaseException:
         callbacks.end()
         if driver is not None:
             driver.close()
         raise
-    _at_work[id(at_work(hook))] = engine
     module = target.module()
-    if engine.timetable is not None and module is not None:
-        engine.timetable.watch(module, target.optimizers)
-    return Session(chosen, engine, wire)
-
-
-def at_work(hook: Hook) -> Hook | Averager:
-    """The object that the user chose: the hook, or the averager that was registered by itself."""
-    return hook.averager if isinstance(hook, LocalSteps) else hook
-
-
-def latest(step: int, engine: Engine, device: torch.device) -> int:
-    """The largest of the ranks' step counts: one that failed in a local step is behind; collective."""
-    steps = torch.zeros(engine.world_size, dtype=torch.float64, device=device)
-    steps[engine.rank] = step
-    largest = int(engine.sum(steps).max())
-    engine.driver.meter.take()  # no step's figures
-    return largest
-
-
-def stop(engine: Engine) -> None:
-    """End a hook's work: its thread and groups are freed, and the object may be registered again."""
-    worker = at_work(engine.hook)
-    if _at_work.get(id(worker)) is engine:
-        del _at_work[id(worker)]
-    if engine.timetable is not None:
-        engine.timetable.close()
-    engine.callbacks.end()
-    engine.driver.close()
+    if timetable is not None and module is not None:
+        timetable.watch(module, target.optimizers)
+    return Session(target, chosen, engine, engine.driver, timetable)
 
 
 def _check_fit(target: Target, chosen: Recipe) -> None:
@@ -162,17 +124,6 @@ def _check_fit(target: Target, chosen: Recipe) -> None:
             raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
 
 
-def _take(worker: Hook | Averager, name: str, former: Engine | None, at_end: contextlib.ExitStack) -> None:
-    """Keep other threads from putting the object to work until this one has, or has failed to."""
-    with _taking:
-        other = _at_work.get(id(worker))
-        elsewhere = other is not None and other is not former and at_work(other.hook) is worker
-        if elsewhere or id(worker) in _starting:
-            raise RegistrationError(f"this {name} object is at work already. Give each model a hook of its own.")
-        _starting.add(id(worker))
-    at_end.callback(_starting.discard, id(worker))
-
-
 def _prepared(
     target: Target,
     rendezvous: Rendezvous,
@@ -181,8 +132,8 @@ def _prepared(
     hosts: tuple[int, ...],
     driver: Driver,
     callbacks: Callbacks,
-    compared: Compared,
-) -> Engine:
+    comparisons: Comparisons,
+) -> tuple[Engine, list[tuple[Averager, Setup]]]:
     names = tuple(name for name, _ in target.parameters)
     tensors = [parameter for _, parameter in target.parameters]
     state = State(names)
@@ -216,13 +167,11 @@ def _prepared(
             after_step=callbacks.after_step.append,
             at_end=callbacks.at_end.append,
             average=averagers.append,
-            agree=compared.add,
+            agree=comparisons.add,
         )
         with torch.no_grad():
             prepare(setup)
-    if averagers:
-        engine.timetable = _timetable(target, engine, averagers)
-    return engine
+    return engine, averagers
 
 
 def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
@@ -243,7 +192,8 @@ def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, S
     if averaging.optimizer_state and not target.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
-    return Timetable(averager, averaging, engine.world_size, averaging.prepared)
+    is_late = target.after_optimizers and is_averager(at_work(engine.hook))
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared, is_late=is_late)
 
 
 def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:

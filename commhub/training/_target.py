@@ -27,6 +27,7 @@ class Target:
         parameters: whose gradients they are, by name, in the model's order.
         unused: whether backward may leave parameters out.
         traits: what else must be equal on all ranks.
+        after_optimizers: whether an averager by itself is asked after the optimizers' steps, when the user says so.
         optimizers, scaler, timeout, verify: as given to ``register``.
     """
 
@@ -36,10 +37,16 @@ class Target:
     parameters: tuple[tuple[str, torch.nn.Parameter], ...]
     unused: bool = False
     traits: Mapping[str, Any]
+    after_optimizers: bool = False
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     scaler: Any = None
     timeout: float = 1800.0
     verify: bool = True
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by now."""
+        return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:

@@ -34,7 +34,7 @@ def both():
     _, patient = registered()
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
     impatient = commhub.register(model, "allreduce", timeout=LONG)
-    impatient._target = attrs.evolve(impatient._target, timeout=SHORT)
+    impatient._session.target = attrs.evolve(impatient._session.target, timeout=SHORT)
     return patient, impatient
 
 
@@ -132,7 +132,9 @@ def stop_while_meeting(what, kind):
         if what == "prepare":
             registration.swap(Stubborn(kind))
         elif what == "choose":
-            registration._replace(lambda: (_ for _ in ()).throw(kind("planned")) if dist.get_rank() else choose_plain())
+            registration._running.replace(
+                lambda: (_ for _ in ()).throw(kind("planned")) if dist.get_rank() else choose_plain()
+            )
         else:
             registration.schedule({3: Exits("fp16", kind)})
     except BaseException as error:
@@ -182,7 +184,7 @@ def interrupted():
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     patient, impatient = both()
     told = []
-    for number, call in enumerate((lambda: impatient._replace(interrupt), lambda: patient.swap("fp16"))):
+    for number, call in enumerate((lambda: impatient._running.replace(interrupt), lambda: patient.swap("fp16"))):
         if dist.get_rank() == 1:
             began = time.monotonic()
             if number == 1:
@@ -255,7 +257,7 @@ class Vanishes:
 
 def dies_in_a_meeting():
     _, registration = registered()
-    registration._target = attrs.evolve(registration._target, timeout=1.0)
+    registration._session.target = attrs.evolve(registration._session.target, timeout=1.0)
     return error_of(registration.swap, Vanishes())
 
 

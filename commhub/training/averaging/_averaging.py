@@ -17,10 +17,10 @@ from torch import Tensor
 
 from commhub._errors import HookError
 from commhub.protocol._bucket import lay_out
-from commhub.protocol._nesting import Confined
+from commhub.training._between import Between
 from commhub.training._callbacks import call_after
 from commhub.training._own_hooks import WholeMean
-from commhub.training._told import Common, Entry, Told, difference
+from commhub.training._text import Entry, SharedText, TextGather, difference
 
 if TYPE_CHECKING:
     import weakref
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Averager, Hook
     from commhub.protocol._setup import Setup
+    from commhub.training._between import Round
     from commhub.training._engine import Engine
     from commhub.training._trained import Trained
 
@@ -74,7 +75,7 @@ class Averaging:
         """Average everything among ``group``, all ranks where it is ``None``; return what went wrong."""
         engine = self.engine()
         assert engine is not None
-        run = _Run(engine, step, group, self.setup.device)
+        run = _Run(Between(engine, step, group), self.setup.device)
         with torch.no_grad():
             mine = self._mine()
             failure = self._known(run, mine) or self._new(run, mine)
@@ -113,14 +114,14 @@ class Averaging:
         """Where a rank of the group has something else, compare; then average what has come."""
         if not float(run.changed):
             return None
-        told = Told(map(str, mine))
+        told = TextGather(map(str, mine))
         failure = run.tell(told)
         if failure is not None:
             return failure
-        differing = difference(told.everyone, run.ranks)
+        differing = difference(told.everyone, run.between.ranks)
         if differing:
             return HookError(
-                f"{type(self.averager).__name__}, step {run.step}, rank {run.engine.rank}: the ranks do not train the "
+                f"{type(self.averager).__name__}, step {run.step}, rank {run.rank}: the ranks do not train the "
                 f"same: {differing}. Freeze, unfreeze, add and replace parameters on all ranks alike, between the same "
                 "two averages. Until they are alike again, only what they had in common before is averaged."
             )
@@ -137,13 +138,13 @@ class Averaging:
     def _extend(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
         """Have the averager know what has come, now that it is equal on all ranks; else its plain mean goes on."""
         come = {e: t for e, t in mine.items() if e.kind == "parameter" and e not in self._prepared}
-        if len(run.ranks) < run.engine.world_size or come.keys() <= self._said:
+        if not run.between.is_whole or come.keys() <= self._said:
             return None
         self._said.update(come)
         names = tuple(e.name for e in come)
-        if run.engine.rank == 0:
+        if run.rank == 0:
             logger.info("step %d: %s averaged too from now on, trained only lately", run.step, ", ".join(names))
-        run.engine.state.extend(names)
+        run.between.extend(names)
         extend = getattr(self.averager, "extend", None)
         if not callable(extend):
             return None
@@ -156,7 +157,7 @@ class Averaging:
             strides=tuple(span.stride for span in lay_out(names, come.values())),
             parameters=tuple(come.values()),
         )
-        return call_after(lambda _: extend(setup), run.step, type(self.averager).__name__, run.engine.rank)
+        return call_after(lambda _: extend(setup), run.step, type(self.averager).__name__, run.rank)
 
     def _optimizer_state(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
         """Average the tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
@@ -169,7 +170,7 @@ class Averaging:
                     if fits and key != "step":
                         found[f"{entry.name}:{key}" if number == 0 else f"{entry.name}:{number}:{key}"] = value
         words = {name: f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in found.items()}
-        told = Common(frozenset(words.values()), self._common.get(run.group))
+        told = SharedText(frozenset(words.values()), self._common.get(run.group))
         failure = run.tell(told, counted=True)
         if failure is not None:
             return failure
@@ -182,21 +183,20 @@ class _Run:
     """One average under way.
 
     Attributes:
-        engine, step, group, device: as given.
-        ranks: of the group, all of them where it is ``None``.
+        between, device: as given.
+        step, group, rank: of it.
         changed: one element; above zero where a rank of the group has other tensors than it had at the last average.
     """
 
-    def __init__(self, engine: Engine, step: int, group: Subgroup | None, device: torch.device) -> None:
-        self.engine, self.step, self.group, self.device = engine, step, group, device
-        self.ranks = range(engine.world_size) if group is None else group.ranks
+    def __init__(self, between: Between, device: torch.device) -> None:
+        self.between, self.device = between, device
+        self.step, self.group, self.rank = between.step, between.group, between.engine.rank
         self.changed = torch.ones(1, device=device)
         self._index = 0
 
     def tell(self, hook: Hook, *, counted: bool = False) -> HookError | None:
         """Run an exchange of words."""
-        bucket = self.engine.bucket(torch.zeros(1, device=self.device), (), (), step=self.step, group=self.group)
-        return self.engine.aside(Confined(hook, self.group), [bucket], self.group, topic="words", counted=counted)
+        return self.between.tell(hook, self.device, topic="words", counted=counted)
 
     def reduce(
         self, kinds: Sequence[tuple[Hook, Sequence[list[Named]]]], flag: Tensor | None = None
@@ -205,28 +205,22 @@ class _Run:
 
         What the hooks remember counts if all of it is finite.
         """
-        engine = self.engine
         rounds: list[tuple[Hook, list[list[Named]]]] = []
         for hook, tensors in kinds:
             chunks = [chunk for same in tensors for chunk in _chunks(same)]
             rounds += [(hook, chunks[start : start + AHEAD]) for start in range(0, len(chunks), AHEAD)]
         if flag is not None and not rounds:
             rounds.append((WholeMean(), []))
-        engine.state.begin()
-        finite, forgets = True, engine.state.is_empty()
+        return self.between.reduce(self._rounds(rounds, flag))
+
+    def _rounds(self, rounds: list[tuple[Hook, list[list[Named]]]], flag: Tensor | None) -> Iterator[Round]:
+        """Fill buckets when their round comes, and take the results back when it went well."""
         for number, (hook, chunks) in enumerate(rounds, start=1):
             filled: list[tuple[Bucket, list[Named]]] = []
-            last = flag if number == len(rounds) else None
-            failure = engine.aside(Confined(hook, self.group), self._fill(chunks, filled), self.group, flag=last)
-            if failure is not None:
-                engine.state.rollback()
-                return failure
+            yield hook, self._fill(chunks, filled), flag if number == len(rounds) else None
             for bucket, chunk in filled:
-                finite = finite and (forgets or bool(bucket.finite))
                 for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
                     tensor.copy_(view)
-        engine.state.commit(finite)
-        return None
 
     def _fill(self, chunks: Sequence[list[Named]], filled: list[tuple[Bucket, list[Named]]]) -> Iterator[Bucket]:
         """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
@@ -234,7 +228,7 @@ class _Run:
             names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
             spans = lay_out(names, tensors)
             flat = tensors[0].new_empty(sum(span.numel for span in spans))
-            bucket = self.engine.bucket(flat, tensors, spans, index=self._index, step=self.step, group=self.group)
+            bucket = self.between.bucket(flat, tensors, spans, index=self._index)
             self._index += 1
             for view, tensor in zip(bucket.gradients, tensors, strict=True):
                 view.copy_(tensor)

@@ -46,7 +46,7 @@ class Beginning:
         now = self._bits()
         return len(now) != len(self._before) or not all(map(torch.equal, now, self._before))
 
-    def settle(self) -> None:
+    def step_ended(self) -> None:
         """A step has ended: what was loaded before it has been taken."""
         self._is_fresh, self._has_begun, self._is_restored, self._before = False, True, False, None
 

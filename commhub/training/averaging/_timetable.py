@@ -45,10 +45,9 @@ class Timetable:
         average: does it, given the step and the group; returns what went wrong.
         world_size: how many ranks make an average one of all.
         parameters: what is averaged, as it is now, by name.
-
-    Attributes:
-        then: what waits for the optimizers to have used a step's gradients.
         is_late: steps are counted after the optimizers' steps, and their averages asked for at once.
+
+    ``then`` is what waits for the optimizers to have used a step's gradients.
     """
 
     def __init__(
@@ -57,11 +56,12 @@ class Timetable:
         average: Callable[[int, Subgroup | None], HookError | None],
         world_size: int,
         parameters: Callable[[], Sequence[tuple[str, Tensor]]],
+        *,
+        is_late: bool = False,
     ) -> None:
         self.then: weakref.WeakMethod[Callable[[], None]] | None = None
-        self.is_late = False
-        self._averager, self._average, self._world_size = averager, average, world_size
-        self._parameters = parameters
+        self._is_late = is_late
+        self._averager, self._average, self._world_size, self._parameters = averager, average, world_size, parameters
         self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._handles: list[Any] = []
         self._last, self._ended = -1, False
@@ -99,7 +99,7 @@ class Timetable:
 
     def advise(self, hook: str) -> None:
         """Say what only optimizers make possible, where there are none."""
-        if not self._optimizers and not self.is_late:
+        if not self._optimizers and not self._is_late:
             logger.warning(
                 "%s: parameters are averaged at the next training forward. Where they move between a backward and its "
                 "step (sharpness-aware minimisation, averaged weights swapped in), pass optimizer= to register().",
@@ -108,9 +108,9 @@ class Timetable:
 
     def record(self, step: int) -> None:
         """A step's gradients are ready."""
-        if not self.is_late:
+        if not self._is_late:
             self.renew()
-        self._beginning.settle()
+        self._beginning.step_ended()
         group = self._averager.due(step)
         if group is not None:
             self._due.append((step, group))
@@ -261,7 +261,7 @@ class Timetable:
             self._place = Snapshot(tensors)
 
     def _keep_place(self) -> None:
-        if self._optimizers and not self.is_late:
+        if self._optimizers and not self._is_late:
             self._place.keep(bits=bool(self._due) or self._waiting)
 
     # What the hooks on the module and the optimizers call.
@@ -270,13 +270,13 @@ class Timetable:
         trains = bare(module).training and torch.is_grad_enabled()
         if self._in_closure or not (trains or (self._optimizers and is_collective(module))):
             return  # where an evaluation takes all ranks, one whose step was skipped is waited for in an average
-        if self.is_late:
+        if self._is_late:
             self.renew()
         elif not self._optimizers or ((self._due or self._waiting) and self._place.holds()):
             self.run_due()
 
     def _step_begins(self, _optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.is_late:
+        if self._is_late:
             self.renew()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):

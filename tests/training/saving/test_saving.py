@@ -233,7 +233,9 @@ def killed_in_a_save(folder, victim, number):
     first = registration.state_dict()
     steps(model, 2)
     torch.save([first, registration.state_dict()], folder / f"expected{dist.get_rank()}")
-    registration._target = attrs.evolve(registration._target, timeout=1.0)  # how long the survivor waits
+    registration._session.target = attrs.evolve(
+        registration._session.target, timeout=1.0
+    )  # how long the survivor waits
     with pytest.MonkeyPatch.context() as monkeypatch:
         left = doom(monkeypatch, number) if dist.get_rank() == victim else [0]
         try:

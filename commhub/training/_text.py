@@ -37,7 +37,7 @@ class Entry:
         return f"{self.kind} {self.name!r} {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-class Told:
+class TextGather:
     """The lines of every rank of the group, in rank order, in ``everyone`` afterwards. None holds a line break."""
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -55,7 +55,7 @@ class Told:
         self.everyone = [text.split("\n") if text else [] for text in texts]
 
 
-class Common:
+class SharedText:
     """The words that all ranks have: gathered where any rank's have changed since they were, else as they were."""
 
     def __init__(self, mine: frozenset[str], known: tuple[frozenset[str], frozenset[str]] | None) -> None:
@@ -68,7 +68,7 @@ class Common:
         changed = yield AllReduce(bucket.flat.fill_(float(self._changed)), op="sum")
         if float(changed) == 0:
             return
-        told = Told(sorted(self._mine))
+        told = TextGather(sorted(self._mine))
         yield from told.reduce(bucket)
         self.common = frozenset.intersection(*map(frozenset, told.everyone))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-class Compared:
+class Comparisons:
     """What ``Setup.agree`` was given during one preparation."""
 
     def __init__(self) -> None:

@@ -5,47 +5,26 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import attrs
-import torch
-from torch import nn
-
 from commhub._errors import HookError
-from commhub.protocol._bucket import lay_out
-from commhub.protocol._nesting import Confined
 
-from ._told import Entry, Told, difference
+from ._between import Between
+from ._packing import pack, sparse_in
+from ._text import Entry, TextGather, difference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-    from torch import Tensor
-
-    from commhub.protocol._bucket import Span
+    import torch
+    from torch import Tensor, nn
 
     from ._engine import Engine
+    from ._packing import Packed
     from ._trained import Named, Trained
 
 logger = logging.getLogger("commhub")
 
-BUCKET_BYTES = 25 * 2**20
-"""The size at which a bucket is full, DDP's own default."""
 
-
-@attrs.frozen(eq=False)
-class Packed:
-    """The parameters of one bucket, and how their gradients lie in it."""
-
-    parameters: tuple[Tensor, ...]
-    spans: tuple[Span, ...]
-    dtype: torch.dtype
-
-    def empty(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """A bucket of zeros, and views of it, one for each parameter."""
-        flat = torch.zeros(sum(s.numel for s in self.spans), dtype=self.dtype, device=device)
-        return flat, [flat.as_strided(s.shape, s.stride, s.offset) for s in self.spans]
-
-
-class Late:
+class Unprepared:
     """The parameters that a module trains now and the hook was not prepared for: a plain mean serves them.
 
     Ranks compare theirs when a rank's have changed, which it says in the round that begins every step.
@@ -81,9 +60,8 @@ class Late:
 
     def agree(self, engine: Engine, device: torch.device) -> HookError | None:
         """Compare with the other ranks; collective. Return what went wrong, on all of them."""
-        told = Told(map(str, self._mine))
-        bucket = engine.bucket(torch.zeros(1, device=device), (), ())
-        failure = engine.aside(Confined(told, None), [bucket], None, counted=False)
+        told = TextGather(map(str, self._mine))
+        failure = Between(engine, engine.step).tell(told, device)
         if failure is not None:
             return failure
         differing = difference(told.everyone, range(engine.world_size))
@@ -112,27 +90,3 @@ class Late:
             self._packed = tensors
             self.buckets = pack([(e.name, self._mine[e]) for e in self._agreed if e.kind != "sparse"])
             self.sparse = [(e.name, self._mine[e]) for e in self._agreed if e.kind == "sparse"]
-
-
-def sparse_in(module: nn.Module) -> set[int]:
-    """The parameters whose gradients are sparse, by identity, told as DDP tells them."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(m.weight) for m in module.modules() if isinstance(m, kinds) and m.sparse}
-
-
-def pack(parameters: Sequence[Named]) -> list[Packed]:
-    """Buckets of one dtype each, last parameters first, as backward makes their gradients."""
-    buckets: list[list[tuple[str, Tensor]]] = []
-    size = 0
-    for name, parameter in reversed(parameters):
-        fits = buckets and size + parameter.nbytes <= BUCKET_BYTES and buckets[-1][0][1].dtype == parameter.dtype
-        if not fits:
-            buckets.append([])
-            size = 0
-        buckets[-1].append((name, parameter))
-        size += parameter.nbytes
-    made = []
-    for bucket in buckets:
-        names, tensors = zip(*bucket, strict=True)
-        made.append(Packed(tensors, lay_out(names, tensors), tensors[0].dtype))
-    return made

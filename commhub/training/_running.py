@@ -1,0 +1,135 @@
+"""The hook that runs for a registration, and how another takes its place."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from commhub._errors import RegistrationError
+
+from ._observing import end_all, observe
+from ._start import start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from commhub.drivers._observers import Observer
+    from commhub.registry._recipe import Recipe
+
+    from ._attachment import Attachment
+    from ._session import Session
+
+logger = logging.getLogger("commhub")
+
+
+class Running:
+    """Which session works on a model, from what feeds it.
+
+    Args:
+        session: the first.
+        attachment: what feeds it.
+        owner: the registration. Whoever holds it holds this.
+        follow: called after what a timetable of the session's waits for.
+
+    Attributes:
+        session, attachment: at work now.
+        is_removed: whether another registration, or none, has the model now.
+    """
+
+    def __init__(
+        self, session: Session, attachment: Attachment, owner: object, follow: weakref.WeakMethod[Callable[[], None]]
+    ) -> None:
+        self.session, self.attachment, self.is_removed = session, attachment, False
+        self._owner, self._follow = weakref.ref(owner), follow
+        self._closing: Any = weakref.finalize(attachment, bool)
+
+    def begin(self) -> None:
+        """Have the first session fed, once the owner can be asked what it is."""
+        self.attachment.after = None
+        self._attach()
+        self.announce("registered")
+
+    def check_usable(self) -> None:
+        """Raise RegistrationError where nothing can be changed; forget a step that backward left over."""
+        if self.is_removed:
+            raise RegistrationError("this registration was removed. Call commhub.register again.")
+        engine = self.session.engine
+        if engine.is_left_over:
+            engine.abandon()
+        if engine.in_step:
+            raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
+
+    def start(self, choose: Callable[[], Recipe], call: str, *, loading: bool = False) -> Session:
+        """Another hook, ready to take over; collective. Until ``install`` it changes nothing."""
+        former = self.session
+        target = former.target
+        if not loading:  # a checkpoint is of what the former hook was prepared for
+            target = attrs.evolve(target, parameters=self.attachment.parameters())
+        session = start(target, choose, former, call=call, loading=loading)
+        # A rank whose local step failed is behind.
+        engine = session.engine
+        steps = torch.zeros(engine.world_size, dtype=torch.float64, device=target.device)
+        steps[engine.rank] = former.engine.step
+        engine.step = int(engine.sum(steps, counted=False).max())
+        return session
+
+    def replace(self, choose: Callable[[], Recipe], call: str = "swap") -> None:
+        """Put another hook in its place; collective."""
+        self.install(self.start(choose, call))
+
+    def install(self, session: Session, *, loading: bool = False) -> None:
+        """Have it take over."""
+        former = self.session
+        session.take_over(former)
+        if not loading:  # then the parameters are, or will be, those of the checkpoint
+            self._synchronize()
+        self.session = session
+        self._attach()
+        former.stop()
+
+    def end(self) -> None:
+        """Leave the model to what was installed last, if it still needs that."""
+        self.is_removed = True
+        end_all(self.session.target.module(), self.session.engine.observers)
+        if not self.attachment.detach():
+            self.session.stop()
+
+    def retire(self) -> None:
+        """Another registration has taken the model over."""
+        self.is_removed = True
+        self._closing.detach()
+        self._synchronize()
+        end_all(self.session.target.module(), self.session.engine.observers)
+        self.session.stop()
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell ``observer`` of all exchanges from now on, whichever hook runs; what ends that."""
+        module = self.session.target.module()
+        assert module is not None
+        return observe(module, self.session.engine.observers, observer)
+
+    def announce(self, verb: str) -> None:
+        """Log what happened, on rank 0."""
+        session, engine = self.session, self.session.engine
+        if engine.rank == 0:
+            logger.info("%s %s on %d ranks at step %d", verb, session, engine.world_size, engine.step)
+            if verb == "registered" and session.timetable is not None:
+                session.timetable.advise(str(session))
+
+    def _synchronize(self) -> None:
+        """Leave all ranks with the same parameters, where an averager let them drift apart; then nothing would."""
+        timetable = self.session.timetable
+        failure = None if timetable is None else timetable.synchronize()
+        if failure is not None:
+            logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
+
+    def _attach(self) -> None:
+        self._closing.detach()  # it would keep the former hook's groups and connections open
+        self._closing = weakref.finalize(self.attachment, self.session.closer())
+        if self.session.timetable is not None:
+            self.session.timetable.then = self._follow
+        self.attachment.attach(self.session, self._owner())

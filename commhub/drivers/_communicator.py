@@ -24,7 +24,11 @@ class Flight(Protocol):
         """Block until it makes progress, at most this long. Raises nothing."""
 
     def result(self) -> Tensor:
-        """What came of it, 1-D, as it travelled. Raises RuntimeError where it ended badly."""
+        """What came of it, 1-D, as it travelled.
+
+        Raises:
+            RuntimeError: where it ended badly.
+        """
 
 
 class Communicator(Protocol):
@@ -37,7 +41,11 @@ class Communicator(Protocol):
         """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
 
     def launch(self, job: Job) -> Flight:
-        """Start a collective; nothing blocks. Raises HookError for a kind that it cannot carry out."""
+        """Start a collective; nothing blocks.
+
+        Raises:
+            HookError: for a kind that it cannot carry out.
+        """
 
     def abort(self, seconds: float) -> bool:
         """End all that is in flight in any of the groups, badly; nothing can be launched any more.

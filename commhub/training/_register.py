@@ -123,7 +123,11 @@ def _traits(model: DistributedDataParallel) -> dict[str, Any]:
 
 
 def optimizers_of(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, several or none, as a tuple; what is none of these raises RegistrationError if ``strict``."""
+    """One optimizer, several or none, as a tuple.
+
+    Raises:
+        RegistrationError: for what is none of these, if ``strict``; else that counts as none.
+    """
     if given is None:
         return ()
     several = tuple(given) if isinstance(given, list | tuple) else (given,)

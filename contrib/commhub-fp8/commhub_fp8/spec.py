@@ -1,4 +1,4 @@
-"""What `commhub list` and `commhub info` show of this package. Imports no torch."""
+"""What ``commhub list`` and ``commhub info`` show of this package. Imports no torch."""
 
 from commhub import HookSpec, Option, hookimpl
 

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 import commhub
-from commhub import AllGather, AllReduce, Broadcast
+from commhub import AllReduce
 
 from ._shares import Hosts
 
@@ -137,8 +137,7 @@ def _one_stage(asked: Sequence[Collective], bucket: Bucket, hosts: Hosts) -> Any
     # The core has looked at this rank's shares alone; all ranks hold the whole.
     bucket.finite = finite
     for one, result in zip(asked, results, strict=True):
-        alike = isinstance(one, AllReduce | AllGather | Broadcast)
-        if alike and (result.is_floating_point() or result.is_complex()):
+        if one.alike and (result.is_floating_point() or result.is_complex()):
             bucket.finite = bucket.finite & torch.isfinite(result.sum())
         else:
             bucket.overlook()

@@ -113,7 +113,7 @@ class _Quantize:
 
 @attrs.define(eq=False, kw_only=True, slots=False)
 class QuantizePerTensor(_Quantize):
-    """Average gradients as codes of a few bits, one scale per parameter and rank; see `QuantizePerChannel`.
+    """Average gradients as codes of a few bits, one scale per parameter and rank; see ``QuantizePerChannel``.
 
     The mean is scaled once per parameter and owner. One large element makes a whole parameter coarse.
 
@@ -140,7 +140,7 @@ class QuantizePerChannel(_Quantize):
     Args:
         group_size: elements that share a scale, a multiple of 16; rules may set it too.
 
-    The other arguments are those of `QuantizePerTensor`.
+    The other arguments are those of ``QuantizePerTensor``.
     """
 
     group_size: int = attrs.field(default=256, validator=_group_size)

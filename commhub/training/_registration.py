@@ -158,12 +158,13 @@ class Registration:
         They are called in the thread that runs the hook: on CPU tensors the communication thread, while training goes
         on. On CUDA what they are given is enqueued and not yet there. They look and change nothing, and they are quick,
         since collectives wait for them. A tensor is theirs until they return: who keeps it makes a copy. What they
-        raise ends the step as if the hook had raised it, on all ranks. They may refer to the model.
+        raise ends the step as if the hook had raised it, on all ranks. They may refer to the model. A stage that was
+        asked for before this call is not shown.
 
         Raises:
             RegistrationError: if this registration was removed.
         """
-        self._check_usable()
+        self._running.check_registered()
         return self._running.observe(Observer(before, after))
 
     def emulate(self, network: Network | None) -> None:

@@ -55,13 +55,17 @@ class Running:
 
     def check_usable(self) -> None:
         """Raise RegistrationError where nothing can be changed; forget a step that backward left over."""
-        if self.is_removed:
-            raise RegistrationError("this registration was removed. Call commhub.register again.")
+        self.check_registered()
         engine = self.session.engine
         if engine.is_left_over:
             engine.abandon()
         if engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
+
+    def check_registered(self) -> None:
+        """Raise RegistrationError where another registration, or none, has the model."""
+        if self.is_removed:
+            raise RegistrationError("this registration was removed. Call commhub.register again.")
 
     def start(self, choose: Callable[[], Recipe], call: str, *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``install`` it changes nothing."""

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from commhub.registry._choosing import choose
+from commhub.registry._recipe import choose
 from torch import nn
 
 from commhub import HookError, RegistrationError
@@ -117,15 +117,21 @@ class Fails:
         yield
 
 
+def running():
+    for _ in range(2):
+        gc.collect()
+    return {thread for thread in threading.enumerate() if thread.name == "commhub"}
+
+
 def freed(hook):
+    others = running()
     module, attachment, registration = registered(hook)
     with contextlib.suppress(HookError):
         averaged(module, attachment, 0)
     gone = weakref.ref(module)
+    own = len(running() - others)
     del module, attachment, registration
-    for _ in range(2):
-        gc.collect()
-    return gone() is None, sum(thread.name == "commhub" for thread in threading.enumerate())
+    return own, len(running() - others), gone() is None
 
 
 def both_freed():
@@ -133,4 +139,4 @@ def both_freed():
 
 
 def test_threads_end_when_nothing_holds_the_attachment(ranks):
-    assert ranks(both_freed, 2) == [[(True, 0)] * 2] * 2
+    assert ranks(both_freed, 2) == [[(1, 0, True)] * 2] * 2

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub import AllGather, AllReduce, HookError, ReduceScatter, RegistrationError
-from commhub.protocol._collectives import sent_bytes
 from commhub.testing import batches, mlp
 
 
@@ -84,7 +83,7 @@ def test_each_stage_is_seen_as_it_is_asked_for_and_as_it_is_answered(ranks):
         ]
         assert {event[4] for event in seen} == {"commhub"}  # the driver's thread, as the docstring says
         requests = [request for kind, *_, told, _ in seen if kind == "before" for request in told]
-        assert counted == sum(sent_bytes(kind, 4 * n, 2) for kind, n in requests)  # and nothing else is sent
+        assert counted == sum(kind.sent_bytes(4 * n, 2) for kind, n in requests)  # and nothing else is sent
 
 
 def over_changes(folder):

@@ -195,11 +195,19 @@ def test_a_codec_prepares_for_each_dtype_once_and_knows_whether_it_keeps():
 
     @attrs.frozen
     class Preparing(AsTheyAre):
+        ready: list = attrs.field(factory=list, eq=False)
+
         def prepare(self, dtype, device, elements, *, keeping):
+            self.ready.append(dtype)
             told.append((dtype, device.type, elements, keeping))
 
+        def encode(self, rows, *others, keeping):
+            assert rows.dtype in self.ready
+            super().encode(rows, *others, keeping=keeping)
+
     mixed = [torch.ones(4, 4), torch.ones(5), torch.ones(7, dtype=torch.float64), torch.ones(3, dtype=torch.float16)]
-    commhub.simulate(hook(Preparing(), feedback=False), [mixed])
+    made = TwoStep(lambda _settings: Preparing(), Selection(Rules({}, {})), feedback=False)
+    commhub.simulate(made, [mixed])
     assert told == [(torch.float32, "cpu", 24, False), (torch.float64, "cpu", 7, False)]
 
 
@@ -211,6 +219,37 @@ def trained(steps, cap, *made):
     run = train(model, steps)
     assert_equal_across_ranks(run.parameters)
     return run.gradients[-1]
+
+
+@attrs.define(eq=False)
+class Unused:
+    """Has a parameter unused on some ranks, and says so."""
+
+    inner: object
+    unused_on: tuple
+    rank: int = 0
+
+    def prepare(self, setup):
+        self.rank = setup.rank
+        self.inner.prepare(setup)
+
+    def reduce(self, bucket):
+        if self.rank in self.unused_on and bucket.step % 2:
+            bucket.flat.zero_()
+            bucket.used = (False,) * len(bucket.names)
+        return self.inner.reduce(bucket)
+
+
+@pytest.mark.parametrize("unused_on", [(0,), (2,), (0, 1, 2)])
+def test_nothing_is_lost_where_some_ranks_do_not_use_a_parameter(unused_on):
+    """Who sums a row owes what the second rounding missed, whether it used the parameter or not."""
+    steps, total = 4, torch.zeros(SHAPES[0], dtype=torch.float64)
+    for n in range(1, steps + 1):
+        run = commhub.simulate(Unused(hook(Halves()), unused_on), drawn, ranks=3, steps=n)
+        total += run.gradients[0][0]
+    given = sum(drawn(r, s)[0] for r in range(3) for s in range(steps) if not (r in unused_on and s % 2)) / 3
+    left = sum(state.local("0")["residual"] for state in run.states) / 3
+    torch.testing.assert_close(total + left, given, rtol=0, atol=1e-12)
 
 
 def on_a_rank():

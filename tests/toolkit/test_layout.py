@@ -44,3 +44,8 @@ def test_every_row_is_owned_once_and_shares_are_even(p):
     counts = [sum(row < made.rows for row in share) for share in made.shares]
     assert max(counts) - made.rows / p < len(names)
     assert {len(share) for share in made.shares} == {max(counts)}
+
+
+def test_many_parameters_of_one_row_spread_over_the_ranks():
+    found, _ = owners([f"layer.{i}" for i in range(40)], [64] * 40, 4)
+    assert all(5 <= list(found.values()).count(rank) <= 15 for rank in range(4))

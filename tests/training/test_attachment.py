@@ -8,11 +8,11 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from commhub.registry._recipe import choose
 from torch import nn
 
 from commhub import HookError, RegistrationError
 from commhub.protocol._bucket import lay_out
+from commhub.registry._recipe import choose
 from commhub.testing import bitwise_equal
 from commhub.training._registration import Registration
 from commhub.training._start import start

@@ -98,7 +98,7 @@ def hook(codec, feedback=True, *, min_numel=1, rules=None, **options):
     return TwoStep(codec, Selection(Rules(rules or {}, {}), min_numel), feedback, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"within": True}, {"owners": in_order}, {"feedback": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"within": True}, {"owners": in_order}, {"feedback": False}], ids="".join)
 @pytest.mark.parametrize("p", [1, 2, 3])
 @pytest.mark.parametrize("buckets", [1, 4])
 def test_an_exact_codec_gives_the_exact_mean(p, buckets, options):

@@ -10,7 +10,7 @@ import threading
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from . import _documented, _lookup
+from commhub.registry import _documented, _lookup
 
 if TYPE_CHECKING:
     from commhub.training._registration import Registration

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from commhub._errors import HookConflictError, PluginError, UnknownHookError
+from commhub.registry import _documented, _index
 
-from . import _documented, _index
 from ._hookstring import canonical_distribution, canonical_name
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from commhub._errors import CommhubError, HookOptionError, PluginError, UnknownH
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire_names import short_name
+from commhub.registry import _lookup
 
-from . import _lookup
 from ._hookstring import parse, parse_any, write
 from ._options import check_options
 from ._registry import specs_of

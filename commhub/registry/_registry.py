@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from commhub._errors import PluginError
+from commhub.registry import _index, _lookup
 
-from . import _index, _lookup
 from ._hookstring import parse
 from ._loading import load_specs
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from commhub.registry._recipe import choose
-
-from .saving._phases import Phases
-from .saving._saving import check_hook, fit, restore
+from commhub.training.saving._phases import Phases
+from commhub.training.saving._saving import check_hook, fit, restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from commhub.training.saving._saving import Part
+
     from ._running import Running
     from ._schedule import Schedule
-    from .saving._saving import Part
 
 
 def load_alone(running: Running, schedule: Schedule, take: Callable[[int, int], Part]) -> None:

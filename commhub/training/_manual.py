@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from commhub._errors import RegistrationError
 from commhub.protocol._hook import is_averager
 from commhub.registry._recipe import choose
+from commhub.training.attachments._collector import Collector
+from commhub.training.attachments._ddp import check_devices
 
-from ._collector import Collector
-from ._ddp import check_devices
 from ._register import optimizers_of
 from ._registration import Registration
 from ._start import start

@@ -13,13 +13,13 @@ from commhub._errors import HookOptionError, RegistrationError
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
 from commhub.registry._recipe import Recipe, choose
+from commhub.training.attachments._ddp import check_devices, find, group_of, refuse
+from commhub.training.attachments._slot import Slot
+from commhub.training.attachments._wrapped import outside, wrapped
 
-from ._ddp import check_devices, find, group_of, refuse
 from ._registration import Registration
-from ._slot import Slot
 from ._start import start
 from ._target import Target, checked_timeout
-from ._wrapped import outside, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

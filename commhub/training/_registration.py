@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from commhub._errors import RegistrationError
 from commhub.drivers._observers import Observer
 from commhub.registry._recipe import Recipe, choose
+from commhub.training.rendezvous._agree import Rendezvous, agree
+from commhub.training.saving._folder import Folder
+from commhub.training.saving._phases import save
+from commhub.training.saving._saved import to_dict
+from commhub.training.saving._saving import select
+from commhub.training.steps._own_hooks import PlainMean
 
-from ._agree import Rendezvous, agree
 from ._loading import load, load_alone
-from ._own_hooks import PlainMean
 from ._running import Running
 from ._schedule import Schedule
-from .saving._folder import Folder
-from .saving._phases import save
-from .saving._saved import to_dict
-from .saving._saving import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from commhub.drivers._observers import After, Before
     from commhub.drivers._stats import Stats
     from commhub.protocol._hook import Averager, Hook
+    from commhub.training.attachments._attachment import Attachment
 
-    from ._attachment import Attachment
     from ._session import Session
 
 

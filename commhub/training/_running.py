@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from commhub.drivers._observers import Observer
     from commhub.registry._recipe import Recipe
+    from commhub.training.attachments._attachment import Attachment
 
-    from ._attachment import Attachment
     from ._session import Session
 
 logger = logging.getLogger("commhub")

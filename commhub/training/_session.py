@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from commhub.protocol._hook import Averager, Hook
     from commhub.registry._recipe import Recipe
     from commhub.training.averaging._timetable import Timetable
+    from commhub.training.steps._engine import Engine
 
-    from ._engine import Engine
     from ._target import Target
 
 _at_work: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()

@@ -20,11 +20,11 @@ from commhub.protocol._wire import short_dtype, wire_dtype
 from commhub.training.averaging._averaging import Averaging
 from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
+from commhub.training.rendezvous._agree import Rendezvous, agree, number_hosts
+from commhub.training.rendezvous._comparisons import Comparisons
+from commhub.training.steps._callbacks import Callbacks
+from commhub.training.steps._engine import Engine
 
-from ._agree import Rendezvous, agree, number_hosts
-from ._callbacks import Callbacks
-from ._comparisons import Comparisons
-from ._engine import Engine
 from ._session import Session, at_work, taken
 from ._trained import Trained
 

@@ -159,7 +159,7 @@ def test_a_capture_of_a_cuda_graph_is_refused_with_the_reason():
 
 
 def test_cuda_gradients_on_gloo_are_refused_with_the_reason():
-    from commhub.training._ddp import check_devices
+    from commhub.training.attachments._ddp import check_devices
 
     class Somewhere:
         device = torch.device("cuda", 0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import _averagers, _bytes, _feedback, _modes, _numbers, _on_ranks, _state, _static
+from commhub.testing.conformance import _averagers, _bytes, _feedback, _modes, _numbers, _on_ranks, _state, _static
+
 from ._check import MADE
 
 if TYPE_CHECKING:

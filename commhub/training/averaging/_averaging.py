@@ -17,10 +17,10 @@ from torch import Tensor
 
 from commhub._errors import HookError
 from commhub.protocol._bucket import lay_out
-from commhub.training._between import Between
-from commhub.training._callbacks import call_after
-from commhub.training._own_hooks import WholeMean
-from commhub.training._text import Entry, SharedText, TextGather, difference
+from commhub.training.steps._between import Between
+from commhub.training.steps._callbacks import call_after
+from commhub.training.steps._own_hooks import WholeMean
+from commhub.training.steps._text import Entry, SharedText, TextGather, difference
 
 if TYPE_CHECKING:
     import weakref
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Averager, Hook
     from commhub.protocol._setup import Setup
-    from commhub.training._between import Round
-    from commhub.training._engine import Engine
     from commhub.training._trained import Trained
+    from commhub.training.steps._between import Round
+    from commhub.training.steps._engine import Engine
 
 logger = logging.getLogger("commhub")
 

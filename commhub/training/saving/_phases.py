@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
-from commhub.training._agree import Rendezvous, agree
+from commhub.training.rendezvous._agree import Rendezvous, agree
 
 from ._folder import Entry, Folder
 from ._saved import check_finite

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     import weakref
     from collections.abc import Callable
 
-    from ._session import Session
-    from ._trained import Named
+    from commhub.training._session import Session
+    from commhub.training._trained import Named
 
 
 class Attachment(Protocol):

@@ -210,7 +210,7 @@ def test_an_interrupted_rank_does_not_wait_long_and_the_next_call_meets(ranks):
 def many_meetings(folder, store):
     """Meet 40 times; says how many keys and open files there are, half-way and at the end."""
     mended = pytest.MonkeyPatch()
-    mended.setattr("commhub.training._rendezvous._TIDY_EVERY", 8)
+    mended.setattr("commhub.training.rendezvous._rendezvous._TIDY_EVERY", 8)
     rank, p = current().rank, current().world_size
     base = dist.FileStore(str(folder / "store"), p) if store == "file" else current().connect("group")
     dist.init_process_group("gloo", store=base, rank=rank, world_size=p)

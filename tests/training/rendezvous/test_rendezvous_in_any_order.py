@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from commhub.training import _rendezvous
-from commhub.training._rendezvous import Rendezvous
+from commhub.training.rendezvous import _rendezvous
+from commhub.training.rendezvous._rendezvous import Rendezvous
 
 SCHEDULES = 5000 if os.environ.get("COMMHUB_EVERY_CHECK") else 150
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from commhub.protocol._bucket import Span
-
-    from ._trained import Named
+    from commhub.training._trained import Named
 
 BUCKET_BYTES = 25 * 2**20
 """The size at which a bucket is full, DDP's own default."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._trained import named
+from commhub.training._trained import named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn.parallel import DistributedDataParallel
 
-    from ._trained import Named
+    from commhub.training._trained import Named
 
 _SHOWN = 6
 """How many names one message lists."""

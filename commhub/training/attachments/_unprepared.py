@@ -6,10 +6,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from commhub._errors import HookError
+from commhub.training.steps._between import Between
+from commhub.training.steps._text import Entry, TextGather, difference
 
-from ._between import Between
 from ._packing import pack, sparse_in
-from ._text import Entry, TextGather, difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ._engine import Engine
+    from commhub.training._trained import Named, Trained
+    from commhub.training.steps._engine import Engine
+
     from ._packing import Packed
-    from ._trained import Named, Trained
 
 logger = logging.getLogger("commhub")
 

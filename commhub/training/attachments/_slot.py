@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from torch.nn.parallel import DistributedDataParallel
 
-    from ._engine import Engine
-    from ._session import Session
-    from ._trained import Named
+    from commhub.training._session import Session
+    from commhub.training._trained import Named
+    from commhub.training.steps._engine import Engine
 
 Future = torch.futures.Future
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from commhub.protocol._bucket import lay_out
+from commhub.training._trained import Trained
 
 from ._packing import Packed, pack, sparse_in
-from ._trained import Trained
 from ._unprepared import Unprepared
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ._session import Session
-    from ._trained import Named
+    from commhub.training._session import Session
+    from commhub.training._trained import Named
 
 
 class Collector:

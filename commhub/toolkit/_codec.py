@@ -14,12 +14,12 @@ class Codec(Protocol):
     """Codes rows of numbers, each row for itself. ``TwoStep`` makes a hook of it.
 
     A parameter is cut into rows; the last one is filled up with zeros. A row's codes are bytes, and beside them lie
-    some scales. Tensors are contiguous, on one device, with as many rows each:
+    some scales. Tensors are on one device, with as many rows each, and all but the last contiguous:
 
     * ``rows``: (n, row), in float32 or float64
     * ``codes``: (n, ``row_bytes``), uint8
     * ``scales``: (n, ``scales``), in the rows' dtype
-    * ``counts``: (n, 1), int64: how many elements of each row are the parameter's, at least 1. Not contiguous
+    * ``counts``: (n, 1), int64: how many elements of each row are the parameter's, at least 1
 
     Zeros decode to exact zeros, and so do codes and scales that are zero. The first scale is a factor: with half of
     it, the codes stand for half as much. If an element of a row is not finite, then neither is one of its scales.

@@ -53,7 +53,8 @@ class TwoStep:
         residual_dtype: of the residuals, where that is not to be the wider of float32 and the gradient's.
         within: send what is not compressed in the two messages as well, summed in rank order in float32 or wider;
             otherwise it is all-reduced beside the first one.
-        owners: which rank sums which rows; by default all as many, beginning with one that the name decides.
+        owners: which rank sums which rows: from a parameter's name, how many rows it has, and p, a range of them for
+            each rank. By default all have as many, beginning with a rank that the name decides.
     """
 
     def __init__(

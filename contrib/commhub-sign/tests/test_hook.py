@@ -117,3 +117,12 @@ def test_what_a_rule_calls_dense_is_averaged_exactly():
     assert list(run.states[0].local("0")) == []
     with pytest.raises(commhub.HookOptionError, match="matches no parameter"):
         commhub.simulate("sign", gradients, rules={"head": "dense"})
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_groups_of_8_and_parameters_of_one_group_are_coded(p):
+    """The scales lie where their dtype can, however few bytes of signs come before them."""
+    values = [torch.full((n,), float(n), dtype=torch.float64) for n in (1, 8, 9, 40)]
+    run = commhub.simulate("sign", [values] * p, group_size=8, dense_small=False, start_step=0)
+    for found, value in zip(run.gradients[0], values, strict=True):
+        torch.testing.assert_close(found, value)

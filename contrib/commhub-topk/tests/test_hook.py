@@ -177,3 +177,9 @@ def test_what_a_rule_calls_dense_is_averaged_exactly():
     assert list(run.states[0].local("0")) == []
     with pytest.raises(commhub.HookOptionError, match="matches no parameter"):
         commhub.simulate("topk", gradients, rules={"head": "dense"})
+
+
+def test_an_odd_number_of_float64_elements_is_sent_by_a_rank_alone():
+    values = torch.arange(5.0, dtype=torch.float64)
+    run = commhub.simulate("topk", [[values]], ratio=0.6, min_numel=1, start_step=0)
+    assert run.gradients[0][0].tolist() == [0, 0, 2, 3, 4]

@@ -16,7 +16,7 @@ import attrs
 
 _START = """import sys
 sys.path[:] = sys.argv[2:]
-from ._server import main
+from commhub.testing._server import main
 main(int(sys.argv[1]))"""
 _START_SECONDS = 180  # torch's import, on a busy machine
 

@@ -54,12 +54,15 @@ class _Flag:
         overlooked: whether there was a result that says nothing: of integers, or not equal on all ranks.
         written: residuals that were given out to be written into, by address; see ``ErrorFeedback.writable``.
         unentered: parts with a subgroup of their own that no hook from ``create`` has taken up yet.
+        narrow: whether the result may overflow where nothing that was reduced did: it is of 16 bits, and wider ones
+            were perhaps reduced.
     """
 
-    __slots__ = ("looked", "overlooked", "unentered", "value", "written")
+    __slots__ = ("looked", "narrow", "overlooked", "unentered", "value", "written")
 
-    def __init__(self, device: torch.device) -> None:
-        self.value = torch.ones((), dtype=torch.bool, device=device)
+    def __init__(self, flat: Tensor) -> None:
+        self.value = torch.ones((), dtype=torch.bool, device=flat.device)
+        self.narrow = flat.dtype == torch.float16
         self.looked = self.overlooked = False
         self.written: dict[int, Tensor] = {}
         self.unentered = 0
@@ -97,7 +100,7 @@ class Bucket:
     group: Subgroup | None = None
     divides: bool = False
     _spans: tuple[Span, ...]
-    _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat.device), takes_self=True))
+    _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat), takes_self=True))
     _names: tuple[str, ...] | None = attrs.field(default=None, init=False)
     _segments: tuple[Tensor, tuple[Tensor, ...]] | None = attrs.field(default=None, init=False)
 
@@ -152,7 +155,7 @@ class Bucket:
     @property
     def judged(self) -> bool:
         """Whether ``finite`` comes of all that was reduced so far; else it takes the end of the exchange to know."""
-        return self._finite.looked and not self._finite.overlooked
+        return self._finite.looked and not self._finite.overlooked and not self._finite.narrow
 
     # The next six are the core's.
 
@@ -167,8 +170,7 @@ class Bucket:
 
     def look_at_end(self) -> None:
         """Take the exchange's own result into account, where that of its collectives does not say it all."""
-        narrow = self.flat.dtype == torch.float16 and self.loss_scale != 1.0  # more may overflow there than was reduced
-        if narrow or not self.judged:
+        if not self.judged:
             self._and(all_finite(self.flat))
         self.look_at_written()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import attrs
 import torch
+
+from commhub._errors import HookOptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +40,8 @@ class Codec(Protocol):
     * ``prepare(dtype, device, elements, keeping=...)``: is called at registration for each dtype of rows to come, with
       how many elements a step puts through it, to compile what is worth it
 
-    Parameters whose codecs are equal are coded together.
+    Parameters whose codecs are equal are coded together, so a codec can be hashed: a frozen attrs class or dataclass,
+    say. Ranks compare what such a class shows of itself when the hook is registered.
 
     Attributes:
         row: elements of a row.
@@ -93,3 +97,37 @@ def code_dtype(codec: Codec) -> torch.dtype:
     """The dtype of a codec's codes."""
     found: torch.dtype = getattr(codec, "code", torch.uint8)
     return found
+
+
+def checked(codec: Codec) -> Codec:
+    """The codec, if it has what a codec has.
+
+    Raises:
+        HookOptionError: for what it lacks.
+    """
+    kind = type(codec).__name__
+    if isinstance(codec, type):
+        raise HookOptionError(f"the codec is the class {codec.__name__}. Give an instance of it.")
+    for name in ("row_bytes", "encode", "decode"):
+        if not callable(getattr(codec, name, None)):
+            raise HookOptionError(f"{kind} is no codec: it has no method {name}().")
+    for name in ("row", "scales"):
+        _check_count(f"{kind}.{name}", getattr(codec, name, None))
+    _check_count(f"{kind}.row_bytes(torch.float32)", codec.row_bytes(torch.float32))
+    try:
+        hash(codec)
+    except TypeError as error:
+        raise HookOptionError(f"{kind} cannot be hashed ({error}). Make its class frozen, its fields too.") from error
+    return codec
+
+
+def _check_count(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise HookOptionError(f"{what} is {value!r}; it is a whole number above zero.")
+
+
+def shown(codec: Codec) -> str:
+    """What ranks compare of a codec: its class, and its fields where it is an attrs class or a dataclass."""
+    kind = type(codec)
+    plain = attrs.has(kind) or hasattr(kind, "__dataclass_fields__")
+    return repr(codec) if plain else f"{kind.__module__}.{kind.__qualname__}"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from commhub._errors import HookOptionError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -120,7 +122,13 @@ def section(
         lines.append(Lines(place, rows, spans[place]))
     owned: list[list[Lines]] = [[] for _ in range(p)]
     for line in lines:
-        for mine, run in zip(owned, owners(names[line.place], len(line.rows), p), strict=True):
+        runs = owners(names[line.place], len(line.rows), p)
+        if len(runs) != p or sorted(row for run in runs for row in run) != list(range(len(line.rows))):
+            raise HookOptionError(
+                f"owners={getattr(owners, '__name__', owners)} gave {list(runs)} for {len(line.rows)} rows of "
+                f"{names[line.place]!r} among {p} ranks. Give one range for each rank, with every row in one of them."
+            )
+        for mine, run in zip(owned, runs, strict=True):
             if run:
                 mine.append(line.part(run.start, run.stop, width))
     shares = [[row for part in parts for row in part.rows] for parts in owned]

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from commhub._errors import HookOptionError
 from commhub.protocol._collectives import AllReduce
+
+from ._rules import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Collective
     from commhub.protocol._hook import Exchange
     from commhub.protocol._setup import Setup
-
-    from ._rules import Rules
 
 _SMALL = 1024
 """Elements below which a parameter counts as small."""
@@ -33,6 +34,12 @@ class Selection:
         max_numel: elements that it has at most.
         dense_small: leave out vectors, scalars and parameters of less than 1024 elements.
         start_step: so many steps compress nothing.
+
+    Attributes:
+        start_step: as given.
+
+    Raises:
+        HookOptionError: if one of them cannot be that.
     """
 
     def __init__(
@@ -44,7 +51,12 @@ class Selection:
         max_numel: int | None = None,
         dense_small: bool = False,
     ) -> None:
-        self._rules, self._start_step, self._dense_small = rules, start_step, dense_small
+        if not isinstance(rules, Rules):
+            raise HookOptionError(f"rules is {rules!r}; give Rules(rules, settings).")
+        for what, value in (("min_numel", min_numel), ("start_step", start_step)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise HookOptionError(f"{what} is {value!r}; it must be at least 0.")
+        self._rules, self.start_step, self._dense_small = rules, start_step, dense_small
         self._least, self._most = max(min_numel, 1), max_numel
         self._chosen: dict[str, dict[str, object]] = {}
 
@@ -64,7 +76,7 @@ class Selection:
 
     def places(self, bucket: Bucket) -> list[int]:
         """Places in the bucket of the parameters that are compressed in this step."""
-        if bucket.step < self._start_step:
+        if bucket.step < self.start_step:
             return []
         return [i for i, name in enumerate(bucket.names) if name in self._chosen]
 

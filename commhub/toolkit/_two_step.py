@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from commhub._errors import HookOptionError
 from commhub.protocol._collectives import AllGather, AllToAll
 
+from ._codec import checked, shown
 from ._feedback import ErrorFeedback
 from ._layout import Stretch, in_turn, joined, section
 from ._messages import Messages
 from ._noise import Noise
 from ._part import part_of
 from ._per_bucket import PerBucket
+from ._selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from ._codec import Codec, FullCodec
     from ._layout import Owners
     from ._part import Part
-    from ._selection import Selection
 
 
 class TwoStep:
@@ -55,6 +57,9 @@ class TwoStep:
             otherwise it is all-reduced beside the first one.
         owners: which rank sums which rows: from a parameter's name, how many rows it has, and p, a range of them for
             each rank. By default all have as many, beginning with a rank that the name decides.
+
+    Raises:
+        HookOptionError: if one of them cannot be that; for a function's codecs when the hook is prepared.
     """
 
     def __init__(
@@ -67,6 +72,13 @@ class TwoStep:
         within: bool = False,
         owners: Owners = in_turn,
     ) -> None:
+        self._makes = callable(codec) and not isinstance(codec, type) and not hasattr(codec, "encode")
+        if not self._makes:
+            checked(cast("Codec", codec))
+        if not isinstance(selection, Selection):
+            raise HookOptionError(f"selection is {selection!r}; give a Selection.")
+        if residual_dtype is not None and not residual_dtype.is_floating_point:
+            raise HookOptionError(f"residual_dtype is {residual_dtype}; residuals need a floating dtype.")
         self._codec, self._selection, self._wanted = codec, selection, feedback
         self._residual_dtype, self._within, self._owners = residual_dtype, within, owners
         self._codecs: dict[str, Codec] = {}
@@ -84,6 +96,7 @@ class TwoStep:
         kept = [name for name, codec in self._codecs.items() if self._keeps(codec)]
         self._feedback = ErrorFeedback(setup, kept, dtype=self._residual_dtype) if kept else None
         self._noise = Noise(setup.device)
+        setup.agree("how parameters are coded", self._shown)
         sizes: dict[tuple[Codec, torch.dtype], int] = {}
         for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True):
             if name in self._codecs:
@@ -183,8 +196,17 @@ class TwoStep:
             return self._noise.draw(part.noise(own=True), part.owned, bucket, seed, "mean", packed=True)
         return self._noise.draw(part.noise(own=False), part.section.lines, bucket, seed, bucket.rank, packed=False)
 
+    def _shown(self) -> str:
+        """What ranks must have alike, of what no option says: codecs, how many parameters each has, and the rest."""
+        counts: dict[str, int] = {}
+        for codec in self._codecs.values():
+            word = shown(codec) + (" with residuals" if self._keeps(codec) else "")
+            counts[word] = counts.get(word, 0) + 1
+        coded = [f"{word} for {count} parameters" for word, count in counts.items()]
+        return "; ".join([*coded, f"from step {self._selection.start_step} on", f"within={self._within}"])
+
     def _code(self, settings: Mapping[str, object]) -> Codec:
-        return cast("Any", self._codec)(settings) if callable(self._codec) else self._codec
+        return checked(cast("Any", self._codec)(settings)) if self._makes else cast("Codec", self._codec)
 
     def _keeps(self, codec: Codec) -> bool:
         return self._wanted(codec) if callable(self._wanted) else self._wanted

@@ -261,3 +261,27 @@ def test_a_result_that_overflows_16_bits_under_a_loss_scale_is_not_remembered():
     assert not commhub.simulate(Wide(), [given]).gradients[0][0].isfinite().all()
     assert commhub.simulate(Wide(), [given]).states[0].local("0")["residual"].tolist() == [0.0, 0.0]
     assert commhub.simulate(Wide(), [[given[0] / 2]]).states[0].local("0")["residual"].tolist() == [22500.0, 0.375]
+
+
+class Widened:
+    """Averages 16-bit gradients in float32, says that all is finite, and leaves what has no place in 16 bits."""
+
+    def prepare(self, setup):
+        self.feedback = ErrorFeedback(setup, setup.names)
+
+    def reduce(self, bucket):
+        mean = yield AllReduce(bucket.flat.float())
+        bucket.finite = bucket.finite & all_finite(mean)
+        for i, segment in enumerate(bucket.segments):
+            self.feedback.keep(bucket, i, segment.float() * 0.5)
+        bucket.flat.copy_(mean * 4)
+
+
+def test_a_result_that_overflows_in_16_bits_leaves_residuals_as_they_were():
+    def gradients(_rank, step):
+        return [torch.full((8,), 1.0 if step == 0 else 6e4, dtype=torch.float16)]
+
+    for steps in (1, 2):
+        run = commhub.simulate(Widened(), gradients, ranks=2, steps=steps)
+        assert bool(run.gradients[0][0].isfinite().all()) == (steps == 1)
+        assert all(torch.equal(state.local("0")["residual"], torch.full((8,), 0.5)) for state in run.states)

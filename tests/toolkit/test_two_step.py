@@ -265,3 +265,75 @@ def test_on_real_ranks_one_bucket_and_twelve_agree_and_an_exact_codec_is_exact(r
             assert bitwise_equal(gradient, twelve[name]), name
         for name, gradient in plain.items():
             torch.testing.assert_close(coded[name], gradient)
+
+
+class Loose(AsTheyAre):
+    """Cannot be hashed."""
+
+    __hash__ = None
+
+
+@attrs.frozen
+class Off(AsTheyAre):
+    row: object = 16
+    scales: object = 1
+
+
+@pytest.mark.parametrize(
+    ("codec", "said"),
+    [
+        (None, "NoneType is no codec: it has no method row_bytes"),
+        (AsTheyAre, "the codec is the class AsTheyAre"),
+        (Loose(), "Loose cannot be hashed"),
+        (Off(row=0), r"Off.row is 0; it is a whole number above zero"),
+        (Off(row=-1), r"Off.row is -1"),
+        (Off(scales=1.0), r"Off.scales is 1.0"),
+        (lambda _settings: Off(row=0), r"Off.row is 0"),
+    ],
+    ids=["nothing", "class", "hash", "no row", "minus a row", "scales", "from a function"],
+)
+def test_what_is_no_codec_is_refused_before_anything_is_sent(codec, said):
+    with pytest.raises(commhub.HookOptionError, match=said):
+        commhub.simulate(hook(codec), [[torch.ones(4)]] * 2)
+
+
+def test_what_else_cannot_be_is_refused_at_once():
+    for wrong, said in [
+        ({"selection": Rules({}, {})}, "give a Selection"),
+        ({"selection": Selection(Rules({}, {})), "residual_dtype": torch.int32}, "floating dtype"),
+    ]:
+        with pytest.raises(commhub.HookOptionError, match=said):
+            TwoStep(Halves(), **wrong)
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        lambda _name, rows, p: [range(rows - 1), *[range(0)] * (p - 1)],
+        lambda _name, rows, p: [range(rows)] * p,
+        lambda _name, rows, _p: [range(rows)],
+    ],
+    ids=["a gap", "an overlap", "too few"],
+)
+def test_owners_of_anything_but_every_row_once_are_refused(owners):
+    with pytest.raises(commhub.HookError, match=r"owners=<lambda> gave .* for 3 rows of '0' among 2 ranks"):
+        commhub.simulate(hook(Halves(), owners=owners), [[torch.ones(3, 16)]] * 2)
+
+
+def unlike():
+    rank = torch.distributed.get_rank()
+    told = []
+    for mine in ((Halves(), AsTheyAre(16))[rank], Halves((16, 32)[rank]), (lambda _: Halves(), Halves())[rank]):
+        model = DistributedDataParallel(mlp([20, 20]))
+        try:
+            told.append(str(commhub.register(model, hook(mine))))
+        except commhub.HookMismatchError as error:
+            told.append(str(error))
+    return told
+
+
+def test_ranks_whose_codecs_are_not_alike_are_refused_when_they_register(ranks):
+    for kinds, sizes, alike in ranks(unlike, 2):
+        assert "how parameters are coded" in kinds
+        assert "how parameters are coded" in sizes
+        assert alike == "TwoStep"

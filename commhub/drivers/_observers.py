@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,13 +40,15 @@ class Observers:
 
     def __init__(self) -> None:
         self._all: tuple[weakref.ref[Observer], ...] = ()  # replaced as a whole, because another thread reads it
+        self._changing = threading.RLock()  # a reference may die, and say so, while another one is added
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
     def add(self, observer: Observer) -> None:
         """Tell this one too."""
-        self._all = (*self._all, weakref.ref(observer, self._forget))
+        with self._changing:
+            self._all = (*self._all, weakref.ref(observer, self._forget))
 
     def remove(self, observer: Observer) -> None:
         """Tell this one nothing more."""
@@ -68,7 +71,8 @@ class Observers:
         return shown
 
     def _forget(self, reference: weakref.ref[Observer]) -> None:
-        self._all = tuple(one for one in self._all if one is not reference and one != reference)
+        with self._changing:
+            self._all = tuple(one for one in self._all if one is not reference and one != reference)
 
     def holds(self, reference: weakref.ref[Observer]) -> bool:
         """Whether this one is told."""

@@ -162,9 +162,11 @@ class Registration:
         asked for before this call is not shown.
 
         Raises:
-            RegistrationError: if this registration was removed.
+            RegistrationError: if this registration was removed, its model is gone, or these are no functions.
         """
         self._running.check_registered()
+        if not all(one is None or callable(one) for one in (before, after)):
+            raise RegistrationError(f"observe({before!r}, {after!r}): give functions.")
         return self._running.observe(Observer(before, after))
 
     def emulate(self, network: Network | None) -> None:

@@ -111,9 +111,14 @@ class Running:
         self.session.stop()
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Tell ``observer`` of all exchanges from now on, whichever hook runs; what ends that."""
+        """Tell ``observer`` of all exchanges from now on, whichever hook runs; what ends that.
+
+        Raises:
+            RegistrationError: if the model is gone.
+        """
         module = self.session.target.module()
-        assert module is not None
+        if module is None:
+            raise RegistrationError("the model that this registration belongs to is gone.")
         return observe(module, self.session.engine.observers, observer)
 
     def announce(self, verb: str) -> None:

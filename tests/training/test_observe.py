@@ -226,3 +226,23 @@ def all_freed():
 
 def test_an_observer_that_refers_to_the_model_does_not_keep_it_alive(ranks):
     assert ranks(all_freed, 2) == [{"ddp": True, "manual": True, "failing": True}] * 2
+
+
+def refused():
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    registration = commhub.register(model, "allreduce")
+    told = []
+    for wrong in ((3,), (print, "after")):
+        with pytest.raises(RegistrationError, match="give functions") as error:
+            registration.observe(*wrong)
+        told.append(str(error.value))
+    del model
+    gc.collect()
+    with pytest.raises(RegistrationError, match="is gone"):
+        registration.observe(print)
+    registration.close()
+    return told
+
+
+def test_what_cannot_observe_and_what_has_nothing_to_observe_is_refused_at_once(ranks):
+    assert len(set(ranks(refused, 1)[0])) == 2

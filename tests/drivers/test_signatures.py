@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub import AllGather, AllReduce
 from commhub.testing import assert_equal_across_ranks
+
+from .models import backward, build
 
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 
@@ -38,18 +39,6 @@ class Sends:
         if odd and self.what == "more stages":
             yield AllReduce(torch.zeros(7))
         bucket.flat.copy_(second)
-
-
-def build(buckets):
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(16, 16) for _ in range(buckets)]
-    return DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=0.001)
-
-
-def backward(model, step):
-    model.zero_grad()
-    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(100 * step + dist.get_rank()))
-    model(x).pow(2).mean().backward()
 
 
 def go_on(model, registration):

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub.testing import assert_equal_across_ranks, current
+
+from .models import backward, build
 
 TIMEOUT = 1.0
 
@@ -31,18 +32,6 @@ class Stuck:
             self.released.wait(60)
         bucket.flat.fill_(1e6)  # what must not be seen in a later step
         bucket.flat.copy_((yield commhub.AllReduce(mean)))
-
-
-def build(buckets):
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(16, 16) for _ in range(buckets)]
-    return DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=0.001)
-
-
-def backward(model, step):
-    model.zero_grad()
-    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(100 * step + dist.get_rank()))
-    model(x).pow(2).mean().backward()
 
 
 def stick(victim, late, buckets, place):

@@ -18,6 +18,8 @@ from commhub.testing import Living, assert_equal_across_ranks, bitwise_equal
 from commhub.training.saving import _folder, _saving
 from commhub.training.saving._folder import Folder
 
+from .comparing import same
+
 HOOK = "powersgd(start_step=3, min_compression_rate=0.1)"
 
 
@@ -32,14 +34,6 @@ def steps(model, count, first=0):
         model.zero_grad()
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * number + dist.get_rank()))
         model(x).square().sum().backward()
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return bitwise_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
 
 
 def refused(registration, function):

@@ -20,6 +20,8 @@ from commhub.training.saving import _folder
 from commhub.training.saving._folder import Folder
 from commhub.training.saving._saved import FORMAT
 
+from .comparing import same
+
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 HOOK = "powersgd(start_step=0, min_compression_rate=0.1)"
 
@@ -34,14 +36,6 @@ def steps(model, count):
     for number in range(count):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * number + dist.get_rank()))
         model(x).square().sum().backward()
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return bitwise_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
 
 
 def loaded(folder):

@@ -142,7 +142,8 @@ class Bucket:
         The core keeps it for hooks that hold state, from the floating and complex results that all ranks get alike:
         those of AllReduce, AllGather and Broadcast. Where others took part, it looks at ``flat`` when the exchange has
         ended, and only then decides what is remembered. A hook that sends codes instead of numbers spares it that with
-        its own finding, the same on all ranks: ``bucket.finite = bucket.finite & mine``.
+        its own finding, the same on all ranks: ``bucket.finite = bucket.finite & mine``. A ``flat`` of float16 is
+        looked at all the same: its result may overflow where nothing that was reduced did.
         """
         return self._finite.value
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from commhub._errors import HookError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
@@ -23,8 +25,12 @@ def relay(exchange: Exchange, stage: Stage) -> Exchange:
     Args:
         exchange: the inner hook's, as its ``reduce(bucket)`` returned it.
         stage: a generator function, called with what ``exchange`` asks for each time: a tuple of collectives, of one
-            where it asked for a single one. It yields collectives of its own, as often as it likes, and returns one
-            tensor for each that it was called with, of that collective's result's shape and dtype.
+            where it asked for a single one. It yields collectives of its own, as often as it likes, and returns a
+            tuple (or list) of one tensor for each that it was called with, of that collective's result's shape and
+            dtype.
+
+    Raises:
+        HookError: if ``stage`` returns anything else. A tensor by itself would be taken for its rows.
 
     >>> def in_half(asked):
     ...     return (yield tuple(attrs.evolve(one, wire=torch.float16) for one in asked))
@@ -38,7 +44,11 @@ def relay(exchange: Exchange, stage: Stage) -> Exchange:
             except StopIteration:
                 return
             single = not isinstance(request, tuple)
-            results = yield from stage((request,) if single else request)  # type: ignore[arg-type]
+            asked: Any = (request,) if single else request
+            results = yield from stage(asked)
+            if not isinstance(results, tuple | list) or len(results) != len(asked):
+                found = f"{len(results)} of them" if isinstance(results, tuple | list) else type(results).__name__
+                raise HookError(f"the stage of a relay returned {found} for {len(asked)}: return a tuple of results.")
             answer = results[0] if single else tuple(results)
     finally:
         exchange.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -127,7 +128,10 @@ def _check_count(what: str, value: object) -> None:
 
 
 def shown(codec: Codec) -> str:
-    """What ranks compare of a codec: its class, and its fields where it is an attrs class or a dataclass."""
+    """What ranks compare of a codec: its class, and its fields where it is an attrs class or a dataclass.
+
+    Where something lies in memory, as functions show of themselves, is no part of it.
+    """
     kind = type(codec)
     plain = attrs.has(kind) or hasattr(kind, "__dataclass_fields__")
-    return repr(codec) if plain else f"{kind.__module__}.{kind.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(codec)) if plain else f"{kind.__module__}.{kind.__qualname__}"

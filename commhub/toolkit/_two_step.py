@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -197,13 +199,15 @@ class TwoStep:
         return self._noise.draw(part.noise(own=False), part.section.lines, bucket, seed, bucket.rank, packed=False)
 
     def _shown(self) -> str:
-        """What ranks must have alike, of what no option says: codecs, how many parameters each has, and the rest."""
-        counts: dict[str, int] = {}
-        for codec in self._codecs.values():
-            word = shown(codec) + (" with residuals" if self._keeps(codec) else "")
-            counts[word] = counts.get(word, 0) + 1
+        """What ranks must have alike, of what no option says: which parameter is coded how, and the rest."""
+        words = {codec: shown(codec) + " with residuals" * self._keeps(codec) for codec in self._codecs.values()}
+        counts = Counter(words[codec] for codec in self._codecs.values())
+        which = repr([(name, words[codec]) for name, codec in self._codecs.items()])
+        digest = hashlib.sha256(which.encode()).hexdigest()[:12]  # in few words, where the counts do not tell
         coded = [f"{word} for {count} parameters" for word, count in counts.items()]
-        return "; ".join([*coded, f"from step {self._selection.start_step} on", f"within={self._within}"])
+        owners = getattr(self._owners, "__qualname__", type(self._owners).__qualname__)
+        said = [f"names {digest}", f"from step {self._selection.start_step} on", f"within={self._within}", f"{owners=}"]
+        return "; ".join(coded + said)
 
     def _code(self, settings: Mapping[str, object]) -> Codec:
         return checked(cast("Any", self._codec)(settings)) if self._makes else cast("Codec", self._codec)

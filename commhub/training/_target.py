@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Target:
-    """What a hook works on; it stays the same when the hook is swapped.
+    """What a hook works on. When the hook is swapped it stays the same, but for a bare module's ``parameters``.
 
     Attributes:
         group: the ranks to average over.

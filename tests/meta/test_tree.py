@@ -49,6 +49,21 @@ def test_no_files_import_each_other_in_a_circle_not_even_for_annotations():
     graphlib.TopologicalSorter(imported).prepare()
 
 
+def test_an_engine_is_asked_and_nobody_reaches_through_it():
+    """Outside of ``steps/`` no file of ``training/`` uses an engine's driver or state, but hands them on at most."""
+    through = []
+    for path in sorted((ROOT / "commhub/training").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            inner = node.value if isinstance(node, ast.Attribute) else None
+            if isinstance(inner, ast.Attribute) and inner.attr in ("driver", "state", "rounds"):
+                owner = inner.value
+                name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+                through += [f"{path.name}:{node.lineno}"] * (
+                    name.strip("_") == "engine" and path.parent.name != "steps"
+                )
+    assert through == []
+
+
 def test_a_file_is_one_concept_of_at_most_300_lines_and_says_which():
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in CORE}
     assert {path: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}

@@ -140,3 +140,19 @@ def test_a_hook_with_a_relay_gives_what_its_inner_hook_gives_with_the_changed_re
     result = commhub.simulate(Narrow(), [[exact], [exact]])
     assert result.gradients[0][0].tolist() == sent.tolist()
     assert result.compression == 2.0
+
+
+@pytest.mark.parametrize("asked", ["a", ("a", "b")], ids=["a single one", "two"])
+@pytest.mark.parametrize("answer", ["", "a", ("a", "b", "c"), None], ids=["text", "one", "three", "nothing"])
+def test_a_stage_that_returns_anything_but_a_result_for_each_is_an_error_that_says_so(asked, answer):
+    def stage(requests):
+        yield requests
+        return answer
+
+    inner = Inner(asked)
+    exchange = inner.exchange()
+    with pytest.raises(
+        commhub.HookError, match=r"the stage of a relay returned .* for [12]: return a tuple of results"
+    ):
+        driven(commhub.relay(exchange, stage))
+    assert (inner.closed, inner.got) == (1, [])

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhub
 from commhub.testing import assert_equal_across_ranks, bitwise_equal, mlp, train
 from commhub.toolkit import Rules, Selection, TwoStep
+from commhub.toolkit._codec import shown
 
 SHAPES = ((40, 33), (7,), (32, 64), (0, 3), (), (16,))
 
@@ -92,6 +93,10 @@ def drawn(rank, step, dtype=torch.float64):
 def in_order(_name, rows, p):
     share = -(-rows // p)
     return [range(min(k * share, rows), min((k + 1) * share, rows)) for k in range(p)]
+
+
+def backwards(name, rows, p):
+    return in_order(name, rows, p)[::-1]
 
 
 def hook(codec, feedback=True, *, min_numel=1, rules=None, **options):
@@ -320,20 +325,41 @@ def test_owners_of_anything_but_every_row_once_are_refused(owners):
         commhub.simulate(hook(Halves(), owners=owners), [[torch.ones(3, 16)]] * 2)
 
 
+@attrs.frozen
+class Told(Halves):
+    """Shows a function, which lies elsewhere in each process."""
+
+    function: object = None
+
+
 def unlike():
     rank = torch.distributed.get_rank()
     told = []
-    for mine in ((Halves(), AsTheyAre(16))[rank], Halves((16, 32)[rank]), (lambda _: Halves(), Halves())[rank]):
-        model = DistributedDataParallel(mlp([20, 20]))
+    for mine in [
+        hook((Halves(), AsTheyAre(16))[rank]),
+        hook(Halves((16, 32)[rank])),
+        hook(Halves(), rules={("0.*", "2.*")[rank]: "dense"}),
+        hook(Halves(), owners=(in_order, backwards)[rank]),
+        hook(Halves(), feedback=bool(rank)),
+        hook((lambda _: Halves(), Halves())[rank]),
+        hook(Told(function=drawn)),
+    ]:
+        model = DistributedDataParallel(mlp([20, 20, 20]))
         try:
-            told.append(str(commhub.register(model, hook(mine))))
+            told.append(str(commhub.register(model, mine)))
         except commhub.HookMismatchError as error:
             told.append(str(error))
     return told
 
 
-def test_ranks_whose_codecs_are_not_alike_are_refused_when_they_register(ranks):
-    for kinds, sizes, alike in ranks(unlike, 2):
-        assert "how parameters are coded" in kinds
-        assert "how parameters are coded" in sizes
-        assert alike == "TwoStep"
+def test_ranks_that_would_not_code_alike_are_refused_when_they_register(ranks):
+    for *different, made, told in ranks(unlike, 2):
+        assert len(different) == 5
+        assert all("how parameters are coded" in error for error in different)
+        assert (made, told) == ("TwoStep", "TwoStep")
+
+
+def test_what_ranks_compare_of_a_codec_does_not_depend_on_where_it_lies_in_memory():
+    one, other = (shown(Told(function=lambda: None)) for _ in range(2))
+    assert one == other
+    assert "function=<function" in one

@@ -1,34 +1,52 @@
 """The emulated link stands around any communicator, and only where a network is emulated."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from commhub import Network
+from commhub.drivers import _link
 from commhub.drivers._link import EmulatedLink, emulate, network_of
 from commhub.drivers._stats import Meter
 from commhub.drivers._thread import ThreadDriver
 
 SLOW = Network(bandwidth=8000.0, latency=0.03)  # a byte takes a millisecond
-SLACK = 0.2
-"""Seconds by which a busy machine may be late."""
+
+
+class Clock:
+    """What the link takes for ``time``: only sleeping makes it go on."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(_link, "time", made)
+    return made
 
 
 class Flight:
-    """Ends by itself at some time, and counts how often it was asked and waited for."""
+    """Ends by itself at some time, and counts how often it was waited for."""
 
-    def __init__(self, until):
-        self.until, self.asked, self.waited = until, 0, 0
+    def __init__(self, clock, until):
+        self.clock, self.until, self.waited = clock, until, 0
 
     def is_done(self):
-        self.asked += 1
-        return time.monotonic() >= self.until
+        return self.clock.now >= self.until
 
     def wait(self, seconds):
         self.waited += 1
-        time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
+        self.clock.now = min(self.clock.now + seconds, max(self.clock.now, self.until))
 
     def result(self):
         return torch.ones(1)
@@ -39,15 +57,15 @@ class Bare:
 
     rank, size = 1, 3
 
-    def __init__(self, seconds=0.0):
-        self.seconds, self.called, self.flights = seconds, [], []
+    def __init__(self, clock=None, seconds=0.0):
+        self.clock, self.seconds, self.called, self.flights = clock, seconds, [], []
 
     def connect(self, groups):
         self.called.append(("connect", groups))
         return ["made"]
 
     def launch(self, job):
-        self.flights.append(Flight(time.monotonic() + self.seconds))
+        self.flights.append(Flight(self.clock, self.clock.now + self.seconds))
         return self.flights[-1]
 
     def abort(self, seconds):
@@ -62,36 +80,44 @@ def job(sent_bytes, p=2):
     return SimpleNamespace(p=p, sent_bytes=sent_bytes)
 
 
-def ended(flight, began):
-    """Seconds from then until the flight has ended; waiting took no more than a look now and then."""
-    looks = 0
+def waits(flight):
+    """How many waits it takes until the flight has ended."""
+    count = 0
     while not flight.is_done():
         flight.wait(0.5)
-        looks += 1
-    assert looks <= 3
-    return time.monotonic() - began
+        count += 1
+    return count
 
 
 @pytest.mark.parametrize(("real", "first", "second"), [(0.0, 0.05, 0.08), (0.06, 0.06, 0.08)])
-def test_messages_follow_one_another_and_none_is_early_or_much_too_late(real, first, second):
-    bare = Bare(real)
+def test_messages_follow_one_another_and_none_is_early_or_late(clock, real, first, second):
+    bare, began = Bare(clock, real), clock.now
     link = EmulatedLink(bare, SLOW)
-    began = time.monotonic()
     flights = [link.launch(job(20.0)), link.launch(job(30.0))]
-    assert not any(flight.is_done() for flight in flights)  # nothing blocked
+    assert clock.now == began  # nothing blocked
+    assert not any(flight.is_done() for flight in flights)
     for flight, due in zip(flights, (first, second), strict=True):
-        assert due <= ended(flight, began) <= due + SLACK
+        assert waits(flight) == 1  # a wait ends when the flight does, be it the real one's end or the network's
+        assert clock.now - began == pytest.approx(due)
         assert torch.equal(flight.result(), torch.ones(1))
-    assert all(flight.waited <= 2 and flight.asked <= 8 for flight in bare.flights)
+    assert [flight.waited for flight in bare.flights] == [int(real > 0), 0]
 
 
-def test_a_link_that_was_idle_owes_nothing_and_one_rank_alone_waits_for_nobody():
-    link = EmulatedLink(Bare(), SLOW)
+def test_a_flight_that_the_network_would_have_ended_is_waited_for_and_a_wait_is_no_longer_than_it_may_be(clock):
+    bare, began = Bare(clock, 2.0), clock.now
+    flight = EmulatedLink(bare, SLOW).launch(job(20.0))
+    assert waits(flight) == 4
+    assert (clock.now - began, bare.flights[0].waited) == (2.0, 4)
+
+
+def test_a_link_that_was_idle_owes_nothing_and_one_rank_alone_waits_for_nobody(clock):
+    link = EmulatedLink(Bare(clock), SLOW)
     link.launch(job(1.0))
-    time.sleep(0.04)
-    began = time.monotonic()
-    assert 0.04 <= ended(link.launch(job(10.0)), began) <= 0.04 + SLACK  # 10 ms for the bytes
-    bare = Bare()
+    clock.sleep(0.04)
+    began = clock.now
+    waits(link.launch(job(10.0)))
+    assert clock.now - began == pytest.approx(0.04)  # 10 ms for the bytes
+    bare = Bare(clock)
     assert EmulatedLink(bare, SLOW).launch(job(1e9, p=1)) is bare.flights[0]
 
 

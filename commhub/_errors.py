@@ -2,8 +2,10 @@
 
 Each class also derives from the builtin that fits it, so that code which knows nothing of commhub still
 catches it. A message says what happened, where (hook, distribution, version, and in training bucket, step,
-rank) and what to do. This module imports nothing.
+rank) and what to do; what it quotes of others' text is made printable (``described``).
 """
+
+from ._printable import described as described
 
 __all__ = [
     "CheckpointError",
@@ -57,13 +59,3 @@ class HookError(CommhubError, RuntimeError):
 
 class HookTimeoutError(HookError, TimeoutError):
     """A hook's communication did not finish in time, for example because a peer is gone."""
-
-
-def described(error: BaseException) -> str:
-    """Its type and message as text that can be sent and printed, whatever the error is."""
-    try:
-        text = str(error)
-    except BaseException as worse:  # noqa: BLE001 - an error may be of anybody's making
-        text = f"(no message: its __str__ raised {type(worse).__name__})"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return f"{type(error).__name__}: {text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ._format import printable
 from ._progress import headline, measured
 
 if TYPE_CHECKING:
@@ -66,4 +67,4 @@ class PlainProgress:
         """Nothing to restore."""
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text, self._stream), file=self._stream, flush=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from commhub.bench import _table
 
 from ._check import NO_MATPLOTLIB
+from ._format import printable
 from ._verdict import verdict
 
 if TYPE_CHECKING:
@@ -30,15 +31,19 @@ def finish(outcome: Outcome, *, stopped: int) -> int:
     if not outcome.measured and stopped:
         print("Nothing was measured.", flush=True)
         return stopped
-    print(f"\n{_table.table(outcome)}\n")
+    _say(f"\n{_table.table(outcome)}\n")
     for line in filter(None, [*_table.notes(outcome), verdict(outcome)]):
-        print(line)
+        _say(line)
     kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(outcome.as_dict(), indent=1) + "\n")
     kept &= _write("Report", outcome.settings["report"], lambda: _html(outcome))
     if outcome.settings["report"] is None:
         print(f"No report: {NO_MATPLOTLIB}")
     sys.stdout.flush()
     return stopped or int(outcome.failed or not kept)
+
+
+def _say(text: str) -> None:
+    print(printable(text, sys.stdout))
 
 
 def _write(what: str, name: str | None, content: Callable[[], str]) -> bool:
@@ -50,7 +55,7 @@ def _write(what: str, name: str | None, content: Callable[[], str]) -> bool:
     except OSError as err:
         print(f"commhub bench: {name} could not be written: {err.strerror}", file=sys.stderr)
         return False
-    print(f"{what}: {name}")
+    _say(f"{what}: {name}")
     return True
 
 
@@ -58,4 +63,4 @@ def _html(outcome: Outcome) -> str:
     # Imported late: matplotlib takes a second to load, and is optional.
     from ._report import html
 
-    return html(outcome)
+    return printable(html(outcome))

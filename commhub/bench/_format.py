@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
+from commhub._printable import visible
+
 NOTHING = "-"
+
+
+def printable(text: str, stream: object = None) -> str:
+    """Lines of text with what is no visible character, or is none of the stream's, escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return visible(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding)
 
 
 def seconds(value: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ._format import printable
 from ._progress import headline, measured
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ class LiveProgress:
         """Say what is trained and where, and start drawing."""
         self._steps = settings.steps
         self._width = max(map(len, settings.hooks))
-        self._console.print(headline(settings, setup), markup=False, soft_wrap=True)
+        self._console.print(printable(headline(settings, setup), self._console.file), markup=False, soft_wrap=True)
         self._progress.start()
 
     def start(self, hook: str) -> None:
         """A new line."""
         self._sent = 0.0
-        self._task = self._progress.add_task(hook.ljust(self._width), total=self._steps, figures="")
+        self._task = self._progress.add_task(
+            printable(hook, self._console.file).ljust(self._width), total=self._steps, figures=""
+        )
 
     def step(self, record: StepRecord) -> None:
         """The line's new figures."""
@@ -54,7 +57,7 @@ class LiveProgress:
     def end(self, text: str) -> None:
         """Only what went wrong is news."""
         if self._task is not None and text != "done":
-            self._progress.update(self._task, figures=text)
+            self._progress.update(self._task, figures=printable(text, self._console.file))
 
     def close(self) -> None:
         """Leave the last state on the screen and give the cursor back."""

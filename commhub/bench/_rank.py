@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from commhub._printable import message_of, type_name
+
 from ._lifeline import die_with
 from ._machine import threads_per_rank
 from ._options import Settings
@@ -115,8 +117,8 @@ def _process_group(store: Store, rank: int, world_size: int, device: torch.devic
 
 def describe(err: BaseException) -> str:
     """An error in one line, with its type where the text alone would not tell."""
-    lines = str(err).strip().splitlines() or [""]
-    return f"{type(err).__name__}: {lines[0]}".rstrip(": ")
+    lines = message_of(err).strip().splitlines() or [""]
+    return f"{type_name(err)}: {lines[0]}".rstrip(": ")
 
 
 def _device(settings: Settings, local_ranks: int) -> torch.device:

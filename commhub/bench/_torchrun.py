@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._board import Board
 from ._display import default_progress
 from ._finish import finish
+from ._format import printable
 from ._rank import run_rank
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def run_as_rank(settings: Settings, command: str) -> int:
     run_rank(settings, indexes, board.on_event, go_on=True)
     board.close()
     if board.fatal is not None:
-        print(f"commhub bench: {board.fatal}", file=sys.stderr)
+        print(printable(f"commhub bench: {board.fatal}", sys.stderr), file=sys.stderr)
         return 2
     return finish(board.outcome(), stopped=0)
 
@@ -35,7 +36,7 @@ def run_as_rank(settings: Settings, command: str) -> int:
 def _complain(event: dict[str, Any]) -> None:
     """A machine may lack a file or a GPU that rank 0 has."""
     if event["kind"] == "fatal":
-        print(f"commhub bench: rank {os.environ['RANK']}: {event['error']}", file=sys.stderr)
+        print(printable(f"commhub bench: rank {os.environ['RANK']}: {event['error']}", sys.stderr), file=sys.stderr)
 
 
 def _keep_when_stopped(board: Board) -> None:

@@ -46,6 +46,7 @@ def bench(context: click.Context, /, hooks: str, no_report: bool, **values: Any)
     """
     # Here, not above: `commhub --help` must stay quick.
     from commhub._errors import HookOptionError
+    from commhub._printable import message_of
     from commhub.bench import BenchError, Settings, run
     from commhub.registry._hookstring import split
 
@@ -54,6 +55,6 @@ def bench(context: click.Context, /, hooks: str, no_report: bool, **values: Any)
             values["report"] = ""
         code = run(Settings(hooks=split(hooks), **values))
     except (BenchError, HookOptionError) as err:
-        click.echo(f"commhub bench: {err}", err=True)
+        click.echo(f"commhub bench: {message_of(err)}", err=True)
         code = 2
     context.exit(code)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._output import complete_names, print_json, print_row
+from commhub._printable import message_of
+
+from ._output import Answering, complete_names, print_json, print_row, say
 
 if TYPE_CHECKING:
     from commhub.testing import CheckResult
@@ -40,7 +42,7 @@ class _Table:
         print_row((result.check, on, result.status, f"{result.seconds:.1f} s", why), tuple(_COLUMNS.values()))
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.argument("name", shell_complete=complete_names)
 @click.option("--nproc", default="2,4", callback=_ranks, show_default=True, help="Numbers of ranks to train on.")
 @click.option("--quick", is_flag=True, help="Leave out the checks on real ranks.")
@@ -59,7 +61,7 @@ def check(
         from commhub.testing import check_hook
         from commhub.testing.conformance._run import WHERE, summary
     except ImportError as error:
-        raise click.ClickException(f"the conformance kit cannot be loaded: {error}") from error
+        raise click.ClickException(f"the conformance kit cannot be loaded: {message_of(error)}") from error
     reasons = {}
     for text in expected:
         key, found, reason = text.partition("=")
@@ -77,7 +79,7 @@ def check(
             report=None if as_json else _Table().show,
         )
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(message_of(error)) from error
     if as_json:
         import attrs
 
@@ -85,7 +87,7 @@ def check(
     else:
         for result in results:
             if result.status == "failed" and "\n" in result.reason:
-                click.echo(f"\n{result.check}: {result.reason}")
-        click.echo(f"\n{name}: {summary(results)}")
+                say(f"\n{result.check}: {result.reason}")
+        say(f"\n{name}: {summary(results)}")
     if any(result.status == "failed" for result in results):
         raise SystemExit(1)

@@ -9,7 +9,7 @@ import click
 from commhub.registry import _index, _lookup
 from commhub.registry._probe import Finding, examine
 
-from ._output import print_json, print_table
+from ._output import Answering, print_json, print_table, say
 
 if TYPE_CHECKING:
     from commhub.registry._lookup import Standing
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _COLUMNS = ("name", "package", "version", "status", "import", "imports torch")
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 def doctor(as_json: bool) -> None:
     """Load every plugin apart: status, import time, whether it imports torch, traceback.
@@ -29,10 +29,9 @@ def doctor(as_json: bool) -> None:
     for standing in _lookup.standings():
         claim, finding = standing.claim, None
         if standing.status not in {"disabled", "incompatible"}:
-            plugin = (claim.distribution, claim.module)
-            if plugin not in found:
-                found[plugin] = examine([c for c in _index.claims() if (c.distribution, c.module) == plugin])
-            finding = found[plugin]
+            if claim.plugin not in found:
+                found[claim.plugin] = examine(_index.siblings(claim))
+            finding = found[claim.plugin]
         rows.append(_row(standing, finding))
     if as_json:
         print_json(rows)
@@ -77,6 +76,6 @@ def _print(rows: list[dict[str, object]], found: dict[tuple[str, str], Finding])
         print_table(table, _COLUMNS)
     for (distribution, module), finding in found.items():
         if finding["error"] is not None:
-            click.echo(f"\n{distribution}, {module}: {finding['error']}\n{finding['traceback'] or ''}".rstrip())
+            say(f"\n{distribution}, {module}: {finding['error']}\n{finding['traceback'] or ''}".rstrip())
     broken = sorted({str(row["distribution"]) for row in rows if row["status"] == "broken"})
-    click.echo(f"\n{len(rows)} names, {len(found)} plugins loaded, broken: {', '.join(broken) or 'none'}")
+    say(f"\n{len(rows)} names, {len(found)} plugins loaded, broken: {', '.join(broken) or 'none'}")

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from commhub._errors import CommhubError, HookOptionError
+from commhub._printable import message_of
+
+from ._output import ENDS_PROCESS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,14 +54,20 @@ class LazyGroup(click.Group):
         commands = [CompletionItem(name, help=self._at[name][1]) for name in found]
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line as this process, or, not standalone, as a call that returns."""
+        if extra.get("standalone_mode", True) and sys.stdout is sys.__stdout__:
+            extra.setdefault("obj", ENDS_PROCESS)
+        return super().main(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command: wrong usage exits with 2, any other error of commhub's with 1."""
         try:
             return super().invoke(ctx)
         except HookOptionError as err:
-            raise click.UsageError(str(err)) from err
+            raise click.UsageError(message_of(err)) from err
         except CommhubError as err:
-            raise click.ClickException(str(err)) from err
+            raise click.ClickException(message_of(err)) from err
         except BrokenPipeError:
             # The reader has seen enough (`commhub list | head`); keep the interpreter's last flush quiet too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,13 +10,13 @@ from commhub.registry import _documented, _registry
 from commhub.registry._hookstring import HookString
 from commhub.registry._spec import RESERVED
 
-from ._output import complete_names, plugins_print_to_stderr, print_json, print_table
+from ._output import Answering, complete_names, print_json, print_table, say
 
 if TYPE_CHECKING:
     from commhub.registry._spec import AveragerSpec, HookSpec, Option
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.argument("name", shell_complete=complete_names)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list with one object.")
 def info(name: str, as_json: bool) -> None:
@@ -24,14 +24,13 @@ def info(name: str, as_json: bool) -> None:
 
     NAME is a hook or averager, an alias, or package:name. Exits with 1 if it cannot be used.
     """
-    with plugins_print_to_stderr():
-        row = _registry.info(name)
+    row = _registry.info(name)
     if as_json:
         print_json([{**row.as_dict(), **(_details(row.spec, _example(row)) if row.spec else {})}])
     else:
-        click.echo(f"{row.name}: {row.kind} of {row.distribution} {row.version}, {row.status}")
+        say(f"{row.name}: {row.kind} of {row.distribution} {row.version}, {row.status}")
         if row.error:
-            click.echo(row.error)
+            say(row.error)
         if row.spec:
             _print(row.spec, _example(row))
     if row.spec is None:
@@ -39,11 +38,11 @@ def info(name: str, as_json: bool) -> None:
 
 
 def _print(spec: HookSpec | AveragerSpec, example: str) -> None:
-    click.echo(f"{spec.summary}\n")
+    say(f"{spec.summary}\n")
     if spec.options:
-        click.echo("options")
+        say("options")
         print_table(_option_cells(spec, option) for option in spec.options)
-        click.echo()
+        say()
     facts = [
         ("needs", ", ".join(spec.needs) or "nothing besides the model"),
         ("devices", ", ".join(spec.devices)),

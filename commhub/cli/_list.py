@@ -8,12 +8,12 @@ import click
 
 from commhub.registry import _lookup, _registry
 
-from ._output import complete_names, plugins_print_to_stderr, print_json, print_table
+from ._output import Answering, complete_names, print_json, print_table
 
 _COLUMNS = ("name", "kind", "package", "version", "status", "summary")
 
 
-@click.command("list")
+@click.command("list", cls=Answering)
 @click.argument("pattern", required=False, shell_complete=complete_names)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 def list_(pattern: str | None, as_json: bool) -> None:
@@ -22,8 +22,7 @@ def list_(pattern: str | None, as_json: bool) -> None:
     PATTERN selects names and packages: part of one, or a glob such as 'quantize*'; case and dashes do not
     matter.
     """
-    with plugins_print_to_stderr():
-        rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]
+    rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]
     if as_json:
         print_json([row.as_dict() for row in rows])
     elif rows:

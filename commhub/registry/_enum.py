@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commhub.registry import _documented, _lookup
 
+from ._spec import is_name
+
 if TYPE_CHECKING:
     from commhub.training._registration import Registration
 
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> type[HookEnum]:
 
 def _installed(kind: str) -> tuple[str, ...]:
     found = _lookup.names().items()
-    return tuple(name for name, claim in found if claim.kind == kind and name.isidentifier())
+    return tuple(name for name, claim in found if claim.kind == kind and is_name(name))
 
 
 def _members(names: tuple[str, ...]) -> dict[str, str]:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from commhub._errors import HookOptionError
+from commhub._printable import shown
 
 from ._brackets import closing, malformed, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["HookString", "canonical_distribution", "canonical_name", "parse", "parse_any", "split", "write"]
+__all__ = ["HookString", "canonical_distribution", "canonical_name", "literal", "parse", "parse_any", "split", "write"]
 
 _DISTRIBUTION: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME: Final = r"[A-Za-z][A-Za-z0-9_-]*"
@@ -193,29 +194,41 @@ def _is_plain(value: object) -> bool:
 def _write(value: object) -> str:
     """The text that reads back as ``value``, a string without quotes where that is the same."""
     if not isinstance(value, str):
-        return _literal(value)
+        return literal(value)
     try:
         plain = parse(f"x(x={value})").options["x"]
     except HookOptionError:
         plain = None
-    return str.__str__(value) if plain == value else _literal(value)
+    return str.__str__(value) if plain == value else literal(value)
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
+    """The Python literal of a plain value, the same for equal values, however their dicts were built.
+
+    Raises:
+        HookOptionError: for a value that has none, or is a number too long to be written.
+    """
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, str):
         return str.__repr__(value)
     if isinstance(value, int):
-        return int.__repr__(value)
+        return _number(value)
     if isinstance(value, float) and value == value:  # NaN equals nothing and has no literal
         return float.__repr__(value).replace("inf", "1e999")
     if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         # Equal dicts must print alike on every rank, however they were built.
-        items = sorted(f"{_literal(key)}: {_literal(entry)}" for key, entry in value.items())
+        items = sorted(f"{literal(key)}: {literal(entry)}" for key, entry in value.items())
         return f"{{{', '.join(items)}}}"
-    raise HookOptionError(f"{value!r} cannot be written in a hook string: use numbers, text, lists and dicts.")
+    raise HookOptionError(f"{shown(value)} cannot be written in a hook string: use numbers, text, lists and dicts.")
+
+
+def _number(value: int) -> str:
+    try:
+        return int.__repr__(value)
+    except ValueError as err:  # Python writes no number of more than some thousand digits
+        raise HookOptionError(f"a number cannot be written in a hook string: {err}.") from err

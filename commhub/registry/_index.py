@@ -6,6 +6,7 @@ Nothing of a plugin is imported here. A distribution found twice on the path cou
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -16,11 +17,14 @@ import attrs
 import importlib_metadata
 
 from ._hookstring import canonical_distribution, canonical_name
+from ._metadata import Metadata, installed_name, points
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["GROUPS", "Claim", "Kind", "claims", "refresh"]
+    from importlib_metadata import IDistribution
+
+__all__ = ["GROUPS", "Claim", "Kind", "claims", "refresh", "siblings"]
 
 Kind = Literal["hook", "averager"]
 
@@ -28,6 +32,8 @@ GROUPS: Final[dict[str, Kind]] = {"commhub.hooks.v1": "hook", "commhub.averagers
 """Entry-point groups; the number is the major version of the plugin API."""
 
 _cache: dict[object, tuple[Claim, ...]] = {}
+_plugins: dict[tuple[str, str], tuple[Claim, ...]] = {}
+"""By distribution and spec module, the claims that point there."""
 _lock = threading.RLock()
 """One thread reads or forgets at a time: ``importlib.invalidate_caches`` itself fails when two threads call it."""
 
@@ -54,15 +60,37 @@ class Claim:
     location: str
     incompatible: str | None
 
+    @property
+    def plugin(self) -> tuple[str, str]:
+        """The distribution and the spec module, which are loaded and fail together."""
+        return self.distribution, self.module
+
 
 def claims() -> tuple[Claim, ...]:
     """Every claim, sorted; read again whenever a directory on ``sys.path`` has changed."""
     with _lock:
-        key = tuple((path, _changed(path)) for path in _search_path())
+        paths = [path for path in _search_path() if isinstance(path, str) and "\0" not in path]
+        key = tuple((path, _changed(path)) for path in paths)
         found = _cache.get(key)
         if found is None:
             refresh()
-            found = _cache[key] = tuple(sorted(_read()))
+            found = _cache[key] = tuple(sorted(_read(paths)))
+            for claim in found:
+                _plugins[claim.plugin] = (*_plugins.get(claim.plugin, ()), claim)
+        return found
+
+
+def siblings(claim: Claim) -> tuple[Claim, ...]:
+    """All claims that point at the same spec module of the same distribution, the given one included.
+
+    The directories are looked at only where the claim is none of those that were read last, so that asking this for
+    each of many claims costs little.
+    """
+    with _lock:
+        found = _plugins.get(claim.plugin, ())
+        if claim not in found:
+            claims()
+            found = _plugins.get(claim.plugin, ())
         return found
 
 
@@ -70,6 +98,7 @@ def refresh() -> None:
     """Forget what was read, for changes that leave no trace in a directory's time."""
     with _lock:
         _cache.clear()
+        _plugins.clear()
         importlib.invalidate_caches()
 
 
@@ -84,40 +113,49 @@ def _changed(path: str) -> int:
         return 0
 
 
-def _read() -> Iterator[Claim]:
-    core = _core_version()
-    for name in sorted(_offering()):
+def _read(paths: list[str]) -> Iterator[Claim]:
+    why: Final = functools.lru_cache(functools.partial(_incompatible, core=_core_version()))
+    seen = set()
+    for found in importlib_metadata.distributions(path=paths):
         try:
-            # By name, because the first of that name decides even if only a later one has entry points.
-            found = next(iter(importlib_metadata.distributions(name=name, path=_search_path())))
-            points = [point for point in found.entry_points if point.group in GROUPS]
-            reason = _incompatible(found.requires or [], core)
-            version = found.version
-        except Exception:  # noqa: BLE001, S112 - one package's damage is not the others'
-            continue
-        for point in points:
-            yield Claim(
-                name=canonical_name(point.name),
-                distribution=name,
-                kind=GROUPS[point.group],
-                module=point.value,
-                version=version,
-                location=str(found.locate_file("")),
-                incompatible=reason,
-            )
-
-
-def _offering() -> set[str]:
-    """The distributions that mention one of the groups; parsing only these keeps the index quick."""
-    names = set()
-    for found in importlib_metadata.distributions(path=_search_path()):
-        try:
+            name = installed_name(found)
+            if name in seen:
+                continue
+            seen.add(name)
             text = found.read_text("entry_points.txt") or ""
             if any(group in text for group in GROUPS):
-                names.add(canonical_distribution(found.name))
-        except Exception:  # noqa: BLE001, S112 - as above
+                yield from _claims_of(found, name, points(text, GROUPS), why)
+        except Exception:  # noqa: BLE001, S112 - one package's damage is not the others'
             continue
-    return names
+
+
+def _claims_of(
+    found: IDistribution,
+    name: str,
+    offers: list[tuple[str, str, str]],
+    why: Callable[[tuple[str, ...]], str | None],
+) -> list[Claim]:
+    """What one distribution offers; one whose metadata cannot be had, or misses its version, is incompatible."""
+    damage = None
+    try:
+        said = Metadata.of(found)
+    except ValueError:
+        said, damage = Metadata(None, None, ()), "its metadata is not UTF-8"
+    if said.name not in {None, name}:
+        return []  # a folder that was renamed, such as pip does while it uninstalls
+    damage = damage or said.damage()
+    return [
+        Claim(
+            name=canonical_name(point),
+            distribution=name,
+            kind=GROUPS[group],
+            module=module,
+            version=said.version or "",
+            location=str(found.locate_file("")),
+            incompatible=damage or why(said.requires),
+        )
+        for group, point, module in offers
+    ]
 
 
 def _core_version() -> str:
@@ -129,7 +167,7 @@ def _core_version() -> str:
         return __version__
 
 
-def _incompatible(requires: list[str], core: str) -> str | None:
+def _incompatible(requires: tuple[str, ...], core: str) -> str | None:
     """Why this core is outside the declared range, or ``None``."""
     for line in requires:
         if not line.lower().startswith("commhub"):

@@ -17,7 +17,7 @@ from commhub.registry import _documented, _index
 from ._hookstring import canonical_distribution, canonical_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from ._index import Claim
 
@@ -48,9 +48,13 @@ def canonical(name: str) -> str:
 def standings() -> tuple[Standing, ...]:
     """One standing per claim, sorted by name and distribution."""
     claims = _index.claims()
-    disabled = [claim for claim in claims if _is_disabled(claim)]
-    candidates = [claim for claim in claims if claim not in disabled and claim.incompatible is None]
-    return tuple(_stand(claim, disabled, candidates) for claim in claims)
+    is_disabled = _disabling(os.environ.get("COMMHUB_DISABLE", ""))
+    disabled = {claim for claim in claims if is_disabled(claim)}
+    rivals: dict[str, set[str]] = {}
+    for claim in claims:
+        if claim not in disabled and claim.incompatible is None:
+            rivals.setdefault(claim.name, set()).add(claim.distribution)
+    return tuple(_stand(claim, disabled, sorted(rivals.get(claim.name, ()))) for claim in claims)
 
 
 def names() -> dict[str, Claim]:
@@ -83,18 +87,23 @@ def find(name: str, distribution: str | None = None) -> Claim:
     raise _unusable(wanted, distribution, named)
 
 
-def _is_disabled(claim: Claim) -> bool:
-    words = [word for word in os.environ.get("COMMHUB_DISABLE", "").split(",") if word.strip()]
-    documented = _documented.owner(claim.name) == claim.distribution
-    return any(
-        (word.strip() == "*" and not documented)
-        or canonical(word) == claim.name
-        or canonical_distribution(word) == claim.distribution
-        for word in words
-    )
+def _disabling(words: str) -> Callable[[Claim], bool]:
+    """Whether a claim is disabled by these words, separated by commas."""
+    named = [word for word in words.split(",") if word.strip()]
+    undocumented = any(word.strip() == "*" for word in named)
+    names, distributions = set(map(canonical, named)), set(map(canonical_distribution, named))
+
+    def is_disabled(claim: Claim) -> bool:
+        return (
+            claim.name in names
+            or claim.distribution in distributions
+            or (undocumented and _documented.owner(claim.name) != claim.distribution)
+        )
+
+    return is_disabled
 
 
-def _stand(claim: Claim, disabled: Iterable[Claim], candidates: Iterable[Claim]) -> Standing:
+def _stand(claim: Claim, disabled: Collection[Claim], rivals: list[str]) -> Standing:
     if claim in disabled:
         return Standing(claim, "disabled", "disabled by COMMHUB_DISABLE")
     if claim.incompatible is not None:
@@ -103,7 +112,6 @@ def _stand(claim: Claim, disabled: Iterable[Claim], candidates: Iterable[Claim])
     if owner not in {None, claim.distribution}:
         explicit = f"{claim.distribution}:{claim.name}"
         return Standing(claim, "shadowed", f"the name belongs to {owner}; write {explicit!r}")
-    rivals = sorted({rival.distribution for rival in candidates if rival.name == claim.name})
     if owner is None and len(rivals) > 1:
         explicit = " or ".join(repr(f"{rival}:{claim.name}") for rival in rivals)
         return Standing(claim, "conflict", f"offered by {' and '.join(rivals)}; write {explicit}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from commhub._errors import CommhubError, HookOptionError, PluginError, UnknownHookError, described
+from commhub._printable import message_of, shown
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire_names import short_name
@@ -148,7 +149,7 @@ class Recipe:
                 f"Repair, upgrade or uninstall {self.distribution}."
             ) from err
         if not callable(factory):
-            raise PluginError(f"{self.label}: its factory {self.spec.factory} is {factory!r}, not a callable.")
+            raise PluginError(f"{self.label}: its factory {self.spec.factory} is {shown(factory)}, not a callable.")
         return cast("Callable[..., Any]", factory)
 
     def make(self) -> Any:
@@ -166,7 +167,7 @@ class Recipe:
         except CommhubError:
             raise
         except (TypeError, ValueError) as err:
-            raise HookOptionError(f"{self.label}: {err}") from err
+            raise HookOptionError(f"{self.label}: {message_of(err)}") from err
         except Exception as err:
             raise PluginError(f"{self.label}: its factory failed with {described(err)}.") from err
 

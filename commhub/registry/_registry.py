@@ -123,9 +123,7 @@ def specs_of(claim: Claim) -> Mapping[str, HookSpec | AveragerSpec]:
     Raises:
         PluginError: when they cannot be loaded.
     """
-    siblings = tuple(
-        other for other in _index.claims() if (other.distribution, other.module) == (claim.distribution, claim.module)
-    )
+    siblings = _index.siblings(claim)
     with _lock:
         loaded = _loaded.setdefault(siblings, _Loaded())
     return loaded.specs(siblings)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
+from ._hookstring import literal
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option"]
+__all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option", "is_name"]
 
 RESERVED: Final = ("process_group", "optimizer", "scaler", "wire", "verify", "timeout", "state")
 """Arguments of ``register`` itself and of the core; no hook may declare an option of these names."""
@@ -26,8 +28,13 @@ _FACTORY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.A
 _TYPES: Final = (int, float, bool, str, dict)
 
 
+def is_name(text: str) -> bool:
+    """Whether a hook, an averager or an option can have this name."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _is_name(_owner: object, _field: attrs.Attribute[str], value: object) -> None:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
+    if not isinstance(value, str) or not is_name(value):
         raise ValueError(
             f"{value!r} is not a name: write lowercase snake_case, a letter first, such as 'powersgd_rank2'."
         )
@@ -65,11 +72,35 @@ def _is_tolerance(_owner: object, _field: attrs.Attribute[float | None], value: 
 def _words(value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
         raise TypeError(f"{value!r} is not a tuple of strings: mind the comma in ('optimizer',).")
-    return tuple(value)
+    return tuple(map(str.__str__, value))
+
+
+def _text(value: object) -> object:
+    """Strip subclasses of ``str``, which answer with anything when they are printed, compared or cut."""
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+def _plain(value: object) -> object:
+    """The value as one of exactly Python's own types, so that it can always be printed, compared and written.
+
+    Raises:
+        ValueError: if it cannot be written in a hook string.
+    """
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    literal(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, float) else value
 
 
 def _choices(value: Iterable[object]) -> tuple[object, ...]:
-    return tuple(value)
+    return tuple(map(_plain, value))
 
 
 def _options(value: object) -> tuple[Option, ...]:
@@ -93,10 +124,10 @@ class Option:
         ValueError: if the declaration contradicts itself.
     """
 
-    name: str = attrs.field(validator=[_is_name, _is_option_name])
+    name: str = attrs.field(converter=_text, validator=[_is_name, _is_option_name])
     type: type | str = attrs.field(validator=_is_option_type)
     default: object = attrs.field(default=None, hash=False)
-    help: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    help: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
     choices: tuple[object, ...] = attrs.field(default=(), converter=_choices)
 
     def __attrs_post_init__(self) -> None:
@@ -104,7 +135,7 @@ class Option:
             if not self._has_type(choice):
                 raise ValueError(f"option {self.name!r} has the choice {choice!r}, not a {self.type_name}.")
         if self.default is not None:
-            object.__setattr__(self, "default", self.convert(self.default))
+            object.__setattr__(self, "default", _plain(self.convert(self.default)))
 
     @property
     def type_name(self) -> str:
@@ -146,7 +177,7 @@ class Option:
 
 
 def _preset(value: Mapping[str, object]) -> dict[str, object]:
-    return dict(value)
+    return {name: _plain(entry) for name, entry in dict(value).items()}
 
 
 @attrs.frozen(kw_only=True)
@@ -155,15 +186,15 @@ class _Spec:
 
     kind: ClassVar[str]
 
-    name: str = attrs.field(validator=_is_name)
-    summary: str = attrs.field(validator=_is_sentence)
-    factory: str = attrs.field(validator=_is_factory)
+    name: str = attrs.field(converter=_text, validator=_is_name)
+    summary: str = attrs.field(converter=_text, validator=_is_sentence)
+    factory: str = attrs.field(converter=_text, validator=_is_factory)
     options: tuple[Option, ...] = attrs.field(default=(), converter=_options)
     preset: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
     needs: tuple[str, ...] = attrs.field(default=(), converter=_words)
     devices: tuple[str, ...] = attrs.field(default=("cpu", "cuda"), converter=_words)
-    sent_bytes: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
-    reference: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    sent_bytes: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
+    reference: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
     example: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
 
     def __attrs_post_init__(self) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import attrs
 
+from commhub._printable import message_of, shortened, type_name
+
 _HERE = os.path.dirname(__file__)
 _TAIL = 6000  # characters of a rank's output that an error shows
 
@@ -23,7 +25,7 @@ class RankFailure(NamedTuple):
     def of(cls, error: BaseException) -> "RankFailure":
         """The failure that ``error`` is, its traceback without this harness's own frames."""
         shown = error.with_traceback(_users(error.__traceback__))
-        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(shown)))
+        return cls(type_name(error), message_of(error), shortened("".join(traceback.format_exception(shown))))
 
 
 def _users(trace: TracebackType | None) -> TracebackType | None:

@@ -1,5 +1,6 @@
 """The report is one valid page with two charts that needs nothing but itself."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,6 +8,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the report is part of the bench extra")
 
+from commhub._printable import visible
+from commhub.bench._finish import finish
 from commhub.bench._report import html
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -95,3 +98,16 @@ def test_without_a_step_it_has_no_charts(make_result, make_outcome):
 def test_the_first_losses_alone_can_be_drawn(make_result, make_outcome):
     page = Page(html(make_outcome(make_result(times=(0.1,), status="interrupted", loss=None))))
     assert page.tags.count("svg") == 2
+
+
+def test_what_a_hook_said_is_printable(make_result, make_outcome, capsys, tmp_path):
+    hostile = "\x1b[2J\u202e\udc80 gone"
+    failed = make_result("fp16", status="failed", error=f"HookError: {hostile}")
+    outcome = make_outcome(
+        make_result("allreduce"), failed, report=str(tmp_path / "report.html"), json=str(tmp_path / "x")
+    )
+    assert finish(outcome, stopped=0) == 1
+    for text in (capsys.readouterr().out, (tmp_path / "report.html").read_text()):
+        assert r"\x1b[2J\u202e\udc80 gone" in text
+        assert visible(text, keep="\n") == text
+    assert json.dumps(hostile)[1:-1] in (tmp_path / "x").read_text()

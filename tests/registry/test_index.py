@@ -1,10 +1,13 @@
 """The index reads metadata, runs no plugin, and counts a distribution once."""
 
 import sys
+from collections import Counter
 
 import pytest
+from importlib_metadata import PathDistribution
 
-from commhub.registry import _index
+import commhub
+from commhub.registry import _index, _loading
 
 
 def rows():
@@ -112,3 +115,64 @@ def test_other_groups_are_no_claims(site):
     file.write_text(file.read_text() + "\n[commhub.hooks.v2]\nnext = some_module\n")
     _index.refresh()
     assert [name for name, *_ in rows()] == ["some"]
+
+
+def reads(site, monkeypatch, number):
+    """The files of metadata that are read for so many distributions, each with how often, and the modules asked for."""
+    for index in range(number):
+        site.add(f"dist-{number}-{index}", f"name_{number}_{index}")
+    files, modules = Counter(), Counter()
+    read, load = PathDistribution.read_text, _loading.import_module
+
+    def read_text(self, name):
+        files[f"{self._path}/{name}"] += 1
+        return read(self, name)
+
+    def import_module(name):
+        modules[name] += 1
+        return load(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PathDistribution, "read_text", read_text)
+        patch.setattr(_loading, "import_module", import_module)
+        commhub.installed()
+        commhub.hooks()
+        commhub.info(f"name_{number}_0")
+    return {path: times for path, times in files.items() if str(site.path) in path}, modules
+
+
+def test_each_file_is_read_once_and_each_spec_module_loaded_once(site, monkeypatch):
+    files, modules = reads(site, monkeypatch, 20)
+    assert len(files) == 40
+    assert {*files.values(), *modules.values()} == {1}
+    assert len(modules) == 20
+
+
+def test_listing_looks_at_directories_once_however_many_plugins_there_are(site, monkeypatch):
+    for index in range(8):
+        site.add(f"dist-{index}", f"name_{index}")
+    looked = []
+    monkeypatch.setattr(_index, "_changed", lambda path: looked.append(path) or 0)
+    commhub.installed()
+    assert len(looked) == 2  # the site has two directories
+
+
+def test_claims_of_a_plugin_are_found_again_after_a_change(site):
+    site.add("some-dist", "some")
+    (claim,) = _index.claims()
+    site.add("other-dist", "other")
+    assert _index.siblings(claim) == (claim,)
+
+
+def test_what_is_no_path_on_the_search_path_is_left_out(site, monkeypatch):
+    site.add("some-dist", "some")
+    monkeypatch.setattr(_index, "_search_path", lambda: [None, 3, "a\0b", str(site.path)])
+    _index.refresh()
+    assert len(rows()) == 1
+
+
+def test_a_folder_that_is_being_uninstalled_is_no_claim(site):
+    site.add("some-dist", "some")
+    (site.path / "some_dist-1.0.dist-info").rename(site.path / "~ome_dist-1.0.dist-info")
+    _index.refresh()
+    assert rows() == []

@@ -376,3 +376,28 @@ def test_a_factory_that_cannot_be_had_is_a_plugin_error(site, source):
     site.module(f"{module}_factory", source)
     with pytest.raises(commhub.PluginError, match=r"some \(some-dist 1.0\): its factory"):
         resolve("some").load()
+
+
+UNPRINTABLE = """
+class E(RuntimeError):
+    def __str__(self): raise ValueError("no text")
+    __repr__ = __str__
+class V(ValueError):
+    __str__ = __repr__ = E.__str__
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("raise E", commhub.PluginError),
+        ("Made = E()", commhub.PluginError),
+        ("def Made(): raise E", commhub.PluginError),
+        ("def Made(): raise V", commhub.HookOptionError),
+    ],
+)
+def test_a_factory_whose_errors_cannot_be_printed_is_an_error_of_commhub(site, source, error):
+    module = site.add("some-dist", "some")
+    site.module(f"{module}_factory", UNPRINTABLE + source)
+    with pytest.raises(error, match=r"some \(some-dist 1.0\): .*raised ValueError"):
+        resolve("some").make()

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from commhub._printable import described, message_of
 from commhub.testing._outcome import RankError
 
 from ._check import Check, CheckResult, NotApplicableError
@@ -54,7 +55,7 @@ class Examination:
             with contextlib.redirect_stdout(io.StringIO()):  # what ranks print is shown where they fail
                 self._call(check, nproc)
         except NotApplicableError as error:
-            status, reason = "not applicable", str(error)
+            status, reason = "not applicable", message_of(error)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - a subject may raise anything
@@ -107,7 +108,8 @@ def _told(error: BaseException) -> str:
         if failure.type_name == "AssertionError" and failure.message:
             return failure.message
         return f"rank {rank}: {failure.type_name}: {failure.message}\n{failure.traceback}".rstrip()
-    return str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+    message = message_of(error)
+    return message if isinstance(error, AssertionError) and message else described(error)
 
 
 def refuse_unknown(expected: Mapping[str, str]) -> None:

@@ -53,6 +53,7 @@ class Setup:
     _connect: Callable[[Sequence[Sequence[int]]], Sequence[Subgroup]]
     _after_step: Callable[[Callable[[int], None]], None]
     _at_end: Callable[[Callable[[], None]], object] = lambda _function: None
+    _settle: Callable[[Callable[[bool], None]], object] = lambda _function: None
     _average: Callable[[tuple[Averager, Setup]], object] = lambda _pair: None
     _agree: Callable[[str, Callable[[], str], str], object] = lambda _what, _value, _here: None
     _ranks: tuple[int, ...] | None = None
@@ -84,6 +85,16 @@ class Setup:
         ends without that; what is kept elsewhere must hold the hook weakly.
         """
         self._at_end(function)
+
+    def settle(self, function: Callable[[bool], None]) -> None:
+        """Call ``function(happened)`` once it is settled what became of a step that did not end well on this rank.
+
+        Where ``happened`` is true, another rank has heard from all that the step ended well, and it counts everywhere.
+        Otherwise it counts nowhere, and what ``reduce`` has changed in it outside of the bucket and ``state`` is put
+        back there, as ``state`` is. The hook does nothing else meanwhile, and no backward is under way. A step that
+        ended well calls ``after_step`` instead.
+        """
+        self._settle(function)
 
     def average(self, averager: Averager) -> None:
         """Prepare ``averager`` and have the model's parameters averaged on its timetable.

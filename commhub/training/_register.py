@@ -18,6 +18,7 @@ from commhub.training.attachments._slot import Slot
 from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._registration import Registration
+from ._running import relieve
 from ._start import start
 from ._target import Target, checked_timeout
 
@@ -105,9 +106,9 @@ def register(
     leftover = slot.session
     registration = Registration(session, slot)
     if replaced is not None:
-        replaced._retire()
+        replaced._retire(session)
     elif leftover is not None:
-        leftover.stop()
+        relieve(leftover, session)
     said = outside(ddp, parameters, gradients=not is_averager(registration.hook))
     if said and session.engine.rank == 0:
         logger.warning("%s: %s", registration, said)

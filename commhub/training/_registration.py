@@ -182,9 +182,9 @@ class Registration:
     def _check_usable(self) -> None:
         self._running.check_usable()
 
-    def _retire(self) -> None:
-        """Another registration has taken the model over."""
-        self._running.retire()
+    def _retire(self, session: Session) -> None:
+        """Another registration has taken the model over with ``session``."""
+        self._running.retire(session)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.

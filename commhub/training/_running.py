@@ -7,11 +7,11 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from commhub._errors import RegistrationError
 
 from ._observing import end_all, observe
+from ._reunion import Reunion
 from ._start import start
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Running:
         self, session: Session, attachment: Attachment, owner: object, follow: weakref.WeakMethod[Callable[[], None]]
     ) -> None:
         self.session, self.attachment, self.is_removed = session, attachment, False
+        self._reunion: Reunion | None = None
         self._owner, self._follow = weakref.ref(owner), follow
         self._closing: Any = weakref.finalize(attachment, bool)
 
@@ -59,6 +60,7 @@ class Running:
         engine = self.session.engine
         if engine.is_left_over:
             engine.abandon()
+            engine.settle()
         if engine.in_step:
             raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
@@ -74,11 +76,8 @@ class Running:
         if not loading:  # a checkpoint is of what the former hook was prepared for
             target = attrs.evolve(target, parameters=self.attachment.parameters())
         session = start(target, choose, former, call=call, loading=loading)
-        # A rank whose local step failed is behind.
-        engine = session.engine
-        steps = torch.zeros(engine.world_size, dtype=torch.float64, device=target.device)
-        steps[engine.rank] = former.engine.step
-        engine.step = int(engine.sum(steps, counted=False).max())
+        self._reunion = Reunion.of(session, former)
+        session.engine.step = self._reunion.step
         return session
 
     def replace(self, choose: Callable[[], Recipe], call: str = "swap") -> None:
@@ -87,13 +86,16 @@ class Running:
 
     def install(self, session: Session, *, loading: bool = False) -> None:
         """Have it take over."""
-        former = self.session
+        former, reunion, self._reunion = self.session, self._reunion, None
+        assert reunion is not None
         session.take_over(former)
         if not loading:  # then the parameters are, or will be, those of the checkpoint
-            self._synchronize()
+            reunion.part()
         self.session = session
         self._attach()
         former.stop()
+        if not loading:
+            reunion.end()
 
     def end(self) -> None:
         """Leave the model to what was installed last, if it still needs that."""
@@ -102,13 +104,12 @@ class Running:
         if not self.attachment.detach():
             self.session.stop()
 
-    def retire(self) -> None:
-        """Another registration has taken the model over."""
+    def retire(self, session: Session) -> None:
+        """Another registration has taken the model over with ``session``; collective."""
         self.is_removed = True
         self._closing.detach()
-        self._synchronize()
         end_all(self.session.target.module(), self.session.engine.observers)
-        self.session.stop()
+        relieve(self.session, session)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell ``observer`` of all exchanges from now on, whichever hook runs; what ends that.
@@ -129,16 +130,17 @@ class Running:
             if verb == "registered" and session.timetable is not None:
                 session.timetable.advise(str(session))
 
-    def _synchronize(self) -> None:
-        """Leave all ranks with the same parameters, where an averager let them drift apart; then nothing would."""
-        timetable = self.session.timetable
-        failure = None if timetable is None else timetable.synchronize()
-        if failure is not None:
-            logger.warning("the parameters were not averaged a last time, and may differ between ranks: %s", failure)
-
     def _attach(self) -> None:
         self._closing.detach()  # it would keep the former hook's groups and connections open
         self._closing = weakref.finalize(self.attachment, self.session.closer())
         if self.session.timetable is not None:
             self.session.timetable.then = self._follow
         self.attachment.attach(self.session, self._owner())
+
+
+def relieve(former: Session, session: Session) -> None:
+    """End a session whose model another registration's works on now; collective."""
+    reunion = Reunion.of(session, former)
+    reunion.part()
+    former.stop()
+    reunion.end()

@@ -166,6 +166,7 @@ def _prepared(
             connect=driver.connect,
             after_step=callbacks.after_step.append,
             at_end=callbacks.at_end.append,
+            settle=callbacks.settle.append,
             average=averagers.append,
             agree=comparisons.add,
         )

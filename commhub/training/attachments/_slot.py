@@ -203,6 +203,8 @@ class Slot:
         if error is not None:
             self._seen, self._task = 0, None
             self._used.clear()
+            if engine is not None:
+                engine.settle()
 
             def tell_error() -> NoReturn:
                 raise error
@@ -220,6 +222,7 @@ class Slot:
             failure = self._end(engine)
         except BaseException as error:  # noqa: BLE001 - a Ctrl-C, which must not keep DDP from ending its backward
             engine.abandon()
+            engine.settle()
             failure = error
         if failure is not None:
 

@@ -207,24 +207,24 @@ class _Run:
         """
         rounds: list[tuple[Hook, list[list[Named]]]] = []
         for hook, tensors in kinds:
-            chunks = [chunk for same in tensors for chunk in _chunks(same)]
-            rounds += [(hook, chunks[start : start + AHEAD]) for start in range(0, len(chunks), AHEAD)]
+            every = [chunk for same in tensors for chunk in chunks(same)]
+            rounds += [(hook, every[start : start + AHEAD]) for start in range(0, len(every), AHEAD)]
         if flag is not None and not rounds:
             rounds.append((WholeMean(), []))
         return self.between.reduce(self._rounds(rounds, flag))
 
     def _rounds(self, rounds: list[tuple[Hook, list[list[Named]]]], flag: Tensor | None) -> Iterator[Round]:
         """Fill buckets when their round comes, and take the results back when it went well."""
-        for number, (hook, chunks) in enumerate(rounds, start=1):
+        for number, (hook, some) in enumerate(rounds, start=1):
             filled: list[tuple[Bucket, list[Named]]] = []
-            yield hook, self._fill(chunks, filled), flag if number == len(rounds) else None
+            yield hook, self._fill(some, filled), flag if number == len(rounds) else None
             for bucket, chunk in filled:
                 for view, (_, tensor) in zip(bucket.gradients, chunk, strict=True):
                     tensor.copy_(view)
 
-    def _fill(self, chunks: Sequence[list[Named]], filled: list[tuple[Bucket, list[Named]]]) -> Iterator[Bucket]:
+    def _fill(self, some: Sequence[list[Named]], filled: list[tuple[Bucket, list[Named]]]) -> Iterator[Bucket]:
         """Buckets with copies of the chunks' tensors, each also noted in ``filled``."""
-        for chunk in chunks:
+        for chunk in some:
             names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
             spans = lay_out(names, tensors)
             flat = tensors[0].new_empty(sum(span.numel for span in spans))
@@ -241,8 +241,8 @@ def _entries(setup: Setup) -> Iterator[Entry]:
         yield Entry("parameter", name, tuple(shape), dtype)
 
 
-def _chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:
-    """One dtype each, in the given order, up to CHUNK bytes."""
+def chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:
+    """Parts of ``tensors``: one dtype each, in the given order, up to CHUNK bytes."""
     by_dtype: dict[torch.dtype, list[Named]] = {}
     for name, tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append((name, tensor))

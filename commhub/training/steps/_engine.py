@@ -62,6 +62,7 @@ class Engine:
     rounds: Rounds = attrs.field(init=False)
     _under_way: Step | None = attrs.field(init=False, default=None)
     _abandoned: int = 0
+    _unsettled: Step | None = None
 
     def __attrs_post_init__(self) -> None:
         self.rounds = Rounds(driver=self.driver, rank=self.rank, world_size=self.world_size)
@@ -80,6 +81,11 @@ class Engine:
     def has_failed(self) -> bool:
         """Whether it refuses further steps."""
         return self.rounds.has_failed
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a step did not end well here, and may have on a peer."""
+        return self._unsettled is not None
 
     # A step: what an attachment calls.
 
@@ -151,7 +157,10 @@ class Engine:
         failure = self.rounds.failure
         if failure is not None:
             self.state.rollback()
+            self._unsettled = step
+            self.settle()
             return failure
+        self._unsettled = None
         self.state.commit(step.finite)
         self.stats.end_step(figures)
         self.step += 1
@@ -190,18 +199,32 @@ class Engine:
         """
         met = step.met
         local = self.averages is not None and None not in met
+        step.asked = not self.has_failed
         groups = sorted(filter(None, met), key=lambda group: group.key) if local else [None]
         self.rounds.confirm(groups, self.step, linger=linger)
 
     def abandon(self) -> None:
         """Forget a step that backward did not finish, after what was begun has ended.
 
-        Its peers may have finished theirs, so that what it asks for from now on is compared again.
+        Its peers may have finished theirs, so that what it asks for from now on is compared again. ``settle`` follows
+        when no backward is under way.
         """
         self._abandoned += 1
+        self._unsettled = self._under_way
         self.rounds.finish()
         self._under_way = None
         self.state.rollback()
+
+    def settle(self, ended: bool | None = None) -> None:
+        """Tell the hook what became of a step that did not end well here, if there is one and this is known.
+
+        ``ended``: whether it ended well on any rank, where the ranks have told each other.
+        """
+        step = self._unsettled
+        if step is None or (ended is None and (step.asked or not self.rounds.is_idle)):
+            return  # the peers may have heard of all ranks what this one has not
+        self._unsettled = None
+        self.callbacks.settled(bool(ended))
 
     def sum(self, flat: Tensor, *, counted: bool = True) -> Tensor:
         """The sum of one short 1-D tensor per rank, in place, in a round of its own.

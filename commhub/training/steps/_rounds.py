@@ -56,6 +56,11 @@ class Rounds:
         return self.driver.failure is not None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no hook's code and no collective goes on in what was given up."""
+        return not self.driver.in_use()
+
+    @property
     def failure(self) -> HookError | None:
         """What went wrong, once something has: a copy, to be raised."""
         return None if self.driver.failure is None else to_raise(self.driver.failure)

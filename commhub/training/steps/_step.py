@@ -23,6 +23,7 @@ class Step:
         divisor, divides, loss_scale: as a ``Bucket`` has them.
         watch: whether its buckets note if they are finite, because the hook remembers something.
         tasks: one for each bucket, in order.
+        asked: whether this rank has told its peers that the step ended well here, so that theirs may have ended.
     """
 
     divisor: int
@@ -30,6 +31,7 @@ class Step:
     loss_scale: float
     watch: bool
     tasks: list[Task] = attrs.Factory(list)
+    asked: bool = False
     _thread: int = attrs.Factory(threading.get_ident)
 
     @property

@@ -120,6 +120,8 @@ class OptimizerOverlap(Overlap):
                 self._keep(parameter, wide, is_used)
         for optimizer, watch, some, others in zip(self._optimizers, self._watches, updates, left, strict=True):
             watch.claim([(u.parameter, u.group) for u in some], others, took_part=any(bucket.used))
+            if self.undo:
+                self._undo.note(bucket.step, optimizer, [(u.parameter, u.master) for u in some])
             self._carry_out(optimizer, some)
 
     def _update(self, place: tuple[int, int], parameter: Tensor, gradient: Tensor, wide: Tensor) -> Update:

@@ -13,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from commhub import RegistrationError, create
 
 from ._flags import reduce_with_flags
+from ._undo import Undo
 from ._watch import Watch
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class Overlap:
     """The base of the hooks: averages with an inner hook and knows when to step early."""
 
     inner: str = "allreduce"
+    undo: bool = True
     _inner: Any = attrs.field(init=False, repr=False, default=None)
     _watches: tuple[Watch, ...] = attrs.field(init=False, repr=False, default=())
     _parameters: tuple[tuple[Tensor, ...], ...] = attrs.field(init=False, repr=False, default=())
     _sends_flags: bool = attrs.field(init=False, repr=False, default=False)
     _is_early: bool = attrs.field(init=False, repr=False, default=False)
     _begun: bool = attrs.field(init=False, repr=False, default=False)
+    _undo: Undo = attrs.field(init=False, repr=False, factory=Undo)
 
     def __attrs_post_init__(self) -> None:
         self._inner = create(self.inner)
@@ -66,6 +69,7 @@ class Overlap:
         end.atexit = False
         setup.at_end(end)
         setup.after_step(self._conclude)
+        setup.settle(self._settle)
         mine = [{id(p) for group in o.param_groups for p in group["params"]} for o in setup.optimizers]
         self._parameters = tuple(tuple(p for p in setup.parameters if id(p) in ids) for ids in mine)
 
@@ -100,8 +104,17 @@ class Overlap:
 
     def _conclude(self, _step: int) -> None:
         self._begun = True
+        self._undo.forget()
         for watch, parameters in zip(self._watches, self._parameters, strict=True):
             watch.conclude(parameters)
+
+    def _settle(self, happened: bool) -> None:
+        if happened:
+            self._undo.forget()
+            return
+        undone = self._undo.take_back()
+        for watch in self._watches:
+            watch.unclaim(undone)
 
     def _reduced(self, bucket: Bucket) -> Generator[Any, Any, tuple[bool, ...]]:
         """Average the gradients; return which parameters any rank has used."""

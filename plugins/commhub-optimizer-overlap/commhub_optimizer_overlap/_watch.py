@@ -132,6 +132,11 @@ class Watch:
             self._stepped[id(parameter)] = took_part
             self._settings[group] = settings(optimizer.param_groups[group])
 
+    def unclaim(self, parameters: Iterable[Tensor]) -> None:
+        """These were not stepped in backward after all."""
+        for parameter in parameters:
+            self._stepped.pop(id(parameter), None)
+
     def conclude(self, parameters: Iterable[Tensor]) -> None:
         """Backward has ended, and the gradients of these parameters are what the user sees from now on."""
         if not self._in_closure and self._depth:  # the step() before ended in an exception

@@ -166,6 +166,8 @@ class ZeroOverlap(Overlap):
             for parameter, _ in some:
                 by_owner.setdefault(owners[parameter], []).append(parameter)
             parts += sorted(by_owner.items())
+            if self.undo:
+                self._undo.note(bucket.step, zero.optim, [(parameter, None) for parameter, _ in some])
         step_some(zero.optim, updates)
         yield from _send(parts, zero.rank)
 

@@ -2,6 +2,12 @@
 
 from commhub import HookSpec, Option, hookimpl
 
+_UNDO = Option(
+    name="undo",
+    type=bool,
+    default=True,
+    help="Keep what a step overwrites, so that one that fails counts on all ranks or on none.",
+)
 _INNER = Option(name="inner", type="hook", default="allreduce", help="The hook that averages the gradients.")
 
 
@@ -15,6 +21,7 @@ def commhub_hooks() -> list[HookSpec]:
             factory="commhub_optimizer_overlap._hook:OptimizerOverlap",
             options=(
                 _INNER,
+                _UNDO,
                 Option(
                     name="master",
                     type=bool,
@@ -40,6 +47,7 @@ def commhub_hooks() -> list[HookSpec]:
             factory="commhub_optimizer_overlap._zero:ZeroOverlap",
             options=(
                 _INNER,
+                _UNDO,
                 Option(
                     name="mode",
                     type=str,

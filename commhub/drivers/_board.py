@@ -19,7 +19,7 @@ import attrs
 
 from commhub._errors import described
 
-from ._store import Errand, holder, is_held_here, peek, within
+from ._store import Errand, is_held_here, peek, told_lost, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -152,9 +152,7 @@ class FailureBoard:
 
     def lost(self, error: BaseException) -> str:
         """Why the store cannot be asked, a sentence without an end."""
-        who = holder(self._store, self._size)
-        which = f"the store, which {who} holds," if who else "the store"
-        return f"{which} {'does not answer' if isinstance(error, TimeoutError) else 'is gone'}"
+        return told_lost(self._store, self._size, error)
 
     def retire(self, *, is_read: bool) -> None:
         """This rank does nothing any more; ``is_read``: and nobody reads this, as all ranks have agreed."""

@@ -74,21 +74,28 @@ def own_connection(store: Store, seconds: float) -> Store:
     """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look.
 
     Each connection asks for its peer's name, and where the answer is lost it takes 5 s: then another one is tried.
+
+    Raises:
+        RuntimeError: if the store is gone.
     """
     tries: list[Errand[Store]] = []
+    lives: Errand[bool] | None = None
     while True:
         if len(tries) < _TRIES:
             tries.append(Errand(store.clone))  # type: ignore[attr-defined]  # missing from the stub
         tries[-1].wait(_CONNECTS_WITHIN)
         made = next((one for one in tries if one.wait(0.0)), None)
-        if made is None:
-            continue
-        try:
-            mine = made.result()
-            mine.set_timeout(timedelta(seconds=seconds))
-        except (RuntimeError, NotImplementedError):
-            return store
-        return mine
+        if made is not None:
+            break
+        lives = lives or Errand(lambda: store.check([""]))  # a connection to what is gone is tried until the timeout
+        if lives.wait(0.0 if len(tries) > 1 else _CONNECTS_WITHIN):
+            lives.result()
+    try:
+        mine = made.result()
+        mine.set_timeout(timedelta(seconds=seconds))
+    except (RuntimeError, NotImplementedError):
+        return store
+    return mine
 
 
 def holder(store: Store, size: int) -> str:
@@ -102,6 +109,13 @@ def holder(store: Store, size: int) -> str:
     if elsewhere or type(_bare(store)).__name__ != "TCPStore":
         return ""
     return "rank 0" if not dist.is_initialized() or dist.get_world_size() == size else "rank 0 of all ranks"
+
+
+def told_lost(store: Store, size: int, error: BaseException) -> str:
+    """That a store cannot be asked, a sentence without an end; arguments as for ``holder``."""
+    who = holder(store, size)
+    which = f"the store, which {who} holds," if who else "the store"
+    return f"{which} {'does not answer' if isinstance(error, TimeoutError) else 'is gone'}"
 
 
 def is_held_here(store: Store) -> bool:

@@ -68,7 +68,7 @@ class Averages:
         return self.everyone if step % 2 == 1 else None
 
     def prepare(self, setup):
-        [self.everyone] = setup.partition([list(range(setup.world_size))])
+        self.everyone = setup.partition([list(range(setup.world_size))])
 
     def reduce(self, bucket):
         if bucket.rank == self.victim and bucket.step >= AT:
@@ -137,6 +137,8 @@ def check(ranks, how, phase, p, victim, holds=False):
         elif how != "stopped" and phase != "handshake":
             assert "gone" in text or "exited" in text or "did not come" in text, case
         assert seconds < TIMEOUT + 5, case
+        if os.environ.get("SHOW"):
+            print(rank, round(seconds, 2), kind, text)
         slowest = max(slowest, seconds)
     return slowest
 

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
 from commhub.drivers._board import FAREWELL
-from commhub.drivers._store import holder, is_held_here, own_connection, peek, within
+from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,14 +84,16 @@ class Rendezvous:
         Raises:
             RegistrationError: if the group has no store.
         """
-        rank = dist.get_rank(group)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
         try:
             given = dist.distributed_c10d._get_process_group_store(group)
             base = within(timeout, lambda: own_connection(given, timeout))
-        except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
+        except (KeyError, ValueError, AttributeError) as error:
             text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
             raise RegistrationError(text) from error
-        return cls(group.group_name, rank, dist.get_world_size(group), timeout, PrefixStore("commhub", base))
+        except (RuntimeError, TimeoutError) as error:
+            raise RegistrationError(f"{told_lost(given, size, error)}: {error}") from error
+        return cls(group.group_name, rank, size, timeout, PrefixStore("commhub", base))
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this rendezvous."""
@@ -124,11 +126,9 @@ class Rendezvous:
 
     def _lost(self, error: Exception) -> str:
         """What a store that fails means, and what this rank knew."""
-        who = holder(self._base, self.size)
-        which = f"the process group's store, which {who} holds," if who else "the process group's store"
-        how = "does not answer" if isinstance(error, TimeoutError) else "is gone"
         knew = "it waited for the others to come" if self._rounds < 2 else "all had come, and it waited for their word"
-        return f"{which} {how} ({error}); the last that this rank ({self.rank}) knew: {knew}."
+        lost = told_lost(self._base, self.size, error)
+        return f"{lost} ({error}); the last that this rank ({self.rank}) knew: {knew}."
 
     # In the store, which may take any time to answer.
 

@@ -5,6 +5,8 @@ To add one: a class, its name in PHASES, and a column of the table in ``test_mat
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
 
@@ -16,7 +18,7 @@ from commhub.registry._recipe import Recipe
 from commhub.testing._faults import faults
 from commhub.training.saving._folder import Folder
 
-from ._faults import TIMEOUT
+from ._faults import LONGER, TIMEOUT
 from ._here import LEARNING_RATE, PATIENT
 
 if TYPE_CHECKING:
@@ -207,6 +209,9 @@ class Exit(Phase):
 
     def act(self, here: Here) -> None:
         here.place = "encode"
+        if here.fault.stops and here.is_victim:  # its peers are gone then
+            words = f"sleep {LONGER}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", words], start_new_session=True)  # noqa: S603, S607 - a shell's kill
         engine = here.registration._session.engine
         engine.begin()
         for _ in range(3):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from commhub._errors import RegistrationError
+from commhub._errors import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +28,8 @@ class Driver(Protocol):
     meter: Meter
     failure: HookError | None
     network: Network | None
+    partitions: int
+    """How often groups were made: ``connect`` waits for other ranks."""
     confirms: bool
     """Whether a round can end on this rank before it is known to have ended well on the others."""
 
@@ -49,8 +51,11 @@ class Driver(Protocol):
     def in_use(self) -> str:
         """Why memory of its buckets may still be written to, for people; empty if it is not."""
 
-    def close(self) -> None:
-        """Give up threads and groups."""
+    def tell(self, text: str) -> None:
+        """Say to peers that still connect their groups why this rank will not."""
+
+    def close(self, leaving: str = "") -> None:
+        """Give up threads and groups; ``leaving`` tells peers that go on how this rank leaves them."""
 
 
 def make_driver(
@@ -85,17 +90,24 @@ def _on_threads(
 ) -> Driver:
     from ._board import FailureBoard
     from ._gloo import GlooCommunicator
+    from ._meeting import Unmet
     from ._signature import Signatures
     from ._stats import Meter
     from ._thread import ThreadDriver
 
+    board, signatures = FailureBoard(branch("board"), rank, size), Signatures(branch("signatures"), rank, size)
     patience = timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
     try:
-        communicator = GlooCommunicator(branch("gloo"), rank, size, patience)
-    except RuntimeError as error:
-        raise RegistrationError(f"the ranks could not be connected: {error}") from error
-    board, signatures = FailureBoard(branch("board"), rank), Signatures(branch("signatures"), rank, size)
-    return ThreadDriver(communicator, board, signatures, Meter(), timeout=timeout, label=label)
+        communicator = GlooCommunicator(branch("gloo"), rank, size, patience, board, connects_within=timeout)
+    except Unmet:
+        raise
+    except BaseException as error:
+        board.post(described(error))
+        raise
+    driver = ThreadDriver(communicator, board, signatures, Meter(), timeout=timeout, label=label)
+    if size > 1:
+        driver.listen()
+    return driver
 
 
 def _on_streams(*, device: torch.device, group: ProcessGroup, label: str, **_: Any) -> Driver:

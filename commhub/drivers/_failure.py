@@ -27,11 +27,9 @@ def own_error(label: str, bucket: Bucket, error: BaseException) -> HookError:
     return made
 
 
-def peer_error(label: str, bucket: Bucket, peer: int, text: str, cause: BaseException | None = None) -> HookError:
-    """The error of another rank, as this rank reports it."""
-    made = HookError(
-        f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}: rank {peer} failed: {text}"
-    )
+def peer_error(label: str, bucket: Bucket, told: str, cause: BaseException | None = None) -> HookError:
+    """What happened to another rank, as this rank reports it."""
+    made = HookError(f"{label}, bucket {bucket.index}, step {bucket.step}, rank {bucket.rank}: {told}")
     made.__cause__ = cause
     return made
 

@@ -19,7 +19,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
+from torch.distributed.distributed_c10d import PrefixStore, Store, Work
 
 from commhub.protocol._collectives import (
     AllGather,
@@ -32,10 +32,13 @@ from commhub.protocol._collectives import (
 )
 
 from ._job import Job, sum_shares, way
+from ._meeting import connect
 from ._threads import are_at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ._board import FailureBoard
 
 PIECE = 1 << 20
 """Bytes of payload in one piece of a large all-gather or all-to-all."""
@@ -136,16 +139,27 @@ class GlooCommunicator:
         store: where the members meet; a prefix that no other communicator uses.
         rank, size: in the registration's group.
         timeout: seconds after which Gloo gives a collective up.
+        board: where peers say that they fail while the ranks are being connected.
+        connects_within: seconds that the ranks wait for each other; default: as long as for a collective.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: float,
+        board: FailureBoard | None = None,
+        connects_within: float | None = None,
+    ) -> None:
         self.rank, self.size = rank, size
-        self._store = store
-        self._timeout = datetime.timedelta(seconds=timeout)
+        self._store, self._board = store, board
+        connects = timeout if connects_within is None else connects_within
+        self._timeouts = datetime.timedelta(seconds=connects), datetime.timedelta(seconds=timeout)
         self._groups: dict[Subgroup | None, Any] = {}  # ProcessGroupGloo, whose stub lacks its collectives
         self._flights: list[GlooFlight] = []
         self._partitions = 0
-        self._join(None, store, rank, size)
+        self._join(None, store, range(size))
 
     def connect(self, groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
         """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
@@ -154,12 +168,12 @@ class GlooCommunicator:
         for group in made:
             if self.rank in group.ranks:
                 name = f"{self._partitions}/{'.'.join(map(str, group.ranks))}"
-                self._join(group, PrefixStore(name, self._store), group.ranks.index(self.rank), len(group))
+                self._join(group, PrefixStore(name, self._store), group.ranks)
         return made
 
-    def _join(self, group: Subgroup | None, store: Store, rank: int, size: int) -> None:
-        if size > 1:
-            self._groups[group] = ProcessGroupGloo(store, rank, size, self._timeout)
+    def _join(self, group: Subgroup | None, store: Store, ranks: Sequence[int]) -> None:
+        if len(ranks) > 1:
+            self._groups[group] = connect(store, ranks, ranks.index(self.rank), self._timeouts, self._board)
 
     def launch(self, job: Job) -> GlooFlight:
         """Start a job; nothing blocks.

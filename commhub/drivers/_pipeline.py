@@ -137,6 +137,7 @@ class Pipeline:
         pending = ((f, task.issued_at) for task, fs in self._flights.items() for f in fs if not f.is_done())
         first, issued = next(pending, (None, 0.0))
         if first is None:
+            self._watch.look_seldom()
             self._inbox.await_more(SLICE)
             return
         if not self._inbox.ended:

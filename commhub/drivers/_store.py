@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +19,11 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
+
+_NOTHING = "nothing"  # is never stored; it is the answer where nothing is
+_TRIES = 3
+_CONNECTS_WITHIN = 0.5
+"""Seconds in which a store is connected to, or another try begins."""
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -62,13 +71,68 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 def own_connection(store: Store, seconds: float) -> Store:
-    """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look."""
+    """The store through a connection of its own where it has such a thing, so that nobody's wait blocks a look.
+
+    Each connection asks for its peer's name, and where the answer is lost it takes 5 s: then another one is tried.
+
+    Raises:
+        RuntimeError: if the store is gone.
+    """
+    tries: list[Errand[Store]] = []
+    lives: Errand[bool] | None = None
+    while True:
+        if len(tries) < _TRIES:
+            tries.append(Errand(store.clone))  # type: ignore[attr-defined]  # missing from the stub
+        tries[-1].wait(_CONNECTS_WITHIN)
+        made = next((one for one in tries if one.wait(0.0)), None)
+        if made is not None:
+            break
+        lives = lives or Errand(lambda: store.check([""]))  # a connection to what is gone is tried until the timeout
+        if lives.wait(0.0 if len(tries) > 1 else _CONNECTS_WITHIN):
+            lives.result()
     try:
-        mine: Store = store.clone()  # type: ignore[attr-defined]  # missing from the stub
+        mine = made.result()
         mine.set_timeout(timedelta(seconds=seconds))
     except (RuntimeError, NotImplementedError):
         return store
     return mine
+
+
+def holder(store: Store, size: int) -> str:
+    """Which rank takes the store along when it ends, for people; empty where none does, or nobody knows.
+
+    Args:
+        store: of a group.
+        size: ranks of the group, whose numbers are not those of all ranks where it is smaller.
+    """
+    elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if elsewhere or type(_bare(store)).__name__ != "TCPStore":
+        return ""
+    return "rank 0" if not dist.is_initialized() or dist.get_world_size() == size else "rank 0 of all ranks"
+
+
+def told_lost(store: Store, size: int, error: BaseException) -> str:
+    """That a store cannot be asked, a sentence without an end; arguments as for ``holder``."""
+    who = holder(store, size)
+    which = f"the store, which {who} holds," if who else "the store"
+    return f"{which} {'does not answer' if isinstance(error, TimeoutError) else 'is gone'}"
+
+
+def is_held_here(store: Store) -> bool:
+    """Whether the store may end with this process."""
+    return bool(holder(store, 0)) and dist.is_initialized() and dist.get_rank() == 0
+
+
+def _bare(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def peek(store: Store, key: str) -> bytes | None:
+    """What is there, at once: a store's ``get`` waits first, which is one round trip more."""
+    found = store.compare_set(key, _NOTHING, _NOTHING)
+    return None if found == _NOTHING.encode() else found
 
 
 @atexit.register

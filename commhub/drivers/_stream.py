@@ -79,12 +79,12 @@ class StreamDriver:
         self._streams = streams
         self._groups: dict[Subgroup | None, dist.ProcessGroup] = {None: group}
         self._ranks = dist.get_process_group_ranks(group)
-        self._partitions = 0
+        self.partitions = 0
 
     def connect(self, groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
         """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
-        self._partitions += 1
-        made = tuple(Subgroup(tuple(ranks), self._partitions) for ranks in groups)
+        self.partitions += 1
+        made = tuple(Subgroup(tuple(ranks), self.partitions) for ranks in groups)
         for subgroup in made:
             members = [self._ranks[rank] for rank in subgroup.ranks]
             if dist.get_rank() in members:
@@ -133,7 +133,10 @@ class StreamDriver:
         """Nothing: what is enqueued on a device runs before whatever is enqueued later."""
         return ""
 
-    def close(self) -> None:
+    def tell(self, text: str) -> None:
+        """Nothing: the groups are the process group's own, made with its timeout."""
+
+    def close(self, leaving: str = "") -> None:  # noqa: ARG002 - NCCL's watchdog tells the peers
         """Free the subgroups; the model's own group is not ours."""
         for subgroup, group in list(self._groups.items()):
             if subgroup is not None:

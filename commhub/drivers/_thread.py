@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ import torch
 
 from commhub._errors import HookError, described
 
+from ._board import described_briefly, take_leave
 from ._failure import Stopped
 from ._gloo import sweep
 from ._inbox import Inbox
@@ -68,6 +70,7 @@ class ThreadDriver:
     ) -> None:
         self.meter, self.label = meter, label
         self.failure: HookError | None = None
+        self.partitions = 0
         self._board, self._inbox = board, Inbox()
         self._watch = Watch(board, signatures, timeout, label)
         self._pipeline = Pipeline(communicator, self._inbox, self._watch, meter)
@@ -99,11 +102,19 @@ class ThreadDriver:
 
     def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
         """Communicators among disjoint groups of ranks."""
+        self.partitions += 1
         return self.communicator.connect(groups)
 
     def future(self) -> torch.futures.Future[torch.Tensor]:
         """A future for one bucket."""
         return torch.futures.Future()
+
+    def listen(self) -> None:
+        """Answer peers who call from now on, and not only from the first task."""
+        self._board.doing = self._watch.doing
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="commhub", daemon=True)
+            self._thread.start()
 
     def submit(self, task: Task) -> None:
         """Take the round's next bucket. Its exchange goes on in the background."""
@@ -112,9 +123,7 @@ class ThreadDriver:
         if self.failure is not None:
             task.complete()
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="commhub", daemon=True)
-            self._thread.start()
+        self.listen()
         self._inbox.put(task)
 
     def end_round(self) -> None:
@@ -132,6 +141,7 @@ class ThreadDriver:
             with self._inbox.changed:
                 while not self._inbox.idle:
                     self._inbox.changed.wait(SLICE)
+                    self._watch.answer_if_busy(time.monotonic())
                     overdue = self._watch.overdue(time.monotonic())
                     if self._thread is not None and not self._thread.is_alive():
                         overdue = HookError(f"{self.label}: the communication thread has ended. Register again.")
@@ -157,13 +167,26 @@ class ThreadDriver:
                 self._inbox.changed.wait(0.1)
         return self._in_use
 
-    def close(self) -> None:
-        """Stop the thread and free the group; a step under way is given up. Does nothing in a forked child."""
+    def tell(self, text: str) -> None:
+        """Say to peers that still connect their groups why this rank will not."""
+        self._board.post(text)
+
+    def close(self, leaving: str = "") -> None:
+        """Stop the thread and free the group; a step under way is given up. Does nothing in a forked child.
+
+        Args:
+            leaving: how this rank leaves peers behind that go on, a predicate; empty where all ranks close.
+        """
         if os.getpid() != self._pid:
             return
         with self._inbox.changed:
-            self._inbox.closing = True
+            is_first, self._inbox.closing = not self._inbox.closing, True
+            is_idle = self._inbox.idle
+            if is_first and self.failure is None and not (is_idle and not leaving):
+                where = "" if is_idle else " in the middle of a step"
+                self._board.leave(f"{leaving or 'has closed its registration'}{where}")
             self._inbox.changed.notify_all()
+        self._board.retire(is_read=is_idle and not leaving)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=0.2 if self._in_use else 10.0)
@@ -193,8 +216,13 @@ class ThreadDriver:
                     if inbox.ended:
                         inbox.idle = True
                         inbox.changed.notify_all()
-                    inbox.changed.wait()
+                    if not inbox.changed.wait(SLICE) and not inbox.arrived and inbox.idle:
+                        break
                 closing = inbox.closing
+                is_idle = not inbox.arrived and not closing
+            if is_idle:
+                self._watch.look_seldom()
+                continue
             if closing:
                 if inbox.arrived:
                     self._give_up()
@@ -247,6 +275,9 @@ class ThreadDriver:
 
 @atexit.register
 def _close_all() -> None:
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    how = "has exited" if error is None else f"has exited: {described_briefly(error)}"
     for driver in list(_drivers):
-        driver.close()
+        driver.close(how)
+    take_leave()
     sweep(at_exit=True)

@@ -5,29 +5,31 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from commhub._errors import HookError, HookTimeoutError, described
+from commhub._errors import HookError, HookTimeoutError
 
+from ._board import described_briefly, told_left, told_silent
 from ._failure import is_lost_connection, own_error, peer_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ._board import FailureBoard
+    from ._board import FailureBoard, Roll
     from ._signature import Signatures
+    from ._store import Errand
     from ._task import Task
 
 SLICE = 0.5
 """Seconds of an uninterrupted wait, and between looks at the board."""
 _SOON = 0.1
 """Seconds that a task has waited before anything is looked at on its behalf."""
-
-
-class Heard(Exception):  # noqa: N818 - it carries the error, which is another rank's
-    """A peer has failed."""
-
-    def __init__(self, failure: HookError) -> None:
-        super().__init__(str(failure))
-        self.failure = failure
+_SELDOM = 1.0
+"""Seconds between looks at the board while nothing is asked of anybody."""
+_ROLL_CALL = 2.0
+"""Seconds in which a rank that is there answers: it looks at the board once in one of them."""
+_EARLY = 1.7
+"""Seconds before the timeout, or half of it, when the peers are called, so that their answers are there by then."""
+_LEAVING = 0.4
+"""Seconds in which what a rank has sent arrives after it has left."""
 
 
 class Watch:
@@ -46,7 +48,10 @@ class Watch:
         self.board, self.signatures = board, signatures
         self.timeout, self.label = timeout, label
         self.given_up: HookError | None = None
-        self._looked = 0.0
+        self._looked, self._waited = 0.0, -SLICE
+        self._has_lost = False
+        self._left_since: float | None = None
+        self._called: tuple[float, float, Errand[int]] | None = None
         self._busy: tuple[Task, float] | None = None
 
     def guarded(self, task: Task, step: Callable[[], None]) -> None:
@@ -57,14 +62,11 @@ class Watch:
                 step()
             finally:
                 self._busy = None  # what follows is not the hook's time
-        except Heard as heard:
-            raise heard.failure from heard.failure.__cause__
         except BaseException as error:
             if self.given_up is not None:
                 raise self.given_up from error
-            peer = self.board.read_soon(2.0) if is_lost_connection(error) else None
-            if peer is not None:
-                raise peer_error(self.label, task.bucket, *peer, cause=error) from error
+            if is_lost_connection(error):
+                raise self._lost(task, error) from error
             failure = own_error(self.label, task.bucket, error)
             self.board.post(str(failure).partition(": ")[2])
             raise failure from error
@@ -95,18 +97,92 @@ class Watch:
             HookError: if a peer has failed, the time is up, or ranks ask for different things.
         """
         now = time.monotonic()
-        if now - since <= self.timeout and (now - since <= _SOON or now - self._looked <= SLICE):
+        waited = now - since
+        if waited <= self.timeout and (waited <= _SOON or now - self._looked <= SLICE):
             return
-        self._looked = now
-        if (peer := self.board.read()) is not None:
-            raise peer_error(self.label, task.bucket, *peer)
-        self.guarded(task, lambda: self._answer(task, now - since, waiting))
-
-    def _answer(self, task: Task, waited: float, waiting: Sequence[Task]) -> None:
-        self.signatures.answer(waiting)
+        self._looked = self._waited = now
+        members = self._members(task)
+        if (told := self.board.read()) is not None or (told := self._left(members, now)) is not None:
+            raise peer_error(self.label, task.bucket, told)
+        self.guarded(task, lambda: self.signatures.answer(waiting))
+        if waited > self.timeout - min(_EARLY, self.timeout / 2) and (self._called is None or self._called[0] != since):
+            self._called = since, now, self.board.call()
         if waited > self.timeout:
-            kinds = ", ".join(job.kind.__name__ for job in task.jobs) or "a peer's answer"
-            raise HookTimeoutError(f"{kinds} did not end within {self.timeout:g} s; a peer is gone, late or stuck.")
+            raise self._timed_out(task, now, members)
+
+    def look_seldom(self) -> None:
+        """Look at the board where nothing is asked of anybody, to answer peers who call; about once a second."""
+        now = time.monotonic()
+        if now - self._looked > _SELDOM:
+            self._looked = now
+            self.board.read()
+
+    def doing(self) -> str:
+        """What this rank does, for peers who ask why it does not come."""
+        if self._has_lost:
+            return "has lost a connection"
+        busy = self._busy
+        if busy is not None and (seconds := time.monotonic() - busy[1]) > SLICE:
+            return f"has been in the hook's code for {seconds:.1f} s (bucket {busy[0].bucket.index})"
+        return "waits too" if time.monotonic() - self._waited <= 2 * SLICE else "asks for nothing at present"
+
+    def answer_if_busy(self, now: float) -> None:
+        """Answer peers who call while the hook's code does not return. Any thread may."""
+        busy = self._busy
+        if busy is not None and now - busy[1] > SLICE:
+            self.board.read()
+
+    def _members(self, task: Task) -> Sequence[int]:
+        group = task.jobs[0].group if task.jobs else None
+        return range(self.signatures.size) if group is None else group.ranks
+
+    def _left(self, members: Sequence[int], now: float) -> str | None:
+        """Who of the members has left, once what it sent before had the time to arrive."""
+        told = self.board.left(members)
+        if told is None:
+            self._left_since = None
+        elif self._left_since is None:
+            self._left_since = now
+        elif now - self._left_since > _LEAVING:
+            return told
+        return None
+
+    def _lost(self, task: Task, error: BaseException) -> HookError:
+        """What is behind a lost connection: seldom its first cause."""
+        self._has_lost = True
+        roll = self.board.roll_call(_ROLL_CALL)
+        told = roll.found or self._missed(roll, self._members(task))
+        if told is None:
+            told = f"rank {self.signatures.rank} lost a connection, and every rank answers: {described_briefly(error)}"
+        if roll.found is None:
+            told = self.board.decide(told, roll.silent)
+        return peer_error(self.label, task.bucket, told, cause=error)
+
+    def _missed(self, roll: Roll, members: Sequence[int]) -> str | None:
+        """Whose absence a lost connection tells of."""
+        left = told_left({rank: text for rank, text in roll.left.items() if rank in members})
+        if roll.store:
+            return left or f"{roll.store}; the last that this rank knew: a connection to a peer was lost"
+        if roll.silent:
+            return told_silent(roll.silent)
+        return left
+
+    def _timed_out(self, task: Task, now: float, members: Sequence[int]) -> HookError:
+        """The error of a task that has waited too long, and who keeps it waiting."""
+        assert self._called is not None
+        _, at, call = self._called
+        roll = self.board.roll_call(max(0.1, at + min(_EARLY, _ROLL_CALL) - now), call)
+        if roll.found is not None:
+            return peer_error(self.label, task.bucket, roll.found)
+        kinds = ", ".join(job.kind.__name__ for job in task.jobs) or "a peer's answer"
+        who = _who(roll, members)
+        told = HookTimeoutError(f"{kinds} did not end within {self.timeout:g} s; {who}.")
+        failure = own_error(self.label, task.bucket, told)
+        if roll.silent:
+            self.board.decide(f"{who}; on rank {self.signatures.rank} {kinds} did not end in time", roll.silent)
+        else:
+            self.board.post(str(failure).partition(": ")[2])
+        return failure
 
     def compare(self, task: Task, waiting: Sequence[Task], check: Callable[[], None]) -> None:
         """Wait until the peers ask for the same as a task does, where that is new.
@@ -130,8 +206,22 @@ class Watch:
         except HookError:
             raise
         except RuntimeError as error:
-            told = HookError(
-                f"what the ranks ask for cannot be compared, because their store fails: {described(error)}"
-            )
-            failure = own_error(self.label, task.bucket, told)
-            raise failure from error
+            roll = self.board.roll_call(_ROLL_CALL)
+            left = told_left(roll.left)
+            told = roll.found or left or f"{self.board.lost(error)}; the last that this rank knew: it asked its peers"
+            raise peer_error(self.label, task.bucket, told, cause=error) from error
+
+
+def _who(roll: Roll, members: Sequence[int]) -> str:
+    """Who keeps the others waiting, a sentence without its end."""
+    if roll.store:
+        return f"{roll.store}, so that nobody knows which peer is gone, late or stuck"
+    if roll.silent:
+        names = ", ".join(map(str, roll.silent))
+        one = len(roll.silent) == 1
+        return f"rank{'' if one else 's'} {names} do{'es' if one else ''} not answer: gone, stopped or stuck"
+    late = [
+        f"rank {rank} {told}" for rank, told in sorted(roll.doing.items()) if rank in members and "waits" not in told
+    ]
+    gone = [told_left({rank: text}) or "" for rank, text in sorted(roll.left.items()) if rank in members]
+    return "; ".join([*gone, *late][:8]) or "every rank answers, and waits too"

@@ -240,4 +240,4 @@ class Registration:
         For a process that trains no more. The hook object may be registered again.
         """
         with contextlib.suppress(RuntimeError):
-            self._session.stop()
+            self._session.stop("has closed its registration")

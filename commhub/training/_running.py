@@ -139,6 +139,7 @@ class Running:
     def _attach(self) -> None:
         self._closing.detach()  # it would keep the former hook's groups and connections open
         self._closing = weakref.finalize(self.attachment, self.session.closer())
+        self._closing.atexit = False  # every driver is closed then, and says that this rank has exited
         if self.session.timetable is not None:
             self.session.timetable.then = self._follow
         self.attachment.attach(self.session, self._owner())

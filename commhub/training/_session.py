@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -84,17 +85,21 @@ class Session:
 
     def closer(self) -> Callable[[], None]:
         """A function that frees the thread and the groups, and keeps nothing else of this alive."""
-        return self.driver.close
+        return functools.partial(self.driver.close, "has let go of its model")
 
-    def stop(self) -> None:
-        """End the hook's work: its thread and groups are freed, and the object may be registered again."""
+    def stop(self, leaving: str = "") -> None:
+        """End the hook's work: its thread and groups are freed, and the object may be registered again.
+
+        Args:
+            leaving: what to tell peers that go on with it, a predicate; empty where all ranks end it.
+        """
         worker = id(self.hook)
         if _at_work.get(worker) is self.engine:
             del _at_work[worker]
         if self.timetable is not None:
             self.timetable.close()
         self.engine.callbacks.end()
-        self.driver.close()
+        self.driver.close(leaving)
 
 
 def at_work(hook: Hook) -> Hook | Averager:

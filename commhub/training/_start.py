@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from commhub._errors import RegistrationError
+from commhub._errors import RegistrationError, described
 from commhub._version import __version__
 from commhub.drivers._driver import make_driver
+from commhub.drivers._meeting import Unmet
 from commhub.protocol._bucket import lay_out
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import LocalSteps
@@ -99,9 +100,18 @@ def _start(
         facts = comparisons.facts() if rendezvous.size > 1 and target.verify else {}
     except BaseException as error:  # noqa: BLE001 - the same
         failure, facts = error, {}
+        if driver is not None and not isinstance(error, Unmet):
+            driver.tell(described(error))
     try:
         with comparisons.told():
-            agree(rendezvous, call, facts, failure, verify=target.verify)
+            agree(
+                rendezvous,
+                call,
+                facts,
+                failure,
+                verify=target.verify,
+                connecting=driver is not None and driver.partitions > 0,
+            )
     except BaseException:
         callbacks.end()
         if driver is not None:

@@ -1,6 +1,7 @@
 """The emulated link stands around any communicator, and only where a network is emulated."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_all_else_goes_to_the_communicator_below():
 
 def test_without_a_network_nothing_stands_in_between_and_two_networks_do_not_add_up():
     bare = Bare()
-    driver = ThreadDriver(bare, None, None, Meter(), timeout=1.0, label="none")
+    driver = ThreadDriver(bare, Mock(), None, Meter(), timeout=1.0, label="none")
     try:
         assert (driver.communicator, driver.network) == (bare, None)
         driver.network = SLOW

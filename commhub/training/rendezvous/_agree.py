@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from commhub._errors import HookMismatchError, RegistrationError, described
+from commhub.drivers._meeting import Unmet
 
 from ._rendezvous import Rendezvous
 
@@ -26,18 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["Rendezvous", "agree", "number_hosts"]
 
 _INTERRUPTED = 1.0
-"""Seconds that an interrupted rank waits for its peers."""
+"""Seconds that a rank waits for its peers that was interrupted, or has waited for one of them in vain."""
+_STILL_CONNECTING = 2.0
+"""Seconds more that a rank waits for those who are waiting for another, up to the timeout, before they come."""
 
 
 @attrs.frozen
 class _Word:
-    """What a rank says of itself: the call it makes, a digest of its facts, why it cannot go on if it cannot."""
+    """What a rank says of itself: the call it makes, a digest of its facts, why it cannot go on if it cannot.
+
+    ``hearsay``: whether that is another rank's doing.
+    """
 
     call: str
     digest: str
     host: str
     failure: str
     verify: bool
+    hearsay: bool = False
 
 
 def agree(
@@ -48,6 +55,7 @@ def agree(
     *,
     verify: bool = True,
     more: bool = False,
+    connecting: bool = False,
 ) -> tuple[str, ...]:
     """Meet the other ranks; return every rank's host.
 
@@ -59,6 +67,7 @@ def agree(
         failure: why this rank cannot go on, if it cannot.
         verify: whether facts that differ are an error; one rank that says so is enough.
         more: whether this rendezvous has another round if all goes well.
+        connecting: whether others may be waiting for ranks to make groups with, who come when they have given up.
 
     Raises:
         HookMismatchError: on every rank, naming ranks and values, when facts differ.
@@ -67,9 +76,11 @@ def agree(
         BaseException: ``failure`` itself, on its rank.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    why = "" if failure is None else described(failure)
-    mine = json.dumps([topic, digest, _host(), why, verify])
-    patience = min(_INTERRUPTED, rendezvous.timeout) if isinstance(failure, KeyboardInterrupt) else rendezvous.timeout
+    why, hearsay = "" if failure is None else described(failure), isinstance(failure, Unmet)
+    mine = json.dumps([topic, digest, _host(), str(failure) if hearsay else why, verify, hearsay])
+    patience = rendezvous.timeout + (_STILL_CONNECTING if connecting else 0.0)
+    if isinstance(failure, KeyboardInterrupt | Unmet):
+        patience = min(_INTERRUPTED, rendezvous.timeout)
 
     def goes_on(verdict: Verdict) -> bool:
         words = _words(verdict)
@@ -90,6 +101,8 @@ def agree(
     except (RegistrationError, HookMismatchError) as error:
         if failure is None:
             raise
+        if hearsay:
+            raise error from failure
         if not str(error).endswith(why):
             failure.add_note(str(error))
         raise failure from failure.__cause__
@@ -102,7 +115,9 @@ def _words(verdict: Verdict) -> dict[int, _Word]:
 
 def _trouble(rendezvous: Rendezvous, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
     """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
-    told = [f"rank {rank} could not go on: {word.failure}" for rank, word in words.items() if word.failure][:1]
+    failed = {rank: word for rank, word in words.items() if word.failure}
+    told = [f"rank {rank} could not go on: {word.failure}" for rank, word in failed.items() if not word.hearsay][:1]
+    told = told or [word.failure for word in failed.values()][:1]
     if not told and (absent := _absent(rendezvous, topic, verdict)):
         told.append(absent)
     calls: dict[str, list[int]] = {}

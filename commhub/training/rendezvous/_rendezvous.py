@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 import time
 import weakref
@@ -24,19 +23,17 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
-from commhub.drivers._store import own_connection, within
+from commhub.drivers._board import FAREWELL
+from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.distributed.distributed_c10d import ProcessGroup
 
-_NOTHING = "nothing"  # is never stored; it is the answer where nothing is
 _VERDICT = "verdict"
 _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
-_FAREWELL = 2.0
-"""Seconds that the store's holder stays for peers that have yet to hear the verdict."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
@@ -87,14 +84,16 @@ class Rendezvous:
         Raises:
             RegistrationError: if the group has no store.
         """
-        rank = dist.get_rank(group)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
         try:
             given = dist.distributed_c10d._get_process_group_store(group)
             base = within(timeout, lambda: own_connection(given, timeout))
-        except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
+        except (KeyError, ValueError, AttributeError) as error:
             text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
             raise RegistrationError(text) from error
-        return cls(group.group_name, rank, dist.get_world_size(group), timeout, PrefixStore("commhub", base))
+        except (RuntimeError, TimeoutError) as error:
+            raise RegistrationError(f"{told_lost(given, size, error)}: {error}") from error
+        return cls(group.group_name, rank, size, timeout, PrefixStore("commhub", base))
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this rendezvous."""
@@ -118,13 +117,18 @@ class Rendezvous:
             return within(2 * patience + 5.0, lambda: self._hold(mine, patience, goes_on))
         except (TimeoutError, RuntimeError) as error:
             self._abandoned = True
-            text = f"the process group's store does not answer ({error}); who holds it is gone, or the network."
-            raise RegistrationError(text) from error
+            raise RegistrationError(self._lost(error)) from error
         except BaseException:  # an interrupt: what waits in the background must not count as this rank
             self._abandoned = True
             with contextlib.suppress(TimeoutError, RuntimeError):
-                within(1.0, self._leave)
+                within(1.0 + FAREWELL, self._leave)
             raise
+
+    def _lost(self, error: Exception) -> str:
+        """What a store that fails means, and what this rank knew."""
+        knew = "it waited for the others to come" if self._rounds < 2 else "all had come, and it waited for their word"
+        lost = told_lost(self._base, self.size, error)
+        return f"{lost} ({error}); the last that this rank ({self.rank}) knew: {knew}."
 
     # In the store, which may take any time to answer.
 
@@ -149,7 +153,7 @@ class Rendezvous:
         if self._is_last:
             verdict = self._decide(self._brought({self.rank: mine}, self.size, patience), patience)
         elif _wait(place, [_VERDICT], patience):
-            verdict = Verdict.read(_peek(place, _VERDICT))
+            verdict = Verdict.read(peek(place, _VERDICT))
         else:
             drawn = self._close()
             verdict = self._decide(self._brought({self.rank: mine}, drawn, _STRAGGLING), patience)
@@ -190,7 +194,7 @@ class Rendezvous:
         end = time.monotonic() + patience
         while True:
             for rank in range(self.size):
-                if rank not in brought and (found := _peek(place, str(rank))) is not None:
+                if rank not in brought and (found := peek(place, str(rank))) is not None:
                     brought[rank] = found.decode()
             left = end - time.monotonic()
             if len(brought) >= expected or left <= 0:
@@ -212,22 +216,18 @@ class Rendezvous:
         if self._rounds and self._number is not None:
             me = attrs.evolve(self, base=own_connection(self._base, 1.0))
             me._close()
-            me._decide(me._brought({}, 0, 0.0), 0.0, self.rank)
+            me._take_leave(me._decide(me._brought({}, 0, 0.0), 0.0, self.rank))
 
     def _take_leave(self, verdict: Verdict) -> None:
         place = self._place
         if not self._holds_the_store():
             place.set(f"{self.rank} heard", "")
         else:
-            _wait(place, [f"{rank} heard" for rank in verdict.brought if rank != self.rank], _FAREWELL)
+            _wait(place, [f"{rank} heard" for rank in verdict.brought if rank != self.rank], FAREWELL)
 
     def _holds_the_store(self) -> bool:
         """Whether the store may end with this process."""
-        store = self._base
-        while isinstance(store, PrefixStore):
-            store = store.underlying_store
-        elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return type(store).__name__ == "TCPStore" and not elsewhere and dist.get_rank() == 0
+        return is_held_here(self._base)
 
     def _tidy(self) -> None:
         """Delete what former rendezvous left behind. All ranks have come to this one, so none is in those."""
@@ -251,9 +251,3 @@ def _wait(store: Store, keys: Sequence[str], seconds: float) -> bool:
             raise
         return False
     return True
-
-
-def _peek(store: Store, key: str) -> bytes | None:
-    """What is there, at once: a store's ``get`` waits first, which is one round trip more."""
-    found = store.compare_set(key, _NOTHING, _NOTHING)
-    return None if found == _NOTHING.encode() else found

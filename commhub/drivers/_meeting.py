@@ -1,0 +1,120 @@
+"""The store in which the members of a Gloo group find each other, watched meanwhile: nobody waits for who is gone."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
+
+from commhub._errors import RegistrationError
+
+from ._board import told_silent
+from ._store import Errand
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import timedelta
+
+    from ._board import FailureBoard
+
+_SLICE = 0.25
+"""Seconds between looks at the board."""
+_SHORTEST, _LONGEST = 0.0005, 0.01
+"""Seconds between looks for the others' addresses."""
+_ROLL_CALL = 2.0
+"""Seconds in which a rank that is there answers."""
+
+
+class Unmet(RegistrationError):  # noqa: N818 - it is never seen: what all ranks agree on is raised in its place
+    """A peer failed, or did not come: what this rank knows of it is second-hand."""
+
+
+class Meeting(Store):
+    """A store as Gloo uses one, whose waits are short questions: it stays free for others.
+
+    Args:
+        store: where the members leave their addresses; a prefix that nothing else uses.
+        ranks: the members, in the registration's numbers.
+        timeout: seconds to wait for them.
+    """
+
+    def __init__(self, store: Store, ranks: Sequence[int], timeout: float) -> None:
+        super().__init__()
+        self.given_up = False
+        self._store, self._ranks, self._timeout = store, ranks, timeout
+        self._end = time.monotonic() + timeout
+
+    def set(self, key: str, value: str) -> None:
+        """Leave this rank's address."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        """An address that is there."""
+        return self._store.get(key)
+
+    def wait(self, keys: list[str], _: timedelta | None = None) -> None:
+        """Wait until members have left their addresses.
+
+        Raises:
+            Unmet: naming who has not in time.
+        """
+        pause = _SHORTEST
+        while not self._store.check(keys):
+            if self.given_up or time.monotonic() > self._end:
+                missing = [self._rank_of(key) for key in keys if not self._store.check([key])]
+                names = ", ".join(map(str, missing))
+                many = "s" if len(missing) > 1 else ""
+                raise Unmet(f"rank{many} {names} did not come to connect the ranks within {self._timeout:g} s.")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+
+    def _rank_of(self, key: str) -> int:
+        return self._ranks[int(key.rpartition("/")[2])]
+
+
+def connect(
+    store: Store, ranks: Sequence[int], rank: int, timeouts: tuple[timedelta, timedelta], board: FailureBoard | None
+) -> ProcessGroupGloo:
+    """A Gloo group.
+
+    Args:
+        store: where its members meet; a prefix that nothing else uses.
+        ranks: the members, in the registration's numbers.
+        rank: this one, in the group.
+        timeouts: how long to wait for the others now, and for collectives later.
+        board: where peers say that they fail meanwhile.
+
+    Raises:
+        Unmet: if that is not possible, naming the rank to blame.
+    """
+    now, later = timeouts
+    meeting = Meeting(store, ranks, now.total_seconds())
+    errand = Errand(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now))
+    try:
+        while not errand.wait(_SLICE):
+            if board is not None and (told := board.read()) is not None:
+                raise Unmet(told)
+        group = errand.result()
+    except Unmet:
+        raise
+    except RuntimeError as error:
+        raise Unmet(_blamed(board, error)) from error
+    finally:
+        meeting.given_up = True
+    group.set_timeout(later)
+    return group
+
+
+def _blamed(board: FailureBoard | None, error: RuntimeError) -> str:
+    """Why Gloo could not connect the ranks."""
+    if board is None:
+        return f"the ranks could not be connected: {error}"
+    roll = board.roll_call(_ROLL_CALL)
+    if roll.found is not None:
+        return roll.found
+    if roll.store:
+        return f"{roll.store}; the last that this rank knew: the ranks were being connected."
+    if not roll.silent:
+        return f"the ranks could not be connected, though all of them answer: {error}"
+    return board.decide(f"{told_silent(roll.silent)} while the ranks were being connected", roll.silent)

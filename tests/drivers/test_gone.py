@@ -1,0 +1,165 @@
+"""A rank that is gone, stopped, or has failed, wherever it was: its peers name it, and the cause, within the timeout."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import commhub
+from commhub.testing import current
+
+EVERY = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
+TIMEOUT = 4.0
+AT = 2
+"""The step in which it happens."""
+
+
+def end(how):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exited":
+        os._exit(3)
+    if how == "stopped":
+        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    raise ZeroDivisionError("planned")
+
+
+class Ends:
+    """Averages in two stages, and meets its end somewhere in a step, or as it is prepared."""
+
+    def __init__(self, how, phase, victim):
+        self.how, self.phase, self.victim = how, phase, victim
+
+    def prepare(self, setup):
+        at = setup.rank == self.victim
+        if self.phase == "prepare":
+            if at:
+                end(self.how)
+            everyone = list(range(setup.world_size))
+            setup.partition([everyone[:2], everyone[2:]] if everyone[2:] else [everyone])
+
+    def reduce(self, bucket):
+        at = bucket.rank == self.victim and bucket.step == AT and bucket.index == 1
+        if at and self.phase == "encode":
+            end(self.how)
+        mean = yield commhub.AllReduce(bucket.flat)
+        if at and self.phase == "stages":
+            end(self.how)
+        bucket.flat.copy_((yield commhub.AllReduce(mean)))
+        if at and self.phase == "confirm":
+            end(self.how)
+
+
+class Averages:
+    """Averages parameters every second step, and meets its end in one of these."""
+
+    def __init__(self, how, phase, victim):
+        self.how, self.victim = how, victim
+
+    def due(self, step):
+        return self.everyone if step % 2 == 1 else None
+
+    def prepare(self, setup):
+        self.everyone = setup.partition([list(range(setup.world_size))])
+
+    def reduce(self, bucket):
+        if bucket.rank == self.victim and bucket.step >= AT:
+            end(self.how)
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def store_of_our_own():
+    """A process group whose store ends with rank 0."""
+    rank, p, here = current().rank, current().world_size, current().store
+    if rank == 0:
+        base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        here.set("port", str(base.port))
+    else:
+        base = dist.TCPStore("127.0.0.1", int(here.get("port")), is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=base, rank=rank, world_size=p)
+    current().meet(here, "the start")
+
+
+def meet_an_end(how, phase, victim, holds):
+    """What a rank that is left makes of it: the error's kind, its text, and seconds since then, about."""
+    if holds:
+        store_of_our_own()
+    rank = dist.get_rank()
+    if phase == "handshake" and rank == victim:
+        end(how)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(16, 16) for _ in range(4)]
+    model = DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=0.001, init_sync=phase != "handshake")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = (Averages if phase == "average" else Ends)(how, phase, victim)
+    began = time.monotonic()
+    try:
+        commhub.register(model, hook, timeout=TIMEOUT, optimizer=optimizer)
+        for step in range(8):
+            if phase == "forward" and step == AT and rank == victim:
+                end(how)
+            began = time.monotonic()
+            model(torch.ones(2, 16)).sum().backward()
+            optimizer.step()
+    except commhub.CommhubError as error:
+        told = type(error).__name__, str(error), time.monotonic() - began
+        if rank == victim and how == "raised":
+            raise
+        return told
+    return "nothing", "", 0.0
+
+
+def check(ranks, how, phase, p, victim, holds=False):
+    """All ranks that are left name the victim and no other; returns the seconds it took the slowest."""
+    results = ranks.fresh(meet_an_end, p, how, phase, victim, holds, init=not holds, timeout=60, grace=30)
+    slowest = 0.0
+    for rank, result in enumerate(results):
+        if rank == victim:
+            continue
+        assert result.error is None, (rank, result.error)
+        kind, text, seconds = result.value
+        case = how, phase, p, victim, holds, rank, kind, text, seconds
+        assert "Error" in kind, case
+        blamed = set(re.findall(r"ranks? (\d+)(?:, (\d+))* (?:failed|is gone|are gone|has exited|do|could)", text))
+        named = {int(number) for found in blamed for number in found if number}
+        assert named <= {victim}, case
+        assert f"rank {victim}" in text, case
+        if how == "raised" and phase != "handshake":
+            assert "ZeroDivisionError: planned" in text, case
+        elif how != "stopped" and phase != "handshake":
+            assert "gone" in text or "exited" in text or "did not come" in text, case
+        assert seconds < TIMEOUT + 5, case
+        if os.environ.get("SHOW"):
+            print(rank, round(seconds, 2), kind, text)
+        slowest = max(slowest, seconds)
+    return slowest
+
+
+PHASES = ["handshake", "prepare", "forward", "encode", "stages", "confirm", "average"]
+HOWS = ["killed", "raised", "exited", "stopped"]
+CASES = (
+    [(how, phase, p, victim) for how in HOWS for phase in PHASES for p in (2, 3, 4) for victim in (0, 1)]
+    if EVERY
+    else [("killed", "stages", 3, 1), ("killed", "prepare", 3, 1), ("raised", "confirm", 3, 1)]
+)
+
+
+@pytest.mark.parametrize(("how", "phase", "p", "victim"), CASES)
+def test_the_peers_of_a_rank_that_is_gone_name_it_and_no_other(ranks, how, phase, p, victim):
+    check(ranks, how, phase, p, victim)
+
+
+@pytest.mark.parametrize(
+    ("how", "phase", "p"),
+    [(how, phase, p) for how in HOWS[:3] for phase in PHASES for p in (2, 3)] if EVERY else [("raised", "forward", 3)],
+)
+def test_where_the_store_ends_with_it_too(ranks, how, phase, p):
+    check(ranks, how, phase, p, 0, holds=True)

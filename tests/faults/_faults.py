@@ -105,7 +105,7 @@ def fills_the_disk(here: Here, value: Any) -> Any:
     return value
 
 
-SILENT = r"did not come|has not returned|did not end within|gave no sign|given up"
+SILENT = r"did not come|has not returned|did not end within|(does|did) not answer|given up"
 
 FAULTS = {
     "raise": Fault(strike=raises, words="ZeroDivisionError: planned"),

@@ -128,7 +128,7 @@ class Rendezvous:
         except BaseException:  # an interrupt: what waits in the background must not count as this rank
             self._abandoned = True
             with contextlib.suppress(TimeoutError, RuntimeError):
-                within(1.0 + FAREWELL, self._leave)
+                within(1.0 + (FAREWELL if self._holds_the_store() else 0.0), self._leave)
             raise
 
     def _lost(self, error: Exception) -> str:

@@ -1,9 +1,11 @@
 """A rank that is gone, stopped, or has failed, wherever it was: its peers name it, and the cause, in time."""
 
 import os
+import random
 import re
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -162,3 +164,93 @@ def test_the_peers_of_a_rank_that_is_gone_name_it_and_no_other(ranks, how, phase
 )
 def test_where_the_store_ends_with_it_too(ranks, how, phase, p):
     check(ranks, how, phase, p, 0, holds=True)
+
+
+def leave_in_training(what, p, slow):
+    """Rank 1 leaves its peers behind; those say what they make of it, and after how many seconds."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(4)]))
+    registration = commhub.register(model, Ends("raised", "nowhere", 1), timeout=TIMEOUT)
+    try:
+        for step in range(10_000):
+            if step == AT and rank == 1:
+                if what == "closed":
+                    registration.close()
+                    time.sleep(2.0)
+                if what == "killed at random":
+                    threading.Timer(random.random() / 5, end, ["killed"]).start()
+                elif what == "killed":
+                    end("killed")
+                else:
+                    return None
+            if step == AT and rank == p - 1:
+                time.sleep(slow)
+            began = time.monotonic()
+            model(torch.ones(2, 16)).sum().backward()
+    except commhub.HookError as error:
+        return str(error), time.monotonic() - began
+    return None
+
+
+def left(ranks, what, p, slow, words):
+    results = ranks.fresh(leave_in_training, p, what, p, slow, timeout=60, grace=30)
+    for rank, result in enumerate(results):
+        if rank != 1:
+            assert result.error is None, result.error
+            text, seconds = result.value
+            assert f"rank {rank}: {words}" in text, (what, rank, text)
+            assert seconds < TIMEOUT + 5
+
+
+def test_a_rank_that_trains_while_its_peers_miss_another_is_not_blamed(ranks):
+    left(ranks, "killed", 3, 3.5, "rank 1 is gone: ")
+
+
+@pytest.mark.parametrize(("what", "words"), [("closed", "has closed its registration"), ("returns", "has exited")])
+def test_a_rank_that_leaves_its_peers_behind_says_so_itself(ranks, what, words):
+    left(ranks, what, 3, 0.0, f"rank 1 {words}")
+
+
+@pytest.mark.skipif(not EVERY, reason="many processes")
+@pytest.mark.parametrize("p", [2, 3, 4])
+def test_whenever_a_rank_is_killed_its_peers_name_it(ranks, p):
+    for number in range(50):
+        left(ranks, "killed at random", p, 0.0 if number % 5 else 1.5, "rank 1 is gone: ")
+
+
+class Sleeps:
+    """Spends a while in its own code on rank 1."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def reduce(self, bucket):
+        if bucket.rank == 1 and bucket.step == AT:
+            time.sleep(self.seconds)
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def keep_them_waiting(where):
+    model = DistributedDataParallel(torch.nn.Linear(8, 8))
+    rank = dist.get_rank()
+    commhub.register(model, Sleeps(4.0 if where == "hook" else 0.0), timeout=2.0 if rank != 1 else 20.0)
+    texts = []
+    for step in range(AT + 1):
+        if step == AT and rank == 1 and where == "script":
+            time.sleep(4.0)
+        try:
+            model(torch.ones(2, 8)).sum().backward()
+        except commhub.HookError as error:
+            texts.append((type(error).__name__, str(error)))
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [("hook", "has been in the hook's code for"), ("script", "asks for nothing")]
+)
+def test_who_keeps_its_peers_waiting_is_named_with_what_it_does(ranks, where, words):
+    first, _, last = ranks(keep_them_waiting, 3, where)
+    for [(_, text)] in (first, last):
+        assert "AllReduce did not end within 2 s; rank 1 " + words in text
+    assert "HookTimeoutError" in {first[0][0], last[0][0]}

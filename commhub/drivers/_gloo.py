@@ -32,7 +32,7 @@ from commhub.protocol._collectives import (
 )
 
 from ._job import Job, sum_shares, way
-from ._meeting import connect
+from ._meeting import compare, connect
 from ._threads import are_at_rest
 
 if TYPE_CHECKING:
@@ -162,13 +162,19 @@ class GlooCommunicator:
         self._join(None, store, range(size))
 
     def connect(self, groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
-        """Communicators among each of the groups; every rank calls this with the same ones, in the same order."""
+        """Communicators among each of the groups; every rank calls this with the same ones, in the same order.
+
+        Raises:
+            HookMismatchError: if another rank asks for others.
+            Unmet: if ranks do not come.
+        """
         self._partitions += 1
+        place = PrefixStore(str(self._partitions), self._store)
+        compare(place, self.rank, [list(ranks) for ranks in groups], self._board)
         made = tuple(Subgroup(tuple(ranks), self._partitions) for ranks in groups)
         for group in made:
             if self.rank in group.ranks:
-                name = f"{self._partitions}/{'.'.join(map(str, group.ranks))}"
-                self._join(group, PrefixStore(name, self._store), group.ranks)
+                self._join(group, PrefixStore(".".join(map(str, group.ranks)), place), group.ranks)
         return made
 
     def _join(self, group: Subgroup | None, store: Store, ranks: Sequence[int]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from typing import TYPE_CHECKING
 
 from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
 
-from commhub._errors import RegistrationError
+from commhub._errors import HookMismatchError, RegistrationError
 
 from ._board import told_silent
-from ._store import Errand
+from ._store import Errand, peek, within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,7 @@ _SLICE = 0.25
 """Seconds between looks at the board."""
 _SHORTEST, _LONGEST = 0.0005, 0.01
 """Seconds between looks for the others' addresses."""
+_GIVEN_UP = "given up"
 _ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
 
@@ -89,6 +92,8 @@ def connect(
         Unmet: if that is not possible, naming the rank to blame.
     """
     now, later = timeouts
+    if (told := _given_up(store)) is not None:
+        raise Unmet(told)
     meeting = Meeting(store, ranks, now.total_seconds())
     errand = Errand(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now))
     try:
@@ -96,7 +101,9 @@ def connect(
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
         group = errand.result()
-    except Unmet:
+    except Unmet as error:
+        with contextlib.suppress(RuntimeError, TimeoutError):  # who comes later finds nobody to connect with
+            within(1.0, lambda: store.compare_set(_GIVEN_UP, "", str(error)))
         raise
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error
@@ -104,6 +111,39 @@ def connect(
         meeting.given_up = True
     group.set_timeout(later)
     return group
+
+
+def compare(store: Store, rank: int, groups: list[list[int]], board: FailureBoard | None) -> None:
+    """See whether the first rank that came here makes the same groups.
+
+    Args:
+        store: a prefix that nothing else uses.
+        rank: this one, in the registration.
+        groups: which it makes.
+        board: of the registration.
+
+    Raises:
+        HookMismatchError: if it does not, naming both.
+        Unmet: if the store does not answer.
+    """
+    try:
+        first, theirs = json.loads(store.compare_set("groups", "", json.dumps([rank, groups])))
+    except RuntimeError as error:
+        raise Unmet(_blamed(board, error)) from error
+    if theirs != groups:
+        raise HookMismatchError(
+            f"the ranks partition themselves differently: rank {first} asks for {theirs} and rank {rank} for {groups}. "
+            "Every rank makes the same groups, in the same order."
+        )
+
+
+def _given_up(store: Store) -> str | None:
+    """Why others no longer wait for this rank, if so."""
+    try:
+        told = peek(store, _GIVEN_UP)
+    except RuntimeError:
+        return None
+    return None if told is None else told.decode()
 
 
 def _blamed(board: FailureBoard | None, error: RuntimeError) -> str:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _ENDS_WITHIN = 3.0
 """Seconds in which a collective that was given up has ended; it takes some milliseconds."""
+_CLOSES_WITHIN = 4.0
+"""Seconds in which the communication thread has noticed that it is to end, and has ended what is in flight."""
 _drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
 
 
@@ -189,7 +191,7 @@ class ThreadDriver:
         self._board.retire(is_read=is_idle and not leaving)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=0.2 if self._in_use else 10.0)
+            thread.join(timeout=0.2 if self._in_use else _CLOSES_WITHIN)
         self._thread = None
         self.communicator.close()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from commhub._errors import RegistrationError, described
+from commhub._errors import CommhubError, RegistrationError, described
 from commhub._version import __version__
 from commhub.drivers._driver import make_driver
 from commhub.drivers._meeting import Unmet
@@ -93,7 +93,7 @@ def _start(
             branch=rendezvous.branch,
         )
         engine, averagers = _prepared(
-            target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, comparisons
+            target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, comparisons, chosen.label
         )
         timetable = _timetable(target, engine, averagers) if averagers else None
         engine.averages = timetable
@@ -143,6 +143,7 @@ def _prepared(
     driver: Driver,
     callbacks: Callbacks,
     comparisons: Comparisons,
+    label: str,
 ) -> tuple[Engine, list[tuple[Averager, Setup]]]:
     names = tuple(name for name, _ in target.parameters)
     tensors = [parameter for _, parameter in target.parameters]
@@ -180,8 +181,13 @@ def _prepared(
             average=averagers.append,
             agree=comparisons.add,
         )
-        with torch.no_grad():
-            prepare(setup)
+        try:
+            with torch.no_grad():
+                prepare(setup)
+        except CommhubError:
+            raise
+        except Exception as error:
+            raise RegistrationError(f"{label}: its prepare raised {described(error)}") from error
     return engine, averagers
 
 

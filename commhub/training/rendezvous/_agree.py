@@ -138,7 +138,20 @@ def _absent(rendezvous: Rendezvous, topic: str, verdict: Verdict) -> str:
     if rendezvous.rank in missing:
         return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
     names = ", ".join(map(str, missing))
-    return f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
+    told = f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
+    return told + _before(rendezvous)
+
+
+def _before(rendezvous: Rendezvous) -> str:
+    """Who had come before and gone, if this rank was late."""
+    if rendezvous.missed is None:
+        return ""
+    words = _words(rendezvous.missed)
+    calls = " and ".join(dict.fromkeys(word.call for word in words.values()))
+    return (
+        f" Before, {_ranks(list(words))} had come to {calls}, waited {rendezvous.missed.waited:g} s and given up: this "
+        f"rank, rank {rendezvous.rank}, was late."
+    )
 
 
 def _differ(words: Mapping[int, _Word]) -> bool:

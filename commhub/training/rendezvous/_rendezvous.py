@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _VERDICT = "verdict"
 _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
+_LASTS = FAREWELL + _STRAGGLING + 1.5
+"""Seconds that a round lasts at most beyond the patience, where the store answers."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
@@ -65,13 +67,18 @@ class Verdict:
 
 @attrs.define(eq=False)
 class Rendezvous:
-    """A place in the group's store that only this occasion uses, the same on every rank."""
+    """A place in the group's store that only this occasion uses, the same on every rank.
+
+    Attributes:
+        missed: the verdict of the rendezvous before, where others had come to it and waited for this rank in vain.
+    """
 
     group: str
     rank: int
     size: int
     timeout: float
     _base: Store
+    missed: Verdict | None = attrs.field(default=None, init=False)
     _number: int | None = None
     _is_last: bool = False
     _rounds: int = 0
@@ -111,10 +118,10 @@ class Rendezvous:
             goes_on: whether another round follows on a verdict. If not, who holds the store stays until all have heard.
 
         Raises:
-            RegistrationError: if the store does not answer; that takes at most twice the patience and 5 s.
+            RegistrationError: if the store does not answer; that takes at most 4 s more than the patience.
         """
         try:
-            return within(2 * patience + 5.0, lambda: self._hold(mine, patience, goes_on))
+            return within(patience + _LASTS, lambda: self._hold(mine, patience, goes_on))
         except (TimeoutError, RuntimeError) as error:
             self._abandoned = True
             raise RegistrationError(self._lost(error)) from error
@@ -157,6 +164,7 @@ class Rendezvous:
         else:
             drawn = self._close()
             verdict = self._decide(self._brought({self.rank: mine}, drawn, _STRAGGLING), patience)
+            self._look_back()
         if not goes_on(verdict):
             self._take_leave(verdict)
         first = self._rounds == 1 and len(verdict.brought) == self.size
@@ -205,6 +213,14 @@ class Rendezvous:
                 return brought
             else:
                 time.sleep(0.01)
+
+    def _look_back(self) -> None:
+        """See whether the ranks that do not come had come to the rendezvous before, and this rank had not."""
+        if self._rounds == 1 and self._number:
+            former = PrefixStore("1", PrefixStore(str(self._number - 1), self._base))
+            verdict = Verdict.read(peek(former, _VERDICT))
+            if verdict.brought and self.rank not in verdict.brought:
+                self.missed = verdict
 
     def _decide(self, brought: dict[int, str], waited: float, left: int | None = None) -> Verdict:
         """Write the verdict, unless there is one; the one that holds."""

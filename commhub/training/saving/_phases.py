@@ -47,19 +47,22 @@ class Phases:
             CommhubError: what failed here.
             CheckpointError: what failed on another rank, with its number and reason; or what failed here, where that
                 was no CommhubError.
+            BaseException: what was to end this process, once the peers know.
         """
-        failure: CommhubError | None = None
+        failure: BaseException | None = None
         facts: dict[str, Any] = {}
         try:
             yield facts
-        except CommhubError as error:
-            failure = error
         except Exception as error:  # noqa: BLE001 - it is raised again, after the peers were told
-            failure = CheckpointError(f"{self._doing}: {described(error)}")
-            failure.__cause__ = error
+            failure = error
+            if not isinstance(error, CommhubError):
+                failure = CheckpointError(f"{self._doing}: {described(error)}")
+                failure.__cause__ = error
+        except BaseException as error:  # noqa: BLE001 - the same
+            failure = error
         self._told(so, lambda: agree(self._rendezvous, self._doing, facts, failure, more=more), failure)
 
-    def _told(self, so: str, function: Callable[[], Any], failure: CommhubError | None = None) -> Any:
+    def _told(self, so: str, function: Callable[[], Any], failure: BaseException | None = None) -> Any:
         """What the function returns; of its errors, one class on all ranks, so that all can do the same about it."""
         try:
             return function()

@@ -101,7 +101,7 @@ def connect(
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
         group = errand.result()
-    except Unmet as error:
+    except Unmet:
         with contextlib.suppress(RuntimeError, TimeoutError):  # who comes later finds nobody to connect with
             within(1.0, lambda: store.compare_set(_GIVEN_UP, "", str(error)))
         raise

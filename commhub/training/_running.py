@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -46,7 +46,6 @@ class Running:
         self.session, self.attachment, self.is_removed = session, attachment, False
         self._reunion: Reunion | None = None
         self._owner, self._follow = weakref.ref(owner), follow
-        self._closing: Any = weakref.finalize(attachment, bool)
 
     def begin(self) -> None:
         """Have the first session fed, once the owner can be asked what it is."""
@@ -107,7 +106,6 @@ class Running:
     def retire(self, session: Session) -> None:
         """Another registration has taken the model over with ``session``; collective."""
         self.is_removed = True
-        self._closing.detach()
         end_all(self.session.target.module(), self.session.engine.observers)
         relieve(self.session, session)
 
@@ -131,9 +129,7 @@ class Running:
                 session.timetable.advise(str(session))
 
     def _attach(self) -> None:
-        self._closing.detach()  # it would keep the former hook's groups and connections open
-        self._closing = weakref.finalize(self.attachment, self.session.closer())
-        self._closing.atexit = False  # every driver is closed then, and says that this rank has exited
+        self.session.close_with(self.attachment)
         if self.session.timetable is not None:
             self.session.timetable.then = self._follow
         self.attachment.attach(self.session, self._owner())

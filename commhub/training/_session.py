@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from commhub._errors import RegistrationError
 from commhub.protocol._nesting import LocalSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import torch
 
@@ -53,6 +52,7 @@ class Session:
     driver: Driver
     timetable: Timetable | None = None
     network: Network | None = None
+    _closing: weakref.finalize[..., object] | None = attrs.field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         _at_work[id(at_work(self.engine.hook))] = self.engine
@@ -83,9 +83,10 @@ class Session:
         self.engine.take_over(former.engine)
         self.emulate(former.network)
 
-    def closer(self) -> Callable[[], None]:
-        """A function that frees the thread and the groups, and keeps nothing else of this alive."""
-        return functools.partial(self.driver.close, "has let go of its model")
+    def close_with(self, attachment: object) -> None:
+        """Free the thread and the groups when nothing holds the attachment any more."""
+        self._closing = weakref.finalize(attachment, self.driver.close, "has let go of its model")
+        self._closing.atexit = False  # every driver is closed then, and says that this rank has exited
 
     def stop(self, leaving: str = "") -> None:
         """End the hook's work: its thread and groups are freed, and the object may be registered again.
@@ -93,6 +94,8 @@ class Session:
         Args:
             leaving: what to tell peers that go on with it, a predicate; empty where all ranks end it.
         """
+        if self._closing is not None:
+            self._closing.detach()  # it would keep this hook's groups and connections open
         worker = id(self.hook)
         if _at_work.get(worker) is self.engine:
             del _at_work[worker]

@@ -1,0 +1,65 @@
+"""Hooks that follow one another leave no connection and no thread behind."""
+
+import gc
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import commhub
+from commhub.testing import mlp
+
+EVERY = "COMMHUB_EVERY_CHECK" in os.environ
+TIMES = 1000 if EVERY else 30
+SPARE = 12
+"""Descriptors that may be open beside those after the first rounds, such as a connection being closed."""
+
+
+def figures():
+    gc.collect()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), resident
+
+
+def swap(registration, model):
+    registration.swap("fp16")
+    return registration
+
+
+def remove_and_register(registration, model):
+    registration.remove()
+    return commhub.register(model, "fp16")
+
+
+def repeated(change):
+    model = DistributedDataParallel(mlp())
+    registration = commhub.register(model, "allreduce")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = []
+    try:
+        for number in range(TIMES):
+            if number == 3:
+                highest = max(map(int, os.listdir("/proc/self/fd")))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (highest + SPARE, limits[1]))
+            registration = change(registration, model)
+            model(torch.ones(2, 8)).sum().backward()
+            if number in (3, TIMES // 2, TIMES - 1):
+                told.append(figures())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("change", "nproc"),
+    [(swap, 3), (remove_and_register, 2), *([(swap, 2), (remove_and_register, 3)] if EVERY else [])],
+)
+def test_descriptors_and_threads_are_as_many_after_many_hooks(ranks, change, nproc):
+    for (files, threads, _), half, end in ranks(repeated, nproc, change, timeout=500, fresh=True):
+        assert end[0] <= files + SPARE // 2
+        assert end[1] <= threads + 1
+        if EVERY:
+            assert end[2] - half[2] < 4 * 2**20

@@ -27,6 +27,8 @@ _SHORTEST, _LONGEST = 0.0005, 0.01
 _GIVEN_UP = "given up"
 _ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
+_CONNECTS_WITHIN = 1.0
+"""Seconds, or a quarter of the timeout, in which Gloo connects once all addresses are there: it takes milliseconds."""
 
 
 class Unmet(RegistrationError):  # noqa: N818 - it is never seen: what all ranks agree on is raised in its place
@@ -45,6 +47,7 @@ class Meeting(Store):
     def __init__(self, store: Store, ranks: Sequence[int], timeout: float) -> None:
         super().__init__()
         self.given_up = False
+        self.served = time.monotonic()
         self._store, self._ranks, self._timeout = store, ranks, timeout
         self._end = time.monotonic() + timeout
 
@@ -54,6 +57,7 @@ class Meeting(Store):
 
     def get(self, key: str) -> bytes:
         """An address that is there."""
+        self.served = time.monotonic()
         return self._store.get(key)
 
     def wait(self, keys: list[str], _: timedelta | None = None) -> None:
@@ -69,6 +73,7 @@ class Meeting(Store):
                 names = ", ".join(map(str, missing))
                 many = "s" if len(missing) > 1 else ""
                 raise Unmet(f"rank{many} {names} did not come to connect the ranks within {self._timeout:g} s.")
+            self.served = time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
 
@@ -95,15 +100,19 @@ def connect(
     if (told := _given_up(store)) is not None:
         raise Unmet(told)
     meeting = Meeting(store, ranks, now.total_seconds())
+    soon = max(_CONNECTS_WITHIN, now.total_seconds() / 4)  # before those who are connected lose their patience
     errand = Errand(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now))
     try:
         while not errand.wait(_SLICE):
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
+            if time.monotonic() - meeting.served > soon:
+                raise RuntimeError(f"Gloo did not connect within {soon:g} s")
         group = errand.result()
-    except Unmet:
+    except Unmet as error:
+        text = str(error)
         with contextlib.suppress(RuntimeError, TimeoutError):  # who comes later finds nobody to connect with
-            within(1.0, lambda: store.compare_set(_GIVEN_UP, "", str(error)))
+            within(1.0, lambda: store.compare_set(_GIVEN_UP, "", text))
         raise
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error

@@ -22,7 +22,7 @@ _SLICE = 0.25
 """Seconds between looks at the board."""
 _SHORTEST, _LONGEST = 0.0005, 0.01
 """Seconds between looks for the others' addresses."""
-_ROLL_CALL = 1.5
+_ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
 _CONNECTS_WITHIN = 1.0
 """Seconds, or a quarter of the timeout, in which Gloo connects once all addresses are there: it takes milliseconds."""

@@ -308,7 +308,7 @@ def die_while_connecting(victim):
     return None
 
 
-@pytest.mark.parametrize(("p", "victim"), [(p, v) for p in (2, 3, 4) for v in range(p)] if EVERY else [(3, 1)])
+@pytest.mark.parametrize(("p", "victim"), [(2, 0), (2, 1)] if EVERY else [(2, 1)])
 def test_a_rank_that_dies_while_gloo_connects_is_named(ranks, p, victim):
     results = ranks.fresh(die_while_connecting, p, victim, timeout=60, grace=30)
     for rank, result in enumerate(results):

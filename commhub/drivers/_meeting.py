@@ -12,10 +12,10 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
 from commhub._errors import HookMismatchError, RegistrationError
 
 from ._board import told_silent
-from ._store import Errand, peek, within
+from ._store import Errand, peek, told_lost, within
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     from ._board import FailureBoard
@@ -24,6 +24,8 @@ _SLICE = 0.25
 """Seconds between looks at the board."""
 _SHORTEST, _LONGEST = 0.0005, 0.01
 """Seconds between looks for the others' addresses."""
+_ANSWERS_WITHIN = 1.0
+"""Seconds in which the store answers at the end."""
 _GIVEN_UP = "given up"
 _ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
@@ -44,9 +46,29 @@ class Meeting(Store):
 
     def __init__(self, store: Store, ranks: Sequence[int], timeout: float) -> None:
         super().__init__()
-        self.given_up = False
+        self.given_up = self._is_complete = False
         self._store, self._ranks, self._timeout = store, ranks, timeout
         self._end = time.monotonic() + timeout
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the store has not even said who is missing."""
+        return not self._is_complete and time.monotonic() > self._end + _ANSWERS_WITHIN
+
+    def hold(self, make: Callable[[], ProcessGroupGloo]) -> ProcessGroupGloo:
+        """Make the group, unless the others have met before and given this rank up.
+
+        Raises:
+            Unmet: naming who did not come.
+        """
+        try:
+            if (told := peek(self._store, _GIVEN_UP)) is not None:
+                raise Unmet(told.decode())
+            return make()
+        except Unmet as error:
+            with contextlib.suppress(RuntimeError):
+                self._store.compare_set(_GIVEN_UP, "", str(error))
+            raise
 
     def set(self, key: str, value: str) -> None:
         """Leave this rank's address."""
@@ -71,6 +93,7 @@ class Meeting(Store):
                 raise Unmet(f"rank{many} {names} did not come to connect the ranks within {self._timeout:g} s.")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
+        self._is_complete = True
 
     def _rank_of(self, key: str) -> int:
         return self._ranks[int(key.rpartition("/")[2])]
@@ -92,18 +115,16 @@ def connect(
         Unmet: if that is not possible, naming the rank to blame.
     """
     now, later = timeouts
-    if (told := _given_up(store)) is not None:
-        raise Unmet(told)
     meeting = Meeting(store, ranks, now.total_seconds())
-    errand = Errand(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now))
+    errand = Errand(lambda: meeting.hold(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now)))
     try:
         while not errand.wait(_SLICE):
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
+            if meeting.is_overdue:
+                raise Unmet(_unanswered(store, len(ranks)))
         group = errand.result()
-    except Unmet as error:
-        with contextlib.suppress(RuntimeError, TimeoutError):  # who comes later finds nobody to connect with
-            within(1.0, lambda: store.compare_set(_GIVEN_UP, "", str(error)))
+    except Unmet:
         raise
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error
@@ -113,21 +134,27 @@ def connect(
     return group
 
 
-def compare(store: Store, rank: int, groups: list[list[int]], board: FailureBoard | None) -> None:
+def compare(
+    store: Store, rank: int, size: int, groups: list[list[int]], seconds: float, board: FailureBoard | None
+) -> None:
     """See whether the first rank that came here makes the same groups.
 
     Args:
         store: a prefix that nothing else uses.
-        rank: this one, in the registration.
+        rank, size: of this one, in the registration.
         groups: which it makes.
+        seconds: in which the store answers.
         board: of the registration.
 
     Raises:
         HookMismatchError: if it does not, naming both.
         Unmet: if the store does not answer.
     """
+    mine = json.dumps([rank, groups])
     try:
-        first, theirs = json.loads(store.compare_set("groups", "", json.dumps([rank, groups])))
+        first, theirs = json.loads(within(seconds, lambda: store.compare_set("groups", "", mine)))
+    except TimeoutError as error:
+        raise Unmet(_unanswered(store, size)) from error
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error
     if theirs != groups:
@@ -137,13 +164,9 @@ def compare(store: Store, rank: int, groups: list[list[int]], board: FailureBoar
         )
 
 
-def _given_up(store: Store) -> str | None:
-    """Why others no longer wait for this rank, if so."""
-    try:
-        told = peek(store, _GIVEN_UP)
-    except RuntimeError:
-        return None
-    return None if told is None else told.decode()
+def _unanswered(store: Store, size: int) -> str:
+    lost = told_lost(store, size, TimeoutError())
+    return f"{lost}; the last that this rank knew: the ranks were being connected."
 
 
 def _blamed(board: FailureBoard | None, error: RuntimeError) -> str:

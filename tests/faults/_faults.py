@@ -21,6 +21,7 @@ from commhub.testing._faults import Corrupt, Failed, Late, Lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from ._here import Here
 
 TIMEOUT = 2.0

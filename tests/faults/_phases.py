@@ -211,7 +211,7 @@ class Exit(Phase):
         here.place = "encode"
         if here.fault.stops and here.is_victim:  # its peers are gone then
             words = f"sleep {LONGER}; kill -CONT {os.getpid()}"
-            subprocess.Popen(["sh", "-c", words], start_new_session=True)  # noqa: S603, S607 - a shell's kill
+            subprocess.Popen(["sh", "-c", words], start_new_session=True)
         engine = here.registration._session.engine
         engine.begin()
         for _ in range(3):

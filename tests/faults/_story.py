@@ -73,9 +73,7 @@ _kept: list[Here] = []  # as a script's globals are: only the interpreter's end 
 def live(fault: str, phase: str, victim: int, folder: Path) -> Story:
     """Be a rank of a cell."""
     me = current()
-    here = Here(
-        rank=me.rank, size=me.world_size, victim=victim, fault=FAULTS[fault], place=phase, folder=folder
-    )
+    here = Here(rank=me.rank, size=me.world_size, victim=victim, fault=FAULTS[fault], place=phase, folder=folder)
     story = Story()
     here.join()
     PHASES[phase].set_up(here)
@@ -93,7 +91,7 @@ def live(fault: str, phase: str, victim: int, folder: Path) -> Story:
     after_all_have_ended(here, phase)
     try:
         story.afterwards = train_on(here, phase)
-    except Exception as error:  # noqa: BLE001 - it is told
+    except Exception as error:
         story.afterwards = f"{type(error).__name__}: {error}"
     story.after = held(story.before)
     here.ended("the end")
@@ -105,7 +103,7 @@ def struck(here: Here, phase: str) -> Error | None:
     began = time.monotonic()
     try:
         PHASES[phase].act(here)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is judged
+    except BaseException as error:
         detained = here.over is not None and (PHASES[phase].detains or here.fault.stops)
         seconds = time.monotonic() - (here.over if detained else began)
         is_commhubs = isinstance(error, commhub.CommhubError)

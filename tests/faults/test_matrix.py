@@ -58,8 +58,21 @@ EVERY = [
 ]
 
 QUICK = [
-    ("raise", "handshake", 3, 2),
+    ("raise", "prepare", 2, 1),
+    ("BaseException", "swap", 2, 0),
+    ("stuck", "between", 2, 1),
+    ("killed", "average", 3, 0),
+    ("stopped", "encode", 2, 1),
+    ("late", "handshake", 2, 0),
+    ("wrong sizes", "load", 2, 1),
+    ("lost store", "schedule", 2, 1),
+    ("full disk", "save", 3, 2),
+    ("link: lost", "exit", 2, 0),
+    ("link: corrupt", "between", 2, 0),
+    ("link: failed", "confirm", 2, 1),
+    ("link: late", "exit", 2, 1),
 ]
+"""Each fault once, and each phase."""
 
 
 @pytest.mark.parametrize(
@@ -82,4 +95,7 @@ def test_every_fault_has_a_cell_or_a_reason_in_every_phase():
     found = [(fault, phase) for fault, phase, _ in cells()]
     assert len(found) == len(set(found))
     assert set(found) == {(fault, phase) for fault in FAULTS for phase in PHASES}
+    assert {fault for fault, *_ in QUICK} == set(FAULTS)
+    assert {phase for _, phase, *_ in QUICK} == set(PHASES)
+    assert set(QUICK) <= set(EVERY)
     assert {mark for _, _, mark in cells()} == {"E", "o", *REASONS}

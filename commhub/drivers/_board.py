@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -74,7 +75,8 @@ class FailureBoard:
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.doing: Callable[[], str] = _connecting
         self._store, self._rank, self._size = store, rank, size
-        self._is_held = is_held_here(store)
+        self._is_held, self._is_gone = is_held_here(store), False
+        self._pid = os.getpid()
         self._look: Errand[None] | None = None
         self._looking = threading.Lock()
         self._heard = 0
@@ -113,15 +115,16 @@ class FailureBoard:
                 self._store.set(f"left/{self._rank}", printable)
                 self._heard = int(self._store.add("news", 1))
 
-        Errand(say)
+        with contextlib.suppress(RuntimeError):  # no thread begins any more
+            Errand(say)
         self._owe()
 
     # What this rank hears.
 
     def read(self) -> str | None:
         """What went wrong elsewhere, if something did; answers who calls. Asks the store, so call it seldom."""
-        if self._size == 1:
-            return None
+        if self._size == 1 or self._is_gone:
+            return self._found
         with self._looking:
             self._look = self._look or Errand(self._read)
             if self._look.wait(_ANSWERS_WITHIN):
@@ -167,8 +170,10 @@ class FailureBoard:
         self._take(int(self._store.add("news", 1)))
 
     def _read(self) -> None:
-        with contextlib.suppress(RuntimeError, ValueError):
+        try:
             self._catch_up()
+        except (RuntimeError, ValueError):  # it is not asked again, which torch would complain of each time
+            self._is_gone = True
 
     def _catch_up(self) -> None:
         news = int(self._store.add("news", 0))
@@ -241,6 +246,8 @@ def take_leave() -> None:
     end = time.monotonic() + FAREWELL
     while _owed and time.monotonic() < end:
         board, _ = _owed.popitem()
+        if board._pid != os.getpid():
+            continue  # the connection is the parent's
         with contextlib.suppress(RuntimeError, ValueError, TimeoutError):
             within(end - time.monotonic(), lambda board=board: board._stay(end))  # type: ignore[misc]
 

@@ -24,11 +24,12 @@ _SLICE = 0.25
 """Seconds between looks at the board."""
 _SHORTEST, _LONGEST = 0.0005, 0.01
 """Seconds between looks for the others' addresses."""
-_ANSWERS_WITHIN = 1.0
-"""Seconds in which the store answers at the end."""
 _GIVEN_UP = "given up"
 _ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
+_CONNECTS_WITHIN = 1.0
+"""Seconds, or a quarter of the timeout, in which the store answers, and in which Gloo connects once all addresses are
+there: both take milliseconds."""
 
 
 class Unmet(RegistrationError):  # noqa: N818 - it is never seen: what all ranks agree on is raised in its place
@@ -42,18 +43,19 @@ class Meeting(Store):
         store: where the members leave their addresses; a prefix that nothing else uses.
         ranks: the members, in the registration's numbers.
         timeout: seconds to wait for them.
+
+    Attributes:
+        given_up: set by who waits no longer.
+        is_complete: whether all addresses were there.
+        served: when the store answered last, in monotonic seconds.
     """
 
     def __init__(self, store: Store, ranks: Sequence[int], timeout: float) -> None:
         super().__init__()
-        self.given_up = self._is_complete = False
+        self.given_up = self.is_complete = False
+        self.served = time.monotonic()
         self._store, self._ranks, self._timeout = store, ranks, timeout
         self._end = time.monotonic() + timeout
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether the store has not even said who is missing."""
-        return not self._is_complete and time.monotonic() > self._end + _ANSWERS_WITHIN
 
     def hold(self, make: Callable[[], ProcessGroupGloo]) -> ProcessGroupGloo:
         """Make the group, unless the others have met before and given this rank up.
@@ -76,6 +78,7 @@ class Meeting(Store):
 
     def get(self, key: str) -> bytes:
         """An address that is there."""
+        self.served = time.monotonic()
         return self._store.get(key)
 
     def wait(self, keys: list[str], _: timedelta | None = None) -> None:
@@ -91,9 +94,10 @@ class Meeting(Store):
                 names = ", ".join(map(str, missing))
                 many = "s" if len(missing) > 1 else ""
                 raise Unmet(f"rank{many} {names} did not come to connect the ranks within {self._timeout:g} s.")
+            self.served = time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
-        self._is_complete = True
+        self.is_complete = True
 
     def _rank_of(self, key: str) -> int:
         return self._ranks[int(key.rpartition("/")[2])]
@@ -116,13 +120,16 @@ def connect(
     """
     now, later = timeouts
     meeting = Meeting(store, ranks, now.total_seconds())
+    soon = max(_CONNECTS_WITHIN, now.total_seconds() / 4)  # before those who are connected lose their patience
     errand = Errand(lambda: meeting.hold(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now)))
     try:
         while not errand.wait(_SLICE):
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
-            if meeting.is_overdue:
-                raise Unmet(_unanswered(store, len(ranks)))
+            if time.monotonic() - meeting.served > soon:
+                if not meeting.is_complete:
+                    raise Unmet(_unanswered(store, len(ranks)))
+                raise RuntimeError(f"Gloo did not connect within {soon:g} s")
         group = errand.result()
     except Unmet:
         raise

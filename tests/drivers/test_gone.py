@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+from commhub.drivers import _meeting
 from commhub.testing import current
 
 EVERY = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
@@ -254,3 +255,65 @@ def test_who_keeps_its_peers_waiting_is_named_with_what_it_does(ranks, where, wo
     for [(_, text)] in (first, last):
         assert "AllReduce did not end within 2 s; rank 1 " + words in text
     assert "HookTimeoutError" in {first[0][0], last[0][0]}
+
+
+class FailsOnce(Ends):
+    """Raises in ``prepare`` on one rank, while the others make groups."""
+
+    def prepare(self, setup):
+        if setup.rank == self.victim:
+            raise ZeroDivisionError("planned")
+        setup.partition([range(setup.world_size)])
+
+
+def fail_in_prepare_and_register_again():
+    model = DistributedDataParallel(torch.nn.Linear(8, 8))
+    began = time.monotonic()
+    try:
+        commhub.register(model, FailsOnce("raised", "prepare", 1), timeout=20)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - began
+    threads = [thread.name for thread in threading.enumerate() if thread.name == "commhub"]
+    registration = commhub.register(model, Ends("raised", "nowhere", 1), timeout=20)
+    model(torch.ones(2, 8)).sum().backward()
+    return told, seconds, threads, registration.step
+
+
+def test_a_rank_that_raises_in_prepare_ends_its_peers_wait_for_groups_and_leaves_no_trace(ranks):
+    first, second, third = ranks(fail_in_prepare_and_register_again, 3)
+    assert second[0] == "ZeroDivisionError: planned"
+    for told, seconds, threads, step in (first, second, third):
+        assert "ZeroDivisionError: planned" in told
+        assert "rank 1" in told or told == second[0]
+        assert (seconds < 5, threads, step) == (True, [], 1)
+
+
+def die_while_connecting(victim):
+    if dist.get_rank() == victim:
+        whole = _meeting.Meeting.get
+
+        def get(meeting, key):
+            if int(key.rpartition("/")[2]) != victim:
+                end("killed")
+            return whole(meeting, key)
+
+        _meeting.Meeting.get = get
+    model = DistributedDataParallel(torch.nn.Linear(8, 8))
+    began = time.monotonic()
+    try:
+        commhub.register(model, "allreduce", timeout=TIMEOUT)
+    except commhub.CommhubError as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return None
+
+
+@pytest.mark.parametrize(("p", "victim"), [(2, 0), (2, 1)] if EVERY else [(2, 1)])
+def test_a_rank_that_dies_while_gloo_connects_is_named(ranks, p, victim):
+    results = ranks.fresh(die_while_connecting, p, victim, timeout=60, grace=30)
+    for rank, result in enumerate(results):
+        if rank != victim:
+            kind, text, seconds = result.value
+            assert kind == "RegistrationError"
+            assert f"rank {victim} is gone" in text or f"rank {victim} did not come" in text, text
+            assert seconds < TIMEOUT + 5

@@ -52,6 +52,7 @@ OPEN = (
 KNOWN = {
     **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
     **{("stopped", phase, victim): HALF_SENT for phase in ("encode", "between") for victim in (0, 1, 2)},
+    **{(fault, "between", victim): HALF_SENT for fault in ("BaseException", "link: failed") for victim in (0, 1, 2)},
     ("stopped", "exit", 0): OPEN,
     **{
         (f"link: {how}", phase, victim): ALL_WAIT

@@ -108,7 +108,7 @@ def marked(cell):
 
 @pytest.mark.parametrize(
     ("fault", "phase", "nproc", "victim"),
-    map(marked, EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK),
+    [marked(cell) for cell in (EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK)],
     ids=lambda value: str(value).replace(" ", "_"),
 )
 def test_a_fault_is_told_and_training_goes_on(ranks, tmp_path, record_property, fault, phase, nproc, victim):

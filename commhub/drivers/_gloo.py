@@ -170,7 +170,8 @@ class GlooCommunicator:
         """
         self._partitions += 1
         place = PrefixStore(str(self._partitions), self._store)
-        compare(place, self.rank, [list(ranks) for ranks in groups], self._board)
+        seconds = self._timeouts[0].total_seconds()
+        compare(place, self.rank, self.size, [list(ranks) for ranks in groups], seconds, self._board)
         made = tuple(Subgroup(tuple(ranks), self._partitions) for ranks in groups)
         for group in made:
             if self.rank in group.ranks:

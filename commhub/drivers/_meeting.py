@@ -12,10 +12,10 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
 from commhub._errors import HookMismatchError, RegistrationError
 
 from ._board import told_silent
-from ._store import Errand, peek, within
+from ._store import Errand, peek, told_lost, within
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     from ._board import FailureBoard
@@ -28,7 +28,8 @@ _GIVEN_UP = "given up"
 _ROLL_CALL = 2.0
 """Seconds in which a rank that is there answers."""
 _CONNECTS_WITHIN = 1.0
-"""Seconds, or a quarter of the timeout, in which Gloo connects once all addresses are there: it takes milliseconds."""
+"""Seconds, or a quarter of the timeout, in which the store answers, and in which Gloo connects once all addresses are
+there: both take milliseconds."""
 
 
 class Unmet(RegistrationError):  # noqa: N818 - it is never seen: what all ranks agree on is raised in its place
@@ -42,14 +43,34 @@ class Meeting(Store):
         store: where the members leave their addresses; a prefix that nothing else uses.
         ranks: the members, in the registration's numbers.
         timeout: seconds to wait for them.
+
+    Attributes:
+        given_up: set by who waits no longer.
+        is_complete: whether all addresses were there.
+        served: when the store answered last, in monotonic seconds.
     """
 
     def __init__(self, store: Store, ranks: Sequence[int], timeout: float) -> None:
         super().__init__()
-        self.given_up = False
+        self.given_up = self.is_complete = False
         self.served = time.monotonic()
         self._store, self._ranks, self._timeout = store, ranks, timeout
         self._end = time.monotonic() + timeout
+
+    def hold(self, make: Callable[[], ProcessGroupGloo]) -> ProcessGroupGloo:
+        """Make the group, unless the others have met before and given this rank up.
+
+        Raises:
+            Unmet: naming who did not come.
+        """
+        try:
+            if (told := peek(self._store, _GIVEN_UP)) is not None:
+                raise Unmet(told.decode())
+            return make()
+        except Unmet as error:
+            with contextlib.suppress(RuntimeError):
+                self._store.compare_set(_GIVEN_UP, "", str(error))
+            raise
 
     def set(self, key: str, value: str) -> None:
         """Leave this rank's address."""
@@ -76,6 +97,7 @@ class Meeting(Store):
             self.served = time.monotonic()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
+        self.is_complete = True
 
     def _rank_of(self, key: str) -> int:
         return self._ranks[int(key.rpartition("/")[2])]
@@ -97,22 +119,19 @@ def connect(
         Unmet: if that is not possible, naming the rank to blame.
     """
     now, later = timeouts
-    if (told := _given_up(store)) is not None:
-        raise Unmet(told)
     meeting = Meeting(store, ranks, now.total_seconds())
     soon = max(_CONNECTS_WITHIN, now.total_seconds() / 4)  # before those who are connected lose their patience
-    errand = Errand(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now))
+    errand = Errand(lambda: meeting.hold(lambda: ProcessGroupGloo(meeting, rank, len(ranks), now)))
     try:
         while not errand.wait(_SLICE):
             if board is not None and (told := board.read()) is not None:
                 raise Unmet(told)
             if time.monotonic() - meeting.served > soon:
+                if not meeting.is_complete:
+                    raise Unmet(_unanswered(store, len(ranks)))
                 raise RuntimeError(f"Gloo did not connect within {soon:g} s")
         group = errand.result()
-    except Unmet as error:
-        text = str(error)
-        with contextlib.suppress(RuntimeError, TimeoutError):  # who comes later finds nobody to connect with
-            within(1.0, lambda: store.compare_set(_GIVEN_UP, "", text))
+    except Unmet:
         raise
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error
@@ -122,21 +141,27 @@ def connect(
     return group
 
 
-def compare(store: Store, rank: int, groups: list[list[int]], board: FailureBoard | None) -> None:
+def compare(
+    store: Store, rank: int, size: int, groups: list[list[int]], seconds: float, board: FailureBoard | None
+) -> None:
     """See whether the first rank that came here makes the same groups.
 
     Args:
         store: a prefix that nothing else uses.
-        rank: this one, in the registration.
+        rank, size: of this one, in the registration.
         groups: which it makes.
+        seconds: in which the store answers.
         board: of the registration.
 
     Raises:
         HookMismatchError: if it does not, naming both.
         Unmet: if the store does not answer.
     """
+    mine = json.dumps([rank, groups])
     try:
-        first, theirs = json.loads(store.compare_set("groups", "", json.dumps([rank, groups])))
+        first, theirs = json.loads(within(seconds, lambda: store.compare_set("groups", "", mine)))
+    except TimeoutError as error:
+        raise Unmet(_unanswered(store, size)) from error
     except RuntimeError as error:
         raise Unmet(_blamed(board, error)) from error
     if theirs != groups:
@@ -146,13 +171,9 @@ def compare(store: Store, rank: int, groups: list[list[int]], board: FailureBoar
         )
 
 
-def _given_up(store: Store) -> str | None:
-    """Why others no longer wait for this rank, if so."""
-    try:
-        told = peek(store, _GIVEN_UP)
-    except RuntimeError:
-        return None
-    return None if told is None else told.decode()
+def _unanswered(store: Store, size: int) -> str:
+    lost = told_lost(store, size, TimeoutError())
+    return f"{lost}; the last that this rank knew: the ranks were being connected."
 
 
 def _blamed(board: FailureBoard | None, error: RuntimeError) -> str:

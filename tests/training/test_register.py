@@ -267,8 +267,9 @@ def fails_in_prepare():
 
 def test_a_hook_that_cannot_prepare_on_one_rank_is_registered_on_none(ranks):
     first, second, third = ranks(fails_in_prepare, 3)
-    assert first == third == ("RegistrationError", "rank 1 could not go on: OSError: no room here")
-    assert second == ("OSError", "no room here")
+    own = "Unprepared: its prepare raised OSError: no room here"
+    assert first == third == ("RegistrationError", f"rank 1 could not go on: RegistrationError: {own}")
+    assert second == ("RegistrationError", own)
 
 
 def fails_when_there_is_one_already():

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _VERDICT = "verdict"
 _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
-_LASTS = FAREWELL + _STRAGGLING + 1.5
-"""Seconds that a round lasts at most beyond the patience, where the store answers."""
+_ANSWERS_WITHIN = 2.0
+"""Seconds that all the store's answers of a round take at most."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
@@ -118,10 +118,10 @@ class Rendezvous:
             goes_on: whether another round follows on a verdict. If not, who holds the store stays until all have heard.
 
         Raises:
-            RegistrationError: if the store does not answer; that takes at most 4 s more than the patience.
+            RegistrationError: if the store does not answer; that takes some seconds more than the patience.
         """
         try:
-            return within(patience + _LASTS, lambda: self._hold(mine, patience, goes_on))
+            return within(patience + self._lasts, lambda: self._hold(mine, patience, goes_on))
         except (TimeoutError, RuntimeError) as error:
             self._abandoned = True
             raise RegistrationError(self._lost(error)) from error
@@ -130,6 +130,11 @@ class Rendezvous:
             with contextlib.suppress(TimeoutError, RuntimeError):
                 within(1.0 + (FAREWELL if self._holds_the_store() else 0.0), self._leave)
             raise
+
+    @property
+    def _lasts(self) -> float:
+        """Seconds that a round lasts at most beyond the patience, where the store answers."""
+        return _STRAGGLING + _ANSWERS_WITHIN + (FAREWELL if self._holds_the_store() else 0.0)
 
     def _lost(self, error: Exception) -> str:
         """What a store that fails means, and what this rank knew."""

@@ -59,6 +59,26 @@ class HookTimeoutError(HookError, TimeoutError):
     """A hook's communication did not finish in time, for example because a peer is gone."""
 
 
+class HookOptionTypeError(HookOptionError, TypeError):
+    """A value of the wrong kind: what is no hook where one belongs, for instance."""
+
+
+class StateNameError(CommhubError, KeyError):
+    """A hook asks for the memory of a parameter that the model does not have."""
+
+    __str__ = Exception.__str__
+
+
+def shown(value: object, most: int = 200) -> str:
+    """What a user gave, as text for a message, whatever it is; at most so many characters of it."""
+    try:
+        text = repr(value)
+    except BaseException as worse:  # noqa: BLE001 - an object may be of anybody's making
+        return f"a {type(value).__name__} (its __repr__ raised {type(worse).__name__})"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def described(error: BaseException) -> str:
     """Its type and message as text that can be sent and printed, whatever the error is."""
     try:

@@ -75,6 +75,7 @@ def agree(
         words = _words(verdict)
         return not _trouble(rendezvous, topic, verdict, words) and (more or _differ(words))
 
+    rendezvous.topic = topic
     try:
         verdict = rendezvous.round(mine, patience, goes_on)
         words = _words(verdict)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -37,12 +38,15 @@ _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
 _FAREWELL = 2.0
 """Seconds that the store's holder stays for peers that have yet to hear the verdict."""
+_SILENT = 10.0
+"""Seconds of waiting after which it is said who is waited for."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
 _in_use: weakref.WeakKeyDictionary[Store, tuple[str, int]] = weakref.WeakKeyDictionary()
 """The parts of stores that something works on, with group and rendezvous; tidying spares them."""
 _lock = threading.Lock()
+logger = logging.getLogger("commhub")
 
 
 @attrs.frozen
@@ -68,12 +72,17 @@ class Verdict:
 
 @attrs.define(eq=False)
 class Rendezvous:
-    """A place in the group's store that only this occasion uses, the same on every rank."""
+    """A place in the group's store that only this occasion uses, the same on every rank.
+
+    Attributes:
+        topic: the call that it is for, for the log.
+    """
 
     group: str
     rank: int
     size: int
     timeout: float
+    topic: str = attrs.field(default="a call of all ranks", init=False)
     _base: Store
     _number: int | None = None
     _is_last: bool = False
@@ -87,14 +96,18 @@ class Rendezvous:
         Raises:
             RegistrationError: if the group has no store.
         """
-        rank = dist.get_rank(group)
+        try:
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            text = f"the process group is gone ({error}). Registrations end before destroy_process_group() is called."
+            raise RegistrationError(text) from error
         try:
             given = dist.distributed_c10d._get_process_group_store(group)
             base = within(timeout, lambda: own_connection(given, timeout))
         except (KeyError, ValueError, AttributeError, RuntimeError, TimeoutError) as error:
             text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
             raise RegistrationError(text) from error
-        return cls(group.group_name, rank, dist.get_world_size(group), timeout, PrefixStore("commhub", base))
+        return cls(group.group_name, rank, size, timeout, PrefixStore("commhub", base))
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this rendezvous."""
@@ -105,6 +118,8 @@ class Rendezvous:
 
     def round(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         """Bring ``mine`` to the next round, and hear its verdict when all have come or one has waited too long.
+
+        A wait of more than ten seconds is logged, once, with those who are waited for.
 
         Args:
             mine: for the others to read.
@@ -147,8 +162,12 @@ class Rendezvous:
     def _hold(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         place = self._enter(mine)
         if self._is_last:
-            verdict = self._decide(self._brought({self.rank: mine}, self.size, patience), patience)
-        elif _wait(place, [_VERDICT], patience):
+            brought = self._brought({self.rank: mine}, self.size, min(patience, _SILENT))
+            if patience > _SILENT and len(brought) < self.size:
+                self._tell(patience)
+                brought = self._brought(brought, self.size, patience - _SILENT)
+            verdict = self._decide(brought, patience)
+        elif self._hears(patience):
             verdict = Verdict.read(_peek(place, _VERDICT))
         else:
             drawn = self._close()
@@ -159,6 +178,29 @@ class Rendezvous:
         if first and self.rank == 0 and (self._number or 0) % _TIDY_EVERY == _TIDY_EVERY - 1:
             self._tidy()
         return verdict
+
+    def _hears(self, patience: float) -> bool:
+        """Wait for the verdict; whether it is there."""
+        if _wait(self._place, [_VERDICT], min(patience, _SILENT)):
+            return True
+        if patience <= _SILENT:
+            return False
+        self._tell(patience)
+        return _wait(self._place, [_VERDICT], patience - _SILENT)
+
+    def _tell(self, patience: float) -> None:
+        """Log who is waited for."""
+        missing = [rank for rank in range(self.size) if rank != self.rank and _peek(self._place, str(rank)) is None]
+        if missing and not self._abandoned:
+            logger.warning(
+                "%s waits for rank%s %s of 0..%d (%g s so far, until %g s); it is to be called on all ranks.",
+                self.topic,
+                "s" if len(missing) > 1 else "",
+                ", ".join(map(str, missing)),
+                self.size - 1,
+                _SILENT,
+                patience,
+            )
 
     def _enter(self, mine: str) -> Store:
         """Come to the next round. ``_is_last`` tells whether all others are there already, or about to write."""

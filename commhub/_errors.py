@@ -59,3 +59,13 @@ class HookError(CommhubError, RuntimeError):
 
 class HookTimeoutError(HookError, TimeoutError):
     """A hook's communication did not finish in time, for example because a peer is gone."""
+
+
+class HookOptionTypeError(HookOptionError, TypeError):
+    """A value of the wrong kind: what is no hook where one belongs, for instance."""
+
+
+class StateNameError(CommhubError, KeyError):
+    """A hook asks for the memory of a parameter that the model does not have."""
+
+    __str__ = Exception.__str__

@@ -54,10 +54,10 @@ def described(error: BaseException) -> str:
     return f"{type_name(error)}: {message_of(error)}"
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = _LONGEST) -> str:
     """The value's ``repr`` as text that can be printed, or its type where it has none."""
     try:
-        return visible(shortened(str.__str__(repr(value))), keep="\n\t")
+        return visible(shortened(str.__str__(repr(value)), longest), keep="\n\t")
     except BaseException as worse:  # noqa: BLE001 - a value may be of anybody's making
         return f"<{type_name(value)} whose repr raised {type_name(worse)}>"
 

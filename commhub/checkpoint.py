@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from commhub._errors import CheckpointError
+from commhub._printable import shown
+from commhub.training._registration import Registration
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from commhub.training._registration import Registration
 
 
 class HookState:
@@ -20,11 +22,19 @@ class HookState:
         saved_ranks: for loading, with how many ranks the checkpoint was saved, if that is not the number of ranks
             here. Every rank then reads all residuals and keeps their mean.
 
+    Raises:
+        CheckpointError: if these are no registration and no number of ranks.
+
     >>> dcp.save({"model": model.state_dict(), "hook": HookState(registration)}, checkpoint_id=path)  # doctest: +SKIP
     >>> dcp.load({"model": weights, "hook": HookState(registration)}, checkpoint_id=path)  # doctest: +SKIP
     """
 
     def __init__(self, registration: Registration, saved_ranks: int | None = None) -> None:
+        if not isinstance(registration, Registration):
+            raise CheckpointError(f"HookState takes what commhub.register returned, not {shown(registration)}.")
+        is_count = isinstance(saved_ranks, int) and not isinstance(saved_ranks, bool) and 1 <= saved_ranks <= 2**20
+        if saved_ranks is not None and not is_count:
+            raise CheckpointError(f"saved_ranks is {shown(saved_ranks, 40)}; give a number of ranks, or None.")
         self._registration = registration
         self._saved_ranks = saved_ranks
 

@@ -7,13 +7,13 @@ plain tensor operations in rank order. Sums are in the payload's dtype and agree
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
 from torch import Tensor
 
+from commhub._errors import HookOptionTypeError
 from commhub.protocol._bucket import Bucket, lay_out
 from commhub.protocol._collectives import AllReduce, Subgroup
 from commhub.protocol._hook import Hook, is_averager
@@ -25,19 +25,21 @@ from commhub.registry._recipe import choose
 
 from ._failure import own_error
 from ._job import Scratch
+from ._network import Network
 from ._plain import check, exchange
 from ._stats import Meter
 from ._task import Task
+from ._virtual import alike, count, hosts_of, how_many, tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from commhub.protocol._hook import Averager
 
-    from ._network import Network
+    from ._virtual import Gradients
 
 APART = True
 """Whether payloads are spoiled and results in memory of their own: no hook can then live on what it yielded."""
-
-Gradients = Sequence[Sequence[Tensor]] | Callable[[int, int], Sequence[Tensor]]
 
 
 @attrs.frozen(eq=False)
@@ -75,7 +77,7 @@ def simulate(
     ranks: int | None = None,
     buckets: int = 1,
     hosts: Sequence[int] | None = None,
-    network: Network | None = None,
+    network: Network | str | None = None,
     **options: Any,
 ) -> Simulation:
     """Run a hook on p virtual ranks.
@@ -89,31 +91,34 @@ def simulate(
         ranks: p, needed where ``gradients`` is a function.
         buckets: in how many buckets the tensors travel (of one dtype each).
         hosts: per rank, the number of its host; by default all on one.
-        network: a cost model for ``seconds``.
+        network: a cost model for ``seconds``; a text such as ``"100mbit"`` is its bandwidth.
         options: the hook's options, and ``wire``.
 
     Raises:
         HookError: what the hook did wrong, with its bucket, step and rank; also when ranks ask for different things.
-        ValueError: if p cannot be told.
-        TypeError: if a hook object cannot be copied.
+        HookOptionError: if an argument is not what it should be, or p cannot be told; of the wrong kind, and where a
+            hook object cannot be copied, it is a TypeError too.
 
     >>> a, b = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 6.0])]
     >>> simulate("allreduce", [a, b]).gradients[0][0]
     tensor([2., 4.])
     """
-    p = ranks if callable(gradients) else len(gradients)
-    if not p or p < 1:
-        raise ValueError("simulate() needs one list of gradients per rank, or a function together with ranks=p.")
+    p = how_many(gradients, ranks)
+    steps, buckets, network = count("steps", steps, 0), count("buckets", buckets, 1), Network.of(network)
     chosen = choose(hook, options)
     wire = wire_dtype(chosen.reserved.get("wire"))
 
     def at(rank: int, step: int) -> Sequence[Tensor]:
-        return gradients(rank, step) if callable(gradients) else gradients[rank]
+        return tensors(gradients(rank, step) if callable(gradients) else gradients[rank], rank)
 
     world = _World(p, wire, network, chosen.label)
-    world.set_up([_make(chosen.make, hook) for _ in range(p)], at(0, 0), hosts)
+    first = at(0, 0)
+    world.set_up([_make(chosen.make, hook) for _ in range(p)], first, hosts_of(hosts, p))
     for step in range(steps):
-        world.run(step, [at(rank, step) for rank in range(p)], buckets)
+        given = [at(rank, step) for rank in range(p)]
+        for rank, mine in enumerate(given):
+            alike(first, mine, rank)
+        world.run(step, given, buckets)
     return world.outcome()
 
 
@@ -124,7 +129,7 @@ def _make(make: Callable[[], Hook], hook: object) -> Hook:
         return copy.deepcopy(make())
     except (AttributeError, TypeError) as error:
         kind = type(hook).__name__
-        raise TypeError(
+        raise HookOptionTypeError(
             f"each virtual rank gets a copy of the {kind} object, and it cannot be copied ({error}). Give fields that "
             "prepare sets a default, or pass the hook's name."
         ) from error
@@ -137,9 +142,10 @@ class _World:
         self.logical = self.seconds = 0.0
         self.results: list[list[Tensor]] = [[] for _ in range(p)]
         self.partitions = [0] * p
+        self.groups: list[set[Subgroup]] = [set() for _ in range(p)]
         self.after: list[Callable[[int], None]] = []
 
-    def set_up(self, hooks: list[Hook], tensors: Sequence[Tensor], hosts: Sequence[int] | None) -> None:
+    def set_up(self, hooks: list[Hook], tensors: Sequence[Tensor], hosts: tuple[int, ...]) -> None:
         self.hooks = hooks
         self.names = tuple(str(i) for i in range(len(tensors)))
         self.states = [State(self.names) for _ in hooks]
@@ -153,7 +159,7 @@ class _World:
                 device=tensors[0].device if tensors else torch.device("cpu"),
                 rank=rank,
                 world_size=self.p,
-                hosts=tuple(hosts) if hosts is not None else (0,) * self.p,
+                hosts=hosts,
                 state=state,
                 connect=self._connecting(rank),
                 after_step=self.after.append,
@@ -165,7 +171,9 @@ class _World:
     def _connecting(self, rank: int) -> Callable[[Sequence[Sequence[int]]], tuple[Subgroup, ...]]:
         def connect(groups: Sequence[Sequence[int]]) -> tuple[Subgroup, ...]:
             self.partitions[rank] += 1
-            return tuple(Subgroup(tuple(g), self.partitions[rank]) for g in groups)
+            made = tuple(Subgroup(tuple(g), self.partitions[rank]) for g in groups)
+            self.groups[rank].update(group for group in made if rank in group.ranks)
+            return made
 
         return connect
 
@@ -223,6 +231,7 @@ class _World:
             wire=self.wire,
             scratch=self.scratch,
             meter=self.meters[rank],
+            groups=self.groups[rank],
             watch=not self.states[rank].is_empty(),
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from commhub._errors import HookError, described
+from commhub.protocol._collectives import foreign
 from commhub.protocol._finite import is_number
 
 from ._job import Job, Scratch, make_job
@@ -59,6 +60,7 @@ class Task:
         watch: bool,
         position: Position | None = None,
         observers: Observers | None = None,
+        groups: Collection[Subgroup] | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.bucket = bucket
@@ -72,7 +74,7 @@ class Task:
         self.entered = 0
         self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
         self._meter, self._watch = meter, watch
-        self._observers = observers
+        self._observers, self._known = observers, groups
         self._shown: Shown | None = None
         self._done = [done]
         self._flat = bucket.flat
@@ -136,7 +138,10 @@ class Task:
             self._shown = self._observers.asked(self.bucket, requests)
         self.jobs = tuple(make_job(r, self.bucket, self._world, self._wire, self._scratch) for r in requests)
         self.stage += 1
-        self.groups.update(job.group for job in self.jobs)
+        for job in self.jobs:
+            if job.group is not None and self._known is not None and job.group not in self._known:
+                raise HookError(f"yielded {job.kind.__name__} among {foreign(job.group)}")
+            self.groups.add(job.group)
         self._meter.spent("encode", began, time.monotonic())
 
     def _no_autocast(self) -> contextlib.AbstractContextManager[object]:

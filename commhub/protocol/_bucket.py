@@ -11,12 +11,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from commhub._errors import HookOptionError
+from commhub._printable import shown
+
+from ._collectives import Subgroup, foreign
 from ._finite import all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from ._collectives import Subgroup
 
 
 @attrs.frozen
@@ -218,21 +220,26 @@ class Bucket:
             group: the subgroup among which the inner hook works; it must come from ``commhub.create``.
 
         Raises:
-            ValueError: if the parameters are not adjacent parameters of this bucket.
+            HookOptionError: if the parameters are not adjacent parameters of this bucket, or the subgroup is not one
+                of this rank's.
         """
         wanted = [id(p) for p in parameters]
         mine = [id(p) for p in self.parameters]
         first = mine.index(wanted[0]) if wanted and wanted[0] in mine else -1
         if first < 0 or mine[first : first + len(wanted)] != wanted:
-            raise ValueError("part() takes adjacent parameters of this bucket, in the bucket's order.")
+            raise HookOptionError("part() takes adjacent parameters of this bucket, in the bucket's order.")
         chosen = slice(first, first + len(wanted))
         spans = self._spans[chosen]
         start = spans[0].offset
         group = self.group if group is None else group
+        if group is not None and not isinstance(group, Subgroup):
+            raise HookOptionError(f"part() among {shown(group)}. Give what setup.partition returned, or None.")
         ranks = None if group is None or group is self.group else group.ranks
+        absolute = self.rank if self.group is None else self.group.ranks[self.rank]
+        if group is not None and absolute not in group.ranks:
+            raise HookOptionError(f"part() among {foreign(group)}")
         if ranks is not None:
             self._finite.unentered += 1
-        absolute = self.rank if self.group is None else self.group.ranks[self.rank]
         return Bucket(
             flat=self.flat.narrow(0, start, sum(s.numel for s in spans)),
             parameters=self.parameters[chosen],

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import attrs
 
+from commhub._errors import HookOptionError
+from commhub._printable import shown
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,9 +35,17 @@ class Subgroup:
         return len(self.ranks)
 
 
+def foreign(group: Subgroup) -> str:
+    """What to say of a subgroup that a hook was not given here."""
+    return (
+        f"ranks {shown(group.ranks)}, which is no subgroup of this rank in this registration. Use what setup.partition "
+        "returned in this hook's prepare."
+    )
+
+
 def _op(instance: object, _attribute: attrs.Attribute[str], value: object) -> None:
-    if value not in ("mean", "sum"):
-        raise ValueError(f"{type(instance).__name__}: op is {value!r}; it is 'mean' or 'sum'.")
+    if not isinstance(value, str) or value not in ("mean", "sum"):
+        raise HookOptionError(f"{type(instance).__name__}: op is {shown(value)}; it is 'mean' or 'sum'.")
 
 
 @attrs.frozen(eq=False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from commhub._errors import HookOptionError, HookOptionTypeError
+from commhub._printable import shown
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import torch
 
@@ -64,11 +68,19 @@ class Setup:
         Every rank must ask for the same partition, here in ``prepare`` and nowhere else.
 
         Raises:
-            ValueError: if a rank stands twice or is out of range.
+            HookOptionError: if a rank stands twice or is out of range.
         """
+        if not isinstance(groups, Sequence) or not all(isinstance(one, Sequence | range) for one in groups):
+            raise HookOptionTypeError(f"partition({shown(groups)}): give a list of lists of ranks.")
         flat = [rank for group in groups for rank in group]
-        if len(set(flat)) != len(flat) or not all(0 <= rank < self.world_size for rank in flat):
-            raise ValueError(f"partition({groups!r}): each rank from 0 to {self.world_size - 1} stands at most once.")
+        if (
+            not all(isinstance(rank, int) for rank in flat)
+            or len(set(flat)) != len(flat)
+            or not all(0 <= rank < self.world_size for rank in flat)
+        ):
+            raise HookOptionError(
+                f"partition({shown(groups)}): each rank from 0 to {self.world_size - 1} stands at most once."
+            )
         base = self._ranks
         absolute = [[r if base is None else base[r] for r in sorted(group)] for group in groups]
         mine = self.rank if base is None else base[self.rank]

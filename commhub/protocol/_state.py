@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from commhub._errors import CheckpointError
+from commhub._errors import CheckpointError, HookOptionTypeError, StateNameError
+from commhub._printable import shown
 
 Scope = Literal["local", "shared"]
 Tables = dict[str, dict[str, Tensor]]
@@ -48,7 +49,7 @@ class Entries(MutableMapping[str, Tensor]):
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         if not isinstance(value, Tensor):
-            raise TypeError(f"state of {self._parameter!r}: {key!r} is {type(value).__name__}; keep tensors.")
+            raise HookOptionTypeError(f"state of {self._parameter!r}: {key!r} is {type(value).__name__}; keep tensors.")
         full = self._prefix + key
         if self._store.step_open:
             self._store.staged[self._scope, self._parameter, full] = value
@@ -71,6 +72,8 @@ class State:
     """A hook's memory: ``local(name)`` differs per rank (residuals), ``shared(name)`` is equal everywhere."""
 
     def __init__(self, names: tuple[str, ...], *, _store: _Store | None = None, _prefix: str = "") -> None:
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise HookOptionTypeError(f"state is for parameters by name, and was given {shown(names)}.")
         self._store = _Store(tuple(names)) if _store is None else _store
         self._prefix = _prefix
 
@@ -78,7 +81,7 @@ class State:
         """This rank's tensors for the parameter ``name``.
 
         Raises:
-            KeyError: if the model has no such parameter.
+            StateNameError: (a CommhubError and a KeyError) if the model has no such parameter.
         """
         return self._entries("local", name)
 
@@ -86,7 +89,7 @@ class State:
         """The tensors for the parameter ``name`` that all ranks hold alike.
 
         Raises:
-            KeyError: if the model has no such parameter.
+            StateNameError: as ``local``.
         """
         return self._entries("shared", name)
 
@@ -95,8 +98,8 @@ class State:
         return State((), _store=self._store, _prefix=f"{self._prefix}{name}/")
 
     def _entries(self, scope: Scope, name: str) -> Entries:
-        if name not in self._store.names:
-            raise KeyError(f"state is keyed by parameter name, and the model has no parameter {name!r}")
+        if not isinstance(name, str) or name not in self._store.names:
+            raise StateNameError(f"state is keyed by parameter name, and the model has no parameter {shown(name)}")
         return Entries(self._store, scope, name, self._prefix)
 
     # The rest is the core's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from commhub._errors import HookOptionError
+from commhub._printable import shown
 
 from ._wire_names import WIRES, bare, short_name
 
@@ -21,7 +22,7 @@ def wire_dtype(wire: object) -> torch.dtype | None:
         dtype: torch.dtype = getattr(torch, WIRES[bare(wire)])
         return dtype
     raise HookOptionError(
-        f"wire is {wire!r}; it is None, a floating torch.dtype, or one of {', '.join(sorted(WIRES))}."
+        f"wire is {shown(wire)}; it is None, a floating torch.dtype, or one of {', '.join(sorted(WIRES))}."
     )
 
 

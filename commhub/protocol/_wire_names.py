@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from commhub._printable import shown
+
 WIRES: Final = {
     "fp16": "float16",
     "float16": "float16",
@@ -23,5 +25,6 @@ def bare(wire: str) -> str:
 
 def short_name(wire: object) -> str:
     """The shortest spelling of a wire: of text, or of a ``torch.dtype``; what is none of ``WIRES`` stays as it is."""
-    dtype = WIRES.get(bare(str(wire)))
-    return next((name for name, known in WIRES.items() if known == dtype), str(wire).removeprefix("torch."))
+    text = wire if isinstance(wire, str) else shown(wire)
+    dtype = WIRES.get(bare(text))
+    return next((name for name, known in WIRES.items() if known == dtype), text.removeprefix("torch."))

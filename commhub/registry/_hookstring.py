@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from commhub._errors import HookOptionError
+from commhub._errors import HookOptionError, HookOptionTypeError
 from commhub._printable import shown
 
 from ._brackets import closing, malformed, pieces
@@ -125,6 +125,8 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def _safely(text: str, begins: re.Pattern[str]) -> HookString:
+    if not isinstance(text, str):
+        raise HookOptionTypeError(f"{shown(text)} is no hook string. Write it like 'powersgd(rank=4)'.")
     try:
         return _parse(text, begins)
     except RecursionError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from commhub._errors import CommhubError, HookOptionError, PluginError, UnknownHookError, described
+from commhub._errors import CommhubError, HookOptionError, HookOptionTypeError, PluginError, UnknownHookError, described
 from commhub._printable import message_of, shown
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
@@ -178,7 +178,7 @@ def choose(hook: object, options: Mapping[str, Any]) -> Recipe:
     Raises:
         UnknownHookError, HookConflictError, PluginError: see ``commhub.info``.
         HookOptionError: for an option that is unknown, given twice, or of the wrong type.
-        TypeError: if ``hook`` is neither text nor has a ``reduce`` method.
+        HookOptionError: and a TypeError too, if ``hook`` is neither text nor has a ``reduce`` method.
     """
     if isinstance(hook, str):
         return resolve(str(getattr(hook, "value", hook)), options, reserved=RESERVED)
@@ -228,7 +228,7 @@ def resolve(
 def _of_object(hook: object, options: Mapping[str, Any]) -> Recipe:
     if isinstance(hook, type) or not callable(getattr(hook, "reduce", None)):
         shown = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
-        raise TypeError(
+        raise HookOptionTypeError(
             f"{shown} is no hook. Give a name, a hook string, a HookType member, or an object with reduce(bucket)."
         )
     reserved = {key: value for key, value in options.items() if key in RESERVED}

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
+from commhub._errors import HookOptionError, HookOptionTypeError
+from commhub._printable import shown
+
 from ._hookstring import literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 __all__ = ["RESERVED", "AveragerSpec", "HookSpec", "Option", "is_name"]
 
@@ -35,43 +39,53 @@ def is_name(text: str) -> bool:
 
 def _is_name(_owner: object, _field: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not is_name(value):
-        raise ValueError(
-            f"{value!r} is not a name: write lowercase snake_case, a letter first, such as 'powersgd_rank2'."
+        raise HookOptionError(
+            f"{shown(value)} is not a name: write lowercase snake_case, a letter first, such as 'powersgd_rank2'."
         )
 
 
 def _is_option_name(_owner: object, _field: attrs.Attribute[str], value: str) -> None:
     if value in RESERVED:
-        raise ValueError(f"option {value!r} is reserved for the core ({', '.join(RESERVED)}): rename it.")
+        raise HookOptionError(f"option {shown(value)} is reserved for the core ({', '.join(RESERVED)}): rename it.")
     if keyword.iskeyword(value):
-        raise ValueError(f"option {value!r} is a Python keyword: rename it.")
+        raise HookOptionError(f"option {shown(value)} is a Python keyword: rename it.")
 
 
 def _is_option_type(_owner: object, _field: attrs.Attribute[type | str], value: object) -> None:
-    if value != "hook" and value not in _TYPES:
-        raise ValueError(f"{value!r} is not an option's type: use int, float, bool, str, dict or 'hook'.")
+    if not any(value is known for known in _TYPES) and not (isinstance(value, str) and value == "hook"):
+        raise HookOptionError(f"{shown(value)} is not an option's type: use int, float, bool, str, dict or 'hook'.")
 
 
 def _is_sentence(_owner: object, field: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not value.strip() or "\n" in value:
-        raise ValueError(f"{field.name} is {value!r}: write one line of text.")
+        raise HookOptionError(f"{field.name} is {shown(value)}: write one line of text.")
+
+
+def _is_text(_owner: object, field: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str):
+        raise HookOptionTypeError(f"{field.name} is {shown(value)}: write text.")
+
+
+def _is_bool(_owner: object, field: attrs.Attribute[bool], value: object) -> None:
+    if not isinstance(value, bool):
+        raise HookOptionTypeError(f"{field.name} is {shown(value)}: write True or False.")
 
 
 def _is_factory(_owner: object, _field: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not _FACTORY.fullmatch(value):
-        raise ValueError(f"factory is {value!r}: write 'package.module:Class', as text.")
+        raise HookOptionError(f"factory is {shown(value)}: write 'package.module:Class', as text.")
 
 
 def _is_tolerance(_owner: object, _field: attrs.Attribute[float | None], value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"tolerance is {value!r}: give a relative error >= 0, or None for no promise.")
+        raise HookOptionError(f"tolerance is {shown(value)}: give a relative error >= 0, or None for no promise.")
 
 
 def _words(value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
-        raise TypeError(f"{value!r} is not a tuple of strings: mind the comma in ('optimizer',).")
+        raise HookOptionTypeError(f"{shown(value)} is not a tuple of strings: mind the comma in ('optimizer',).")
     return tuple(map(str.__str__, value))
 
 
@@ -84,7 +98,7 @@ def _plain(value: object) -> object:
     """The value as one of exactly Python's own types, so that it can always be printed, compared and written.
 
     Raises:
-        ValueError: if it cannot be written in a hook string.
+        HookOptionError: if it cannot be written in a hook string.
     """
     if isinstance(value, list | tuple):
         items = [_plain(item) for item in value]
@@ -100,12 +114,14 @@ def _plain(value: object) -> object:
 
 
 def _choices(value: Iterable[object]) -> tuple[object, ...]:
+    if not isinstance(value, tuple | list):
+        raise HookOptionTypeError(f"choices is {shown(value)}: give a tuple of values.")
     return tuple(map(_plain, value))
 
 
 def _options(value: object) -> tuple[Option, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(x, Option) for x in value):
-        raise TypeError(f"options is {value!r}: give a tuple of commhub.Option.")
+        raise HookOptionTypeError(f"options is {shown(value)}: give a tuple of commhub.Option.")
     return tuple(value)
 
 
@@ -121,19 +137,19 @@ class Option:
         choices: the allowed values; empty means any value of the type.
 
     Raises:
-        ValueError: if the declaration contradicts itself.
+        HookOptionError: if the declaration contradicts itself.
     """
 
     name: str = attrs.field(converter=_text, validator=[_is_name, _is_option_name])
     type: type | str = attrs.field(validator=_is_option_type)
     default: object = attrs.field(default=None, hash=False)
-    help: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
+    help: str = attrs.field(default="", converter=_text, validator=_is_text)
     choices: tuple[object, ...] = attrs.field(default=(), converter=_choices)
 
     def __attrs_post_init__(self) -> None:
         for choice in self.choices:
             if not self._has_type(choice):
-                raise ValueError(f"option {self.name!r} has the choice {choice!r}, not a {self.type_name}.")
+                raise HookOptionError(f"option {self.name!r} has the choice {shown(choice)}, not a {self.type_name}.")
         if self.default is not None:
             object.__setattr__(self, "default", _plain(self.convert(self.default)))
 
@@ -148,16 +164,16 @@ class Option:
         An int becomes a float where a float is asked for; a bool is no number, and text is neither.
 
         Raises:
-            ValueError: when the type does not fit or the value is none of the choices.
+            HookOptionError: when the type does not fit or the value is none of the choices.
         """
         if value is None and self.default is None:
             return None
         if not self._has_type(value):
             article = "an" if self.type_name == "int" else "a"
             nested = " string" if self.type == "hook" else ""
-            raise ValueError(f"{self.name} is {value!r}, not {article} {self.type_name}{nested}")
+            raise HookOptionError(f"{self.name} is {shown(value)}, not {article} {self.type_name}{nested}")
         if self.choices and value not in self.choices:
-            raise ValueError(f"{self.name} is {value!r}, none of {', '.join(map(repr, self.choices))}")
+            raise HookOptionError(f"{self.name} is {shown(value)}, none of {', '.join(map(repr, self.choices))}")
         return self._plain(value)
 
     def _has_type(self, value: object) -> bool:
@@ -172,11 +188,16 @@ class Option:
         if isinstance(value, str):
             return str.__str__(value)
         if isinstance(self.type, type) and not isinstance(value, bool):
-            return self.type(value)
+            try:
+                return self.type(value)
+            except OverflowError:
+                raise HookOptionError(f"{self.name} is {shown(value, 20)}, too large for a float") from None
         return value
 
 
 def _preset(value: Mapping[str, object]) -> dict[str, object]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise HookOptionTypeError(f"{shown(value)} is no dict of options by name.")
     return {name: _plain(entry) for name, entry in dict(value).items()}
 
 
@@ -193,30 +214,34 @@ class _Spec:
     preset: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
     needs: tuple[str, ...] = attrs.field(default=(), converter=_words)
     devices: tuple[str, ...] = attrs.field(default=("cpu", "cuda"), converter=_words)
-    sent_bytes: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
-    reference: str = attrs.field(default="", converter=_text, validator=attrs.validators.instance_of(str))
+    sent_bytes: str = attrs.field(default="", converter=_text, validator=_is_text)
+    reference: str = attrs.field(default="", converter=_text, validator=_is_text)
     example: Mapping[str, object] = attrs.field(factory=dict, converter=_preset, hash=False)
 
     def __attrs_post_init__(self) -> None:
         declared: dict[str, Option] = {}
         for option in self.options:
             if option.name in declared:
-                raise ValueError(f"{self.kind} {self.name!r} declares the option {option.name!r} twice.")
+                raise HookOptionError(f"{self.kind} {self.name!r} declares the option {option.name!r} twice.")
             declared[option.name] = option
         object.__setattr__(self, "preset", self._converted("preset", self.preset, declared))
         if both := self.preset.keys() & self.example:
-            raise ValueError(f"{self.kind} {self.name!r} presets {min(both)!r}, which its example cannot give.")
+            raise HookOptionError(f"{self.kind} {self.name!r} presets {min(both)!r}, which its example cannot give.")
         object.__setattr__(self, "example", self._converted("example", self.example, declared))
 
     def _converted(self, field: str, values: Mapping[str, object], declared: Mapping[str, Option]) -> dict[str, object]:
         converted = {}
         for name, value in values.items():
             if name not in declared:
-                raise ValueError(f"{self.kind} {self.name!r}: its {field} has {name!r}, which is none of its options.")
+                raise HookOptionError(
+                    f"{self.kind} {self.name!r}: its {field} has {name!r}, which is none of its options."
+                )
             try:
                 converted[name] = declared[name].convert(value)
             except ValueError as err:
-                raise ValueError(f"{self.kind} {self.name!r} has a value of the wrong type in {field}: {err}.") from err
+                raise HookOptionError(
+                    f"{self.kind} {self.name!r} has a value of the wrong type in {field}: {err}."
+                ) from err
         return converted
 
     def option(self, name: str) -> Option | None:
@@ -247,14 +272,14 @@ class HookSpec(_Spec):
         tolerance: the bound on the relative error of one step; ``None`` where no single step promises one.
 
     Raises:
-        ValueError: when a field is malformed, an option is declared twice or a preset or example names no option.
-        TypeError: when a field that takes a tuple was given something else.
+        HookOptionError: when a field is malformed, an option is declared twice or a preset or example names no option.
+        HookOptionError: and a TypeError too, when a field that takes a tuple was given something else.
     """
 
     kind: ClassVar[str] = "hook"
 
-    exact: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
-    agrees: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    exact: bool = attrs.field(default=False, validator=_is_bool)
+    agrees: bool = attrs.field(default=True, validator=_is_bool)
     tolerance: float | None = attrs.field(default=None, validator=_is_tolerance)
 
 

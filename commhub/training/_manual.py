@@ -6,29 +6,31 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhub._errors import RegistrationError
+from commhub._errors import CommhubError, RegistrationError
+from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.registry._recipe import choose
 from commhub.training.attachments._collector import Collector
-from commhub.training.attachments._ddp import check_devices
+from commhub.training.attachments._ddp import check_devices, group_of
 
-from ._register import optimizers_of
+from ._register import check_scaler, optimizers_of
 from ._registration import Registration
-from ._start import start
-from ._target import Target, checked_timeout
+from ._start import refuse, start
+from ._target import Target, checked_timeout, usable_timeout
 from ._trained import trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
-    from torch import nn
 
     from commhub.registry._recipe import Recipe
 
     from ._session import Session
+    from ._trained import Named
 
 
 class ManualRegistration(Registration):
@@ -83,23 +85,24 @@ def manual(
     >>> registration = commhub.manual(module, "fp16")  # doctest: +SKIP
     >>> loss.backward(); registration.average(); optimizer.step()  # doctest: +SKIP
     """
-    if isinstance(module, DistributedDataParallel):
-        raise RegistrationError("a DistributedDataParallel model averages by itself. Use commhub.register.")
-    parameters = tuple(trainable(module))
-    if not parameters:
-        raise RegistrationError("the module has no trainable parameters.")
-    if not dist.is_initialized():
-        raise RegistrationError("there is no process group. Call torch.distributed.init_process_group first.")
-    group = dist.group.WORLD if process_group is None else process_group
-    if group is None or dist.get_rank(group) < 0:
-        raise RegistrationError("this process is not in the process group that was given.")
+    try:
+        parameters = _parameters(module)
+        group = group_of(None, process_group)
+    except CommhubError as error:
+        refuse(error, "register", process_group)
+        raise
     device = parameters[0][1].device
     every = dict(options)
     if wire is not None:
         every["wire"] = wire
 
     def chosen_here() -> Recipe:
+        if not isinstance(verify, bool):
+            raise RegistrationError(f"verify is {shown(verify)}; it is True or False.")
         check_devices((p for _, p in parameters), dist.get_backend(group))
+        checked_timeout(timeout, group, device)
+        optimizers_of(optimizer)
+        check_scaler(scaler)
         return choose(hook, every)
 
     target = Target(
@@ -110,9 +113,25 @@ def manual(
         unused=True,
         traits={},
         after_optimizers=True,
-        optimizers=optimizers_of(optimizer),
+        optimizers=optimizers_of(optimizer, strict=False),
         scaler=scaler,
-        timeout=checked_timeout(timeout, group, device),
-        verify=verify,
+        timeout=usable_timeout(timeout, group, device),
+        verify=verify is not False,
     )
     return ManualRegistration(start(target, chosen_here), Collector(module))
+
+
+def _parameters(module: object) -> tuple[Named, ...]:
+    """Those that are trained.
+
+    Raises:
+        RegistrationError: if there are none, or the module is none or averages by itself.
+    """
+    if isinstance(module, DistributedDataParallel):
+        raise RegistrationError("a DistributedDataParallel model averages by itself. Use commhub.register.")
+    if not isinstance(module, nn.Module):
+        raise RegistrationError(f"module is {shown(module)}; give a torch.nn.Module.")
+    parameters = tuple(trainable(module))
+    if not parameters:
+        raise RegistrationError("the module has no trainable parameters.")
+    return parameters

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from commhub._errors import HookOptionError, RegistrationError
+from commhub._errors import CommhubError, HookOptionError, HookOptionTypeError, RegistrationError
+from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
 from commhub.registry._recipe import Recipe, choose
@@ -19,8 +20,9 @@ from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._registration import Registration
 from ._running import relieve
+from ._start import refuse as refuse_together
 from ._start import start
-from ._target import Target, checked_timeout
+from ._target import Target, checked_timeout, usable_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,7 +67,12 @@ def register(
 
     >>> registration = commhub.register(model, "powersgd_rank2")  # doctest: +SKIP
     """
-    ddp = find(model)
+    try:
+        ddp = find(model)
+        group, strange_group = _group_of(ddp, process_group)
+    except CommhubError as error:
+        refuse_together(error, "register", process_group)
+        raise
     every = dict(options)
     for name, value in (("wire", wire), ("process_group", process_group), ("optimizer", optimizer), ("scaler", scaler)):
         if value is not None:
@@ -73,20 +80,21 @@ def register(
 
     def chosen_here() -> Recipe:
         if not isinstance(verify, bool):
-            raise RegistrationError(f"verify is {verify!r}; it is True or False.")
+            raise RegistrationError(f"verify is {shown(verify)}; it is True or False.")
+        if strange_group is not None:
+            raise strange_group
         refuse(ddp)
         check_devices((p for _, p in parameters), dist.get_backend(group))
         checked_timeout(timeout, group, ddp.device)
         optimizers_of(optimizer)
+        check_scaler(scaler)
         chosen = choose(hook, every)
         strange = sorted(chosen.reserved.keys() - {"wire", "process_group", "optimizer", "scaler"})
         if strange:
             raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
         return chosen
 
-    group = group_of(ddp, process_group)
     parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
-    valid_timeout = isinstance(timeout, int | float) and timeout > 0
     target = Target(
         group=group,
         device=ddp.device,
@@ -96,7 +104,7 @@ def register(
         traits=_traits(ddp),
         optimizers=optimizers_of(optimizer, strict=False),
         scaler=scaler,
-        timeout=checked_timeout(timeout if valid_timeout else None, group, ddp.device),
+        timeout=usable_timeout(timeout, group, ddp.device),
         verify=verify is not False,
     )
     former = Slot.on(ddp)
@@ -113,6 +121,16 @@ def register(
     if said and session.engine.rank == 0:
         logger.warning("%s: %s", registration, said)
     return registration
+
+
+def _group_of(
+    ddp: DistributedDataParallel, given: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, CommhubError | None]:
+    """The group; where what was given is none, the model's own, through which the peers hear of it, and the error."""
+    try:
+        return group_of(ddp, given), None
+    except HookOptionTypeError as error:
+        return group_of(ddp, None), error
 
 
 def _traits(model: DistributedDataParallel) -> dict[str, Any]:
@@ -133,10 +151,32 @@ def optimizers_of(given: object, *, strict: bool = True) -> tuple[torch.optim.Op
         return ()
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
     if all(isinstance(one, torch.optim.Optimizer) for one in several):
-        return several
+        lacking = [type(one).__name__ for one in several if _lacks_hooks(one)]
+        if not lacking:
+            return several
+        if strict:
+            raise RegistrationError(
+                f"{lacking[0]} has no step hooks of its own: it wraps an optimizer. Give the one in it."
+            )
+        return ()
     if strict:
         raise RegistrationError(f"optimizer is {type(given).__name__}; give a torch.optim.Optimizer or a list of them.")
     return ()
+
+
+def _lacks_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is none in fact: a wrapper that only derives from the class, and was never set up as one."""
+    try:
+        held = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, optimizer.param_groups)
+    except Exception:  # noqa: BLE001 - the wrapper may be of anybody's making
+        return True
+    return not all(hasattr(one, "__len__") for one in held)
+
+
+def check_scaler(scaler: Any) -> None:
+    """Raise RegistrationError for what is no loss scaler."""
+    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
+        raise RegistrationError(f"scaler is {shown(scaler)}; give the torch.amp.GradScaler in use, or None.")
 
 
 def create(hook: object, **options: Any) -> InnerHook:

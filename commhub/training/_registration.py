@@ -7,8 +7,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from commhub._errors import RegistrationError
+from commhub._printable import shown
+from commhub.drivers._network import Network
 from commhub.drivers._observers import Observer
-from commhub.registry._recipe import Recipe, choose
+from commhub.registry._recipe import Recipe
 from commhub.training.rendezvous._agree import Rendezvous, agree
 from commhub.training.saving._folder import Folder
 from commhub.training.saving._phases import save
@@ -18,13 +20,13 @@ from commhub.training.steps._own_hooks import PlainMean
 
 from ._loading import load, load_alone
 from ._running import Running
-from ._schedule import Schedule
+from ._schedule import Schedule, next_one
+from ._start import check_fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from commhub.drivers._network import Network
     from commhub.drivers._observers import After, Before
     from commhub.drivers._stats import Stats
     from commhub.protocol._hook import Averager, Hook
@@ -88,8 +90,7 @@ class Registration:
         Raises:
             HookMismatchError, RegistrationError: as ``register``; the former hook then stays.
         """
-        self._check_usable()
-        self._running.replace(lambda: choose(hook, options))
+        self._running.replace(lambda: next_one(hook, options))
         self._running.announce("swapped")
 
     def schedule(self, hooks: Mapping[int, object]) -> None:
@@ -100,12 +101,13 @@ class Registration:
             HookMismatchError: if the ranks' schedules differ.
             RegistrationError: for a step that has passed.
         """
-        self._check_usable()
+        self._running.check_registered()
         failure: BaseException | None = None
         schedule, target = Schedule(), self._session.target
         try:
+            self._check_usable()
             self.finish()
-            schedule = Schedule.of(hooks, self.step)
+            schedule = Schedule.of(hooks, self.step, lambda chosen: check_fit(target, chosen))
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         rendezvous = Rendezvous.of(target.group, target.timeout)
@@ -131,6 +133,7 @@ class Registration:
             RegistrationError: if one is due, and the parameters were moved since the backward before.
             HookError: what went wrong with the average.
         """
+        self._running.check_registered()
         timetable = self._session.timetable
         if timetable is not None and not self._session.engine.in_step:
             timetable.finish()
@@ -140,9 +143,9 @@ class Registration:
 
         The registration cannot be used again.
         """
-        self._check_usable()
-        self._schedule = Schedule()
+        self._running.check_registered()
         self._running.replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
+        self._schedule = Schedule()
         self._running.end()
 
     def observe(self, before: Before | None = None, after: After | None = None) -> Callable[[], None]:
@@ -166,15 +169,20 @@ class Registration:
         """
         self._running.check_registered()
         if not all(one is None or callable(one) for one in (before, after)):
-            raise RegistrationError(f"observe({before!r}, {after!r}): give functions.")
+            raise RegistrationError(f"observe({shown(before)}, {shown(after)}): give functions.")
         return self._running.observe(Observer(before, after))
 
-    def emulate(self, network: Network | None) -> None:
+    def emulate(self, network: Network | str | None) -> None:
         """Make every collective take at least as long as it would on ``network``, from the next step on.
 
+        A text such as ``"100mbit"`` is a network's bandwidth.
+
         Raises:
+            HookOptionError: if it is no network.
             RegistrationError: for CUDA gradients, whose collectives no thread waits for.
         """
+        self._running.check_registered()
+        network = Network.of(network)
         if network is not None and self._session.target.device.type != "cpu":
             raise RegistrationError("a network can be emulated for gradients in host memory only.")
         self._session.emulate(network)
@@ -209,6 +217,7 @@ class Registration:
             CheckpointError: if it is of another hook, model or rank, incomplete or damaged. Nothing is changed then;
                 with a schedule on no rank.
         """
+        self._running.check_registered()
         go_on = load if self._schedule else load_alone
         go_on(self._running, self._schedule, lambda rank, size: select(state, rank, size))
 
@@ -221,6 +230,7 @@ class Registration:
             CheckpointError: on every rank, if it failed on any; the former checkpoint stays.
             HookError: what went wrong with an average that was due.
         """
+        self._running.check_registered()
         save(self._session.target, directory, self.state_dict)
 
     def load(self, directory: str | Path) -> None:
@@ -232,6 +242,7 @@ class Registration:
             CheckpointError: on every rank, if a file is missing, damaged or of another hook or model for any of them.
                 Nothing is changed then on any rank.
         """
+        self._running.check_registered()
         load(self._running, self._schedule, lambda rank, size: Folder(directory).read(rank, size))
 
     def close(self) -> None:

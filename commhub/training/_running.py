@@ -56,12 +56,16 @@ class Running:
     def check_usable(self) -> None:
         """Raise RegistrationError where nothing can be changed; forget a step that backward left over."""
         self.check_registered()
+        self.forget_left_over()
+        if self.session.engine.in_step:
+            raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
+
+    def forget_left_over(self) -> None:
+        """Forget a step that backward left over."""
         engine = self.session.engine
         if engine.is_left_over:
             engine.abandon()
             engine.settle()
-        if engine.in_step:
-            raise RegistrationError("a step is under way; swap, schedule and remove between steps.")
 
     def check_registered(self) -> None:
         """Raise RegistrationError where another registration, or none, has the model."""
@@ -81,7 +85,14 @@ class Running:
 
     def replace(self, choose: Callable[[], Recipe], call: str = "swap") -> None:
         """Put another hook in its place; collective."""
-        self.install(self.start(choose, call))
+        self.check_registered()
+        self.forget_left_over()
+
+        def between_steps() -> Recipe:  # a rank that is in a step says so to the others
+            self.check_usable()
+            return choose()
+
+        self.install(self.start(between_steps, call))
 
     def install(self, session: Session, *, loading: bool = False) -> None:
         """Have it take over."""

@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 
 from commhub._errors import CommhubError, RegistrationError, described
 from commhub._version import __version__
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from ._target import Target
 
 
+_REFUSED = 2.0
+"""Seconds that a rank waits for its peers which has nothing to register."""
+
+
 def start(
     target: Target,
     choose: Callable[[], Recipe],
@@ -56,7 +61,8 @@ def start(
         HookMismatchError: on all ranks where they disagree.
         RegistrationError: where another rank failed; there the error is the original.
     """
-    if former is not None and former.timetable is not None and not former.engine.has_failed and not loading:
+    waits = former is not None and not former.engine.in_step and not former.engine.has_failed and not loading
+    if waits and former is not None and former.timetable is not None:
         former.timetable.let_through()
     with contextlib.ExitStack() as at_end:
         return _start(target, choose, former, call, at_end)
@@ -72,7 +78,7 @@ def _start(
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
-        _check_fit(target, chosen)
+        check_fit(target, chosen)
         if former is not None and (why := former.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         at_end.enter_context(taken(hook, chosen.name, former))
@@ -123,7 +129,24 @@ def _start(
     return Session(target, chosen, engine, engine.driver, timetable)
 
 
-def _check_fit(target: Target, chosen: Recipe) -> None:
+def refuse(error: CommhubError, call: str, group: object) -> None:
+    """Raise ``error``, which came before there was a target, and let peers that wait for this rank know.
+
+    Args:
+        error: why this rank cannot go on.
+        call: what the user called.
+        group: the process group that was given, if any: peers are looked for there, and among all ranks otherwise.
+    """
+    if dist.is_initialized():
+        among = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+        with contextlib.suppress(ValueError, RuntimeError):
+            if among is not None and dist.get_rank(among) >= 0:
+                agree(Rendezvous.of(among, _REFUSED), call, {}, error)
+    raise error
+
+
+def check_fit(target: Target, chosen: Recipe) -> None:
+    """Raise RegistrationError where the hook cannot work on ``target``, or needs what was not given."""
     if target.device.type not in chosen.devices:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
@@ -174,7 +197,7 @@ def _prepared(
             optimizers=target.optimizers,
             scaler=target.scaler,
             state=state,
-            connect=driver.connect,
+            connect=engine.connect,
             after_step=callbacks.after_step.append,
             at_end=callbacks.at_end.append,
             settle=callbacks.settle.append,

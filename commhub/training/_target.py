@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from commhub._errors import RegistrationError
+from commhub._printable import shown
 
 if TYPE_CHECKING:
     import weakref
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     import torch
     import torch.distributed as dist
+
+LONGEST = 1e8
+"""The seconds that a timeout may be, three years; clocks and stores count no further than some times that."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -52,8 +56,8 @@ class Target:
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
     """The group's own timeout in seconds."""
     try:
-        return float(group._get_backend(device).options._timeout.total_seconds())
-    except (RuntimeError, AttributeError):
+        return min(float(group._get_backend(device).options._timeout.total_seconds()), LONGEST)
+    except (RuntimeError, AttributeError, ValueError):
         return 1800.0
 
 
@@ -61,10 +65,20 @@ def checked_timeout(timeout: float | None, group: dist.ProcessGroup, device: tor
     """``timeout`` in seconds, the group's own by default.
 
     Raises:
-        RegistrationError: if it is no positive number.
+        RegistrationError: if it is no positive number, or more than ``LONGEST``.
     """
     if timeout is None:
         return group_timeout(group, device)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-        raise RegistrationError(f"timeout is {timeout!r}; give seconds above zero.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+        raise RegistrationError(
+            f"timeout is {shown(timeout)}; give seconds above 0 and at most {LONGEST:g}, or None for the group's own."
+        )
     return float(timeout)
+
+
+def usable_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:
+    """The same; the group's own where ``timeout`` will not do, so that the peers can hear of that."""
+    try:
+        return checked_timeout(timeout, group, device)
+    except RegistrationError:
+        return group_timeout(group, device)

@@ -355,8 +355,8 @@ def test_a_model_or_hook_that_cannot_be_served_is_refused_with_the_reason(ranks)
             ("python reducer", "RegistrationError", "python reducer"),
             ("two", "RegistrationError", "2 DDP models"),
             ("builtin hook", "RegistrationError", "already has the communication hook"),
-            ("a class", "TypeError", "the class Mean is no hook"),
-            ("a number", "TypeError", "int is no hook"),
+            ("a class", "HookOptionTypeError", "the class Mean is no hook"),
+            ("a number", "HookOptionTypeError", "int is no hook"),
             ("option of an object", "HookOptionError", "takes no options here"),
         ]:
             assert told[case][0] == name, (case, told[case])

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhub._errors import RegistrationError
+from commhub._errors import HookOptionTypeError, RegistrationError
+from commhub._printable import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,13 +82,27 @@ def check_devices(parameters: Iterable[nn.Parameter], backend: str) -> torch.dev
     return device
 
 
-def group_of(model: DistributedDataParallel, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group to average over: the model's own unless another one is given, never silently the world.
 
+    A bare module, ``None`` here, has all ranks.
+
     Raises:
-        RegistrationError: if this process is not in it.
+        RegistrationError: if there is none, or this process is not in it.
     """
-    group = model.process_group if given is None else given
-    if dist.get_rank(group) < 0:
+    if not dist.is_initialized():
+        raise RegistrationError("there is no process group. Call torch.distributed.init_process_group first.")
+    own = dist.group.WORLD if model is None else model.process_group
+    group: object = own if given is None else given
+    if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise RegistrationError("this process is not in the process group that was given.")
+    if not isinstance(group, dist.ProcessGroup):
+        raise HookOptionTypeError(f"process_group is {shown(group)}; give a process group, or None.")
+    try:
+        rank = dist.get_rank(group)
+    except (ValueError, RuntimeError, KeyError) as error:
+        text = f"the process group is gone ({error}). Wrap the model anew, in a group that has not been destroyed."
+        raise RegistrationError(text) from error
+    if rank < 0:
         raise RegistrationError("this process is not in the process group that was given.")
     return group

@@ -267,6 +267,7 @@ class Timetable:
     # What the hooks on the module and the optimizers call.
 
     def _forward(self, module: nn.Module, _inputs: object) -> None:
+        self.join()  # what it writes to, this forward reads
         trains = bare(module).training and torch.is_grad_enabled()
         if self._in_closure or not (trains or (self._optimizers and is_collective(module))):
             return  # where an evaluation takes all ranks, one whose step was skipped is waited for in an average

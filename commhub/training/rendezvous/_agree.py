@@ -22,7 +22,7 @@ from ._rendezvous import Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ._rendezvous import Verdict
+    from ._verdict import Verdict
 
 __all__ = ["Rendezvous", "agree", "number_hosts"]
 
@@ -86,6 +86,7 @@ def agree(
         words = _words(verdict)
         return not _trouble(rendezvous, topic, verdict, words) and (more or _differ(words))
 
+    rendezvous.topic = topic
     try:
         verdict = rendezvous.round(mine, patience, goes_on)
         words = _words(verdict)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 import weakref
@@ -26,6 +27,8 @@ from commhub._errors import RegistrationError
 from commhub.drivers._board import FAREWELL
 from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, within
 
+from ._verdict import Verdict
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -36,33 +39,15 @@ _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
 _ANSWERS_WITHIN = 2.0
 """Seconds that all the store's answers of a round take at most."""
+_SILENT = 10.0
+"""Seconds of waiting after which it is said who is waited for."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
 _in_use: weakref.WeakKeyDictionary[Store, tuple[str, int]] = weakref.WeakKeyDictionary()
 """The parts of stores that something works on, with group and rendezvous; tidying spares them."""
 _lock = threading.Lock()
-
-
-@attrs.frozen
-class Verdict:
-    """What became of a round: the same on every rank that took part.
-
-    Attributes:
-        brought: by rank, what the ranks brought that had come when it was written.
-        waited: how many seconds whoever wrote it was ready to wait.
-        left: the rank that was interrupted while it waited, if one was.
-    """
-
-    brought: dict[int, str]
-    waited: float
-    left: int | None
-
-    @classmethod
-    def read(cls, text: bytes | None) -> Verdict:
-        """From the form it has in the store."""
-        waited, left, brought = json.loads(text or b"[0, null, {}]")
-        return cls({int(rank): mine for rank, mine in brought.items()}, waited, left)
+logger = logging.getLogger("commhub")
 
 
 @attrs.define(eq=False)
@@ -71,12 +56,14 @@ class Rendezvous:
 
     Attributes:
         missed: the verdict of the rendezvous before, where others had come to it and waited for this rank in vain.
+        topic: the call that it is for, for the log.
     """
 
     group: str
     rank: int
     size: int
     timeout: float
+    topic: str = attrs.field(default="a call of all ranks", init=False)
     _base: Store
     missed: Verdict | None = attrs.field(default=None, init=False)
     _number: int | None = None
@@ -91,7 +78,11 @@ class Rendezvous:
         Raises:
             RegistrationError: if the group has no store.
         """
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        try:
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            text = f"the process group is gone ({error}). Registrations end before destroy_process_group() is called."
+            raise RegistrationError(text) from error
         try:
             given = dist.distributed_c10d._get_process_group_store(group)
             base = within(timeout, lambda: own_connection(given, timeout))
@@ -111,6 +102,8 @@ class Rendezvous:
 
     def round(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         """Bring ``mine`` to the next round, and hear its verdict when all have come or one has waited too long.
+
+        A wait of more than ten seconds is logged, once, with those who are waited for.
 
         Args:
             mine: for the others to read.
@@ -163,8 +156,12 @@ class Rendezvous:
     def _hold(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         place = self._enter(mine)
         if self._is_last:
-            verdict = self._decide(self._brought({self.rank: mine}, self.size, patience), patience)
-        elif _wait(place, [_VERDICT], patience):
+            brought = self._brought({self.rank: mine}, self.size, min(patience, _SILENT))
+            if patience > _SILENT and len(brought) < self.size:
+                self._tell(patience)
+                brought = self._brought(brought, self.size, patience - _SILENT)
+            verdict = self._decide(brought, patience)
+        elif self._hears(patience):
             verdict = Verdict.read(peek(place, _VERDICT))
         else:
             drawn = self._close()
@@ -176,6 +173,29 @@ class Rendezvous:
         if first and self.rank == 0 and (self._number or 0) % _TIDY_EVERY == _TIDY_EVERY - 1:
             self._tidy()
         return verdict
+
+    def _hears(self, patience: float) -> bool:
+        """Wait for the verdict; whether it is there."""
+        if _wait(self._place, [_VERDICT], min(patience, _SILENT)):
+            return True
+        if patience <= _SILENT:
+            return False
+        self._tell(patience)
+        return _wait(self._place, [_VERDICT], patience - _SILENT)
+
+    def _tell(self, patience: float) -> None:
+        """Log who is waited for."""
+        missing = [rank for rank in range(self.size) if rank != self.rank and peek(self._place, str(rank)) is None]
+        if missing and not self._abandoned:
+            logger.warning(
+                "%s waits for rank%s %s of 0..%d (%g s so far, until %g s); it is to be called on all ranks.",
+                self.topic,
+                "s" if len(missing) > 1 else "",
+                ", ".join(map(str, missing)),
+                self.size - 1,
+                _SILENT,
+                patience,
+            )
 
     def _enter(self, mine: str) -> Store:
         """Come to the next round. ``_is_last`` tells whether all others are there already, or about to write."""

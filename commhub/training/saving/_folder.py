@@ -23,6 +23,7 @@ import attrs
 import torch
 
 from commhub._errors import CheckpointError, described
+from commhub._printable import shown
 
 from ._saved import Saved
 from ._saving import Part, assemble
@@ -66,7 +67,13 @@ class Folder:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory)
+        try:
+            self.path = Path(directory)
+            os.fsencode(self.path)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{shown(directory)} is no path of a directory ({error}).") from error
+        if "\0" in str(self.path):
+            raise CheckpointError(f"{shown(directory)} is no path of a directory.")
 
     # Saving: `make` everywhere, `tidy` on rank 0, `write` everywhere, `switch` on rank 0.
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from commhub.drivers._driver import Driver
     from commhub.drivers._observers import Observers
     from commhub.protocol._bucket import Span
+    from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
     from commhub.protocol._state import State
 
@@ -86,6 +87,10 @@ class Engine:
     def in_doubt(self) -> bool:
         """Whether a step did not end well here, and may have on a peer."""
         return self._unsettled is not None
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
+        """Make communicators among disjoint groups of ranks, for the hook; on all ranks, in one order."""
+        return self.rounds.connect(groups)
 
     # A step: what an attachment calls.
 

@@ -46,6 +46,7 @@ class Rounds:
     rank: int
     world_size: int
     observers: Observers = attrs.Factory(Observers)
+    _groups: set[Subgroup] = attrs.Factory(set)
     _scratch: Scratch = attrs.Factory(Scratch)
     _unheard: bool = False
     _counts: dict[str, int] = attrs.Factory(dict)
@@ -64,6 +65,12 @@ class Rounds:
     def failure(self) -> HookError | None:
         """What went wrong, once something has: a copy, to be raised."""
         return None if self.driver.failure is None else to_raise(self.driver.failure)
+
+    def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
+        """Make communicators among disjoint groups of ranks, and know those that hold this rank from others' own."""
+        made = self.driver.connect(groups)
+        self._groups.update(group for group in made if self.rank in group.ranks)
+        return made
 
     def next(self, topic: str, group: Subgroup | None) -> tuple[str, int]:
         """The name of what ranks of ``group`` do together between buckets of a step, and how often they have."""
@@ -102,6 +109,7 @@ class Rounds:
             watch=watch,
             position=position,
             observers=self.observers if observed else None,
+            groups=self._groups,
             done=done,
         )
         self.driver.meter.step.logical_bytes += logical_bytes

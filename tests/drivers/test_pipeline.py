@@ -184,7 +184,7 @@ def partitions(groups):
     model = DistributedDataParallel(mlp())
     try:
         commhub.register(model, hook := Partitions(groups))
-    except commhub.RegistrationError as error:
+    except commhub.HookOptionError as error:
         return str(error)
     with torch.no_grad():
         model(torch.ones(1, 8))  # DDP wants a forward before anything else; gradients do not matter here

@@ -67,10 +67,9 @@ class Timetable:
         self._last, self._ended = -1, False
         self._due: list[tuple[int, Subgroup]] = []
         self._waiting = False  # something else than an average
-        self._is_told = False
+        self._is_told = self._in_closure = False
         self._awaited: set[int] = set()
         self._place = Snapshot(())  # of the parameters after the first backward since the optimizers' last step
-        self._in_closure = False
         self._beginning = Beginning(parameters)
         self._even: Snapshot | None = Snapshot(())  # of the parameters since they were the same on all ranks
         self._background: threading.Thread | None = None

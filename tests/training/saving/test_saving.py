@@ -320,7 +320,7 @@ def average_and_fail(folder):
     steps(model, 1)
     optimizer.step()
     began = time.monotonic()
-    with pytest.raises(commhub.CheckpointError, match="TypeError"):
+    with pytest.raises(commhub.CheckpointError, match="is no path of a directory"):
         registration.save(folder if dist.get_rank() == 0 else 7)
     assert time.monotonic() - began < 3
     assert registration.step == 1

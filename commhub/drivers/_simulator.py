@@ -29,7 +29,7 @@ from ._network import Network
 from ._plain import check, exchange
 from ._stats import Meter
 from ._task import Task
-from ._virtual import alike, count, hosts_of, how_many, tensors
+from ._virtual import alike, as_before, count, hosts_of, how_many, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,7 +117,8 @@ def simulate(
     for step in range(steps):
         given = [at(rank, step) for rank in range(p)]
         for rank, mine in enumerate(given):
-            alike(first, mine, rank)
+            alike(given[0], mine, rank)
+        as_before(first, given[0], step)
         world.run(step, given, buckets)
     return world.outcome()
 

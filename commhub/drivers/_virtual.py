@@ -71,6 +71,14 @@ def alike(first: Sequence[Tensor], given: Sequence[Tensor], rank: int) -> None:
         )
 
 
+def as_before(first: Sequence[Tensor], given: Sequence[Tensor], step: int) -> None:
+    """Raise HookOptionError unless a step's gradients have the shapes of the first ones; dtypes may change."""
+    if [tuple(t.shape) for t in given] != [tuple(t.shape) for t in first]:
+        raise HookOptionError(
+            f"the gradients of step {step} differ from the first ones in number or shape; a model keeps its parameters."
+        )
+
+
 def hosts_of(hosts: object, ranks: int) -> tuple[int, ...]:
     """The host's number for each rank; by default one host has all.
 

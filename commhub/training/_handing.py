@@ -88,7 +88,7 @@ class StateHanded:
             parameter = self._parameters[name]
             optimizer: Any = self._optimizers[number] if number < len(self._optimizers) else None
             kept = {} if optimizer is None else optimizer.state.get(parameter, {})
-            table = {}
+            table = {key: value for key, value in kept.items() if not _can_be_said(value)}
             for key, kind, value in entries:
                 table[key] = value if kind == "plain" else _like(kind, value, kept.get(key), parameter)
                 if kind != "plain":
@@ -107,7 +107,7 @@ class StateHanded:
                     if isinstance(value, torch.Tensor):
                         kind = f"{str(value.dtype).removeprefix('torch.')} {value.device.type}"
                         entries.append((key, kind, list(value.shape)))
-                    elif isinstance(value, bool | int | float | str | None):
+                    elif _can_be_said(value):
                         entries.append((key, "plain", value))
                 if entries:
                     lines.append(json.dumps([number, name, entries]))
@@ -120,6 +120,11 @@ class StateHanded:
         for optimizer, parameter, table in tables:
             if optimizer is not None:
                 optimizer.state[parameter] = table
+
+
+def _can_be_said(value: object) -> bool:
+    """Whether a rank can hand it to another; what it cannot, such as a list, stays each rank's own."""
+    return isinstance(value, torch.Tensor | bool | int | float | str | None)
 
 
 def _like(kind: str, shape: list[int], kept: object, parameter: Tensor) -> Tensor:

@@ -42,17 +42,12 @@ REASONS = {
 
 NO_WORD = "rank 0 holds the store: while it is stopped its peers can leave no word in it that they gave up"
 ALL_WAIT = "all ranks wait, and answer: nobody says for which collective, so that none is seen to be behind"
-HALF_SENT = (
-    "a message that was half sent sleeps until its group's timeout; its group is freed at the first swap after that"
-)
 OPEN = (
     "rank 0 holds the store: a peer with an open question to it aborts if the answer comes while its interpreter ends"
 )
 
 KNOWN = {
     **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
-    **{("stopped", phase, victim): HALF_SENT for phase in ("encode", "between") for victim in (0, 1, 2)},
-    **{(fault, "between", victim): HALF_SENT for fault in ("BaseException", "link: failed") for victim in (0, 1, 2)},
     ("stopped", "exit", 0): OPEN,
     **{
         (f"link: {how}", phase, victim): ALL_WAIT

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import attrs
 import torch
 import torch.distributed as dist
 
@@ -39,6 +42,8 @@ LAYERS = [12] * 13
 PER_LAYER = 1 / 4096  # MiB: twelve buckets of LAYERS
 LOOKS = 8
 """Steps in a row after which memory is looked at."""
+SETTLES_WITHIN = 3.0
+"""Seconds after the last step within which threads have let go of it."""
 
 
 @rule("ranks", after=(*ALIKE, "ranks_agree", "mean"))
@@ -113,28 +118,55 @@ def memory_is_flat(subject: Subject) -> None:
     """Two hundred steps need no more memory than sixty."""
     model, _ = build(subject, PER_LAYER, Given({"matrix": (48, 32), "vector": (9,)}))
     own = drawn(dist.get_rank(), 0, {"matrix": (48, 32), "vector": (9,)})
-    held: dict[int, list[tuple[int, int]]] = {60: [], 200: []}
+    held: dict[int, list[_Held]] = {60: [], 200: []}
     for step in range(1, 201):
         give(model, own)
         for end, looks in held.items():
             if end - LOOKS < step <= end:
                 looks.append(_held())
     # The least of several looks: a thread of Gloo's may have yet to let go of the last step's payloads.
-    (tensors, objects), (more_tensors, more_objects) = (map(min, zip(*looks, strict=True)) for looks in held.values())
-    assert more_tensors <= tensors * 1.02 + 4096, (
-        f"tensors hold {tensors} bytes after 60 steps, {more_tensors} after 200"
+    before, after = held.values()
+    tensors, objects = min(look.bytes for look in before), min(look.objects for look in before)
+    patience = time.monotonic() + SETTLES_WITHIN
+    while True:
+        least, more_objects = min(after, key=lambda look: look.bytes), min(look.objects for look in after)
+        are_flat = least.bytes <= tensors * 1.02 + 4096
+        if are_flat and more_objects <= objects + 120:
+            return
+        if time.monotonic() > patience:
+            break
+        time.sleep(0.05)  # what is held for ever still is
+        after.append(_held())
+    assert are_flat, (
+        f"tensors hold {tensors} bytes after 60 steps, {least.bytes} after 200, of which {least.more_than(before[-1])}"
     )
-    assert more_objects <= objects + 120, f"there are {more_objects - objects} more objects after 140 more steps"
+    raise AssertionError(f"there are {more_objects - objects} more objects after 140 more steps")
 
 
-def _held() -> tuple[int, int]:
-    """Bytes of all tensors that are alive, and the number of objects that the collector tracks."""
+@attrs.frozen
+class _Held:
+    """What is alive: bytes of tensors' storages, by what they are, and the number of objects that are tracked."""
+
+    storages: Counter[str]
+    objects: int
+
+    @property
+    def bytes(self) -> int:
+        return self.storages.total()
+
+    def more_than(self, other: _Held) -> str:
+        """What there is more of here than there, for people."""
+        return ", ".join(f"{size} in {what}" for what, size in (self.storages - other.storages).most_common(4))
+
+
+def _held() -> _Held:
     gc.collect()
     objects = gc.get_objects()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in objects if type(t) is torch.Tensor
-    }
-    return sum(storages.values()), len(objects)
+    tensors = {t.untyped_storage().data_ptr(): t for t in objects if type(t) is torch.Tensor}
+    storages: Counter[str] = Counter()
+    for t in tensors.values():
+        storages[f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"] += t.untyped_storage().nbytes()
+    return _Held(storages, len(objects))
 
 
 def _faulty(reduce: Any, step: int) -> Any:

@@ -18,6 +18,7 @@ from commhub._errors import HookError, RegistrationError
 from commhub.protocol._bucket import Span, lay_out
 
 from ._ddp import SLOT
+from ._uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,11 +102,15 @@ class Slot:
     def _watch_use(self, parameters: Sequence[Named]) -> None:
         """Where backward may leave parameters out, learn which it reached, from hooks of our own."""
         if self._flags:
-            mark = self._used.add
+            used = self._used
+
+            def mark(parameter: Tensor) -> None:
+                used.add(id(parameter))
+
             for _, parameter in parameters:
                 frozen = not parameter.requires_grad
                 parameter.requires_grad_(True)  # a frozen one takes no hook, and keeps it when it is frozen again
-                handle = parameter.register_post_accumulate_grad_hook(lambda p, mark=mark: mark(id(p)))
+                handle = parameter.register_post_accumulate_grad_hook(uncompiled(mark))
                 parameter.requires_grad_(not frozen)
                 self._handles.append(handle)
 
@@ -195,7 +200,7 @@ class Slot:
                 if slot is not None:
                     slot._after_backward()
 
-            Variable._execution_engine.queue_callback(after_backward)
+            _queue(after_backward)
 
     def _after_backward(self) -> None:
         engine, model = self._engine, self._model()
@@ -209,7 +214,7 @@ class Slot:
             def tell_error() -> NoReturn:
                 raise error
 
-            Variable._execution_engine.queue_callback(tell_error)
+            _queue(tell_error)
             return
         if engine is None or model is None or not engine.in_step:
             return
@@ -229,9 +234,9 @@ class Slot:
             def tell(failure: BaseException = failure) -> NoReturn:
                 raise failure
 
-            Variable._execution_engine.queue_callback(tell)
+            _queue(tell)
         elif self.after is not None or engine.acts_after_steps:
-            Variable._execution_engine.queue_callback(self._afterwards)
+            _queue(self._afterwards)
 
     def _afterwards(self) -> None:
         """What follows a step, after DDP's own callback, which puts the averages where the user reads them."""
@@ -263,9 +268,14 @@ class Slot:
             )
 
 
+def _queue(callback: Callable[[], None]) -> None:
+    """Have it called when this backward has ended."""
+    Variable._execution_engine.queue_callback(uncompiled(callback))
+
+
 def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
     """What PyTorch keeps; at the top of a module, so that a model whose hook was removed can be pickled."""
-    return state.reduce(bucket)
+    return uncompiled(state.reduce)(bucket)
 
 
 commhub_slot.__annotations__ = {}  # as text they would not be what PyTorch compares them with

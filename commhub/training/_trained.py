@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
     Named = tuple[str, nn.Parameter]
 
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""Under which ``torch.compile`` and activation checkpointing keep the module that they wrap."""
+
 
 def named(model: nn.Module, *, ignored: bool = False) -> Iterator[Named]:
     """The module's parameters, frozen ones too, by the name they have in the bare module.
 
-    A name does not change when the module, or a part of it, is compiled. What DDP was told to ignore is left out,
-    unless ``ignored``.
+    A name does not change when the module, or a part of it, is compiled or has its activations checkpointed. What DDP
+    was told to ignore is left out, unless ``ignored``.
     """
     module, left_out = _bare(model)
     for name, parameter in module.named_parameters():
         if ignored or name not in left_out:
-            yield name.replace("_orig_mod.", ""), parameter
+            yield _unwrapped(name), parameter
 
 
 def trainable(model: nn.Module) -> Iterator[Named]:
@@ -37,7 +40,11 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     module, left_out = _bare(model)
     for name, buffer in module.named_buffers():
         if name not in left_out:
-            yield name.replace("_orig_mod.", ""), buffer
+            yield _unwrapped(name), buffer
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _bare(model: nn.Module) -> tuple[nn.Module, set[str]]:

@@ -67,6 +67,9 @@ def _nested(text: str, where: str) -> str:
 def _unknown(spec: HookSpec | AveragerSpec, name: str) -> str:
     if name in RESERVED:
         return f"{name} is an argument of commhub.register, not an option of the {spec.kind}. Give it there."
+    for option in spec.options:
+        if name in option.known_as:
+            return f"what is called {name!r} elsewhere is {option.name!r} here."
     free = [option.name for option in spec.options if option.name not in spec.preset]
     if not free:
         return f"there is no option {name!r}; it takes none."

@@ -207,6 +207,7 @@ def resolve(
     if twice := sorted(parsed.options.keys() & options.keys()):
         raise HookOptionError(f"{text}: {twice[0]!r} is given in the hook string and as an argument. Give it once.")
     every = {**parsed.options, **options}
+    _refuse_state(every)
     claim = _lookup.find(parsed.name, parsed.distribution)
     if kind is not None and claim.kind != kind:
         raise UnknownHookError(f"{claim.name!r} of {claim.distribution} is of kind {claim.kind!r}, not {kind!r}.")
@@ -225,12 +226,21 @@ def resolve(
     )
 
 
+def _refuse_state(options: Mapping[str, object]) -> None:
+    if "state" in options:
+        raise HookOptionError(
+            "no state is given: commhub makes and keeps what a hook remembers. What PyTorch's state objects hold are "
+            "options of the hook, which `commhub info` lists."
+        )
+
+
 def _of_object(hook: object, options: Mapping[str, Any]) -> Recipe:
     if isinstance(hook, type) or not callable(getattr(hook, "reduce", None)):
         shown = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
         raise HookOptionTypeError(
             f"{shown} is no hook. Give a name, a hook string, a HookType member, or an object with reduce(bucket)."
         )
+    _refuse_state(options)
     reserved = {key: value for key, value in options.items() if key in RESERVED}
     extra = sorted(options.keys() - reserved.keys())
     name, inside = hook.made if isinstance(hook, InnerHook) else (type(hook).__name__, hook)

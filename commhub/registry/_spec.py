@@ -135,6 +135,7 @@ class Option:
         default: the value when the option is not given. Where it is ``None``, that is allowed as a value.
         help: one line, for ``commhub info``.
         choices: the allowed values; empty means any value of the type.
+        known_as: what others call it, such as PyTorch; who writes that is told this name.
 
     Raises:
         HookOptionError: if the declaration contradicts itself.
@@ -145,6 +146,7 @@ class Option:
     default: object = attrs.field(default=None, hash=False)
     help: str = attrs.field(default="", converter=_text, validator=_is_text)
     choices: tuple[object, ...] = attrs.field(default=(), converter=_choices)
+    known_as: tuple[str, ...] = attrs.field(default=(), converter=_words)
 
     def __attrs_post_init__(self) -> None:
         for choice in self.choices:

@@ -1,15 +1,16 @@
 """What a name resolves to, the status of every claim, and the way from a name to a hook."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import commhub
 from commhub.registry import _registry
-from commhub.registry._recipe import resolve
+from commhub.registry._recipe import choose, resolve
 
 OPTIONS = """options=(
-    Option(name='rank', type=int, default=1),
+    Option(name='rank', type=int, default=1, known_as=('matrix_rank',)),
     Option(name='rate', type=float, default=2.0),
     Option(name='warm_start', type=bool, default=True),
     Option(name='seed', type=int),
@@ -292,6 +293,7 @@ def test_options_of_a_hook_string_and_of_a_call_are_one(site):
         ({"periods": {1: object()}}, "cannot be written in a hook string"),
         ({"rat": 1}, r"no option 'rat'. Did you mean 'rate'\? Its options are inner, mode"),
         ({"wire": "bf16"}, "wire is an argument of commhub.register"),
+        ({"matrix_rank": 2}, "what is called 'matrix_rank' elsewhere is 'rank' here"),
     ],
 )
 def test_wrong_options_say_what_and_where(site, options, what):
@@ -299,6 +301,16 @@ def test_wrong_options_say_what_and_where(site, options, what):
     with pytest.raises(commhub.HookOptionError, match=what) as caught:
         resolve("some", options)
     assert "cannot be written" in what or str(caught.value).startswith("some (some-dist 1.0): ")
+
+
+@pytest.mark.parametrize("resolved", [resolve, choose])
+def test_who_gives_a_state_learns_where_its_fields_go(site, resolved):
+    site.add("some-dist", "some", fields=OPTIONS)
+    for hook, options in (("some", {"state": None}), ("some(state=3)", {})):
+        with pytest.raises(commhub.HookOptionError, match=r"no state is given.*options of the hook"):
+            resolved(hook, options)
+    with pytest.raises(commhub.HookOptionError, match="no state is given"):
+        choose(SimpleNamespace(reduce=len), {"state": 3})
 
 
 def test_a_hook_without_options_says_so(site):

@@ -19,7 +19,13 @@ def commhub_hooks() -> list[HookSpec]:
             summary="Average gradients within each host, and parameters over all ranks every few steps.",
             factory="commhub_post_local_sgd._hook:PostLocalSGD",
             options=(
-                Option(name="start_step", type=int, default=1000, help="Steps of plain averages over all ranks first."),
+                Option(
+                    name="start_step",
+                    type=int,
+                    default=1000,
+                    help="Steps of plain averages over all ranks first.",
+                    known_as=("start_localSGD_iter",),
+                ),
                 Option(
                     name="period",
                     type=int,
@@ -30,6 +36,7 @@ def commhub_hooks() -> list[HookSpec]:
                     type=bool,
                     default=True,
                     help="Average gradients within a host; otherwise each rank keeps its own.",
+                    known_as=("post_local_gradient_allreduce",),
                 ),
                 Option(
                     name="averager",
@@ -72,6 +79,7 @@ def commhub_averagers() -> list[AveragerSpec]:
                     name="periods",
                     type=dict,
                     help="Period: size of the groups of ranks, such as {2: 2, 8: 4}; must be given.",
+                    known_as=("period_group_size_dict",),
                 ),
                 _WARMUP,
                 *_MORE,

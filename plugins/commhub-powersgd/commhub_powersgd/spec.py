@@ -3,15 +3,33 @@
 from commhub import HookSpec, Option, hookimpl
 
 _OPTIONS = (
-    Option(name="rank", type=int, default=1, help="Rank of the approximation, at least 1."),
-    Option(name="start_step", type=int, default=1000, help="Steps of plain averaging before the first compressed one."),
+    Option(
+        name="rank",
+        type=int,
+        default=1,
+        help="Rank of the approximation, at least 1.",
+        known_as=("matrix_approximation_rank",),
+    ),
+    Option(
+        name="start_step",
+        type=int,
+        default=1000,
+        help="Steps of plain averaging before the first compressed one.",
+        known_as=("start_powerSGD_iter",),
+    ),
     Option(
         name="min_compression_rate",
         type=float,
         default=2.0,
         help="Compress a matrix only where its factors have this many times fewer elements.",
     ),
-    Option(name="error_feedback", type=bool, default=True, help="Add what was not sent to the next gradient."),
+    Option(
+        name="error_feedback",
+        type=bool,
+        default=True,
+        help="Add what was not sent to the next gradient.",
+        known_as=("use_error_feedback",),
+    ),
     Option(name="warm_start", type=bool, default=True, help="Start from the last step's factor, not a random one."),
     Option(name="num_power_iterations", type=int, default=1, help="Power iterations a step, two messages each."),
     Option(
@@ -20,14 +38,21 @@ _OPTIONS = (
         default=False,
         help="Send one factor a step, in turns (ACP-SGD): half the bytes, one message.",
     ),
-    Option(name="seed", type=int, default=0, help="Seed of the random starting factors."),
+    Option(name="seed", type=int, default=0, help="Seed of the random starting factors.", known_as=("random_seed",)),
     Option(
         name="batch_same_shapes",
         type=bool,
         default=None,
         help="Work on matrices of one shape together; none decides by device (today: yes).",
+        known_as=("batch_tensors_with_same_shape",),
     ),
-    Option(name="stats_frequency", type=int, default=10_000, help="Steps between log lines on the compression."),
+    Option(
+        name="stats_frequency",
+        type=int,
+        default=10_000,
+        help="Steps between log lines on the compression.",
+        known_as=("compression_stats_logging_frequency",),
+    ),
     Option(
         name="rules",
         type=dict,

@@ -1,10 +1,12 @@
 """The two names, their options, and what a wrong value says."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
 import commhub
 
@@ -32,6 +34,19 @@ GRADIENTS = [[torch.ones(40, 30)]]
 def test_a_wrong_value_raises_an_error_that_names_the_option(option, value):
     with pytest.raises(commhub.HookOptionError, match=option):
         commhub.simulate("powersgd", GRADIENTS, **{option: value})
+
+
+def test_what_pytorch_calls_an_option_is_told_in_its_error():
+    theirs = {*inspect.signature(PowerSGDState.__init__).parameters} - {
+        "self",
+        "process_group",
+        "orthogonalization_epsilon",
+    }
+    ours = {option.name for option in commhub.info("powersgd").spec.options}
+    assert len(theirs) > len(ours & theirs) > 0
+    for name in theirs - ours:
+        with pytest.raises(commhub.HookOptionError, match=f"what is called {name!r} elsewhere is '[a-z_]+' here"):
+            commhub.simulate("powersgd", GRADIENTS, **{name: 1})
 
 
 def test_rank_2_is_a_preset_that_cannot_be_overridden():

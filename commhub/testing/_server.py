@@ -28,7 +28,6 @@ _OF_THE_CORE = (
     "drivers._thread",
     "testing._compare",
     "testing._models",
-    "toolkit._cast_all_reduce",
     "training._register",
 )
 

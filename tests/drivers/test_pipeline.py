@@ -82,7 +82,7 @@ def many_steps(kind, steps):
     return mean_at_each_step(HOOKS[kind](), steps)
 
 
-@pytest.mark.parametrize(("nproc", "steps"), [(2, 100), (4, 100 if EVERYTHING else 40)])
+@pytest.mark.parametrize(("nproc", "steps"), [(2, 100), (4, 100)] if EVERYTHING else [(2, 30), (4, 20)])
 @pytest.mark.parametrize("kind", list(HOOKS))
 def test_twelve_buckets_in_many_steps_give_the_mean(ranks, kind, nproc, steps):
     assert ranks(many_steps, nproc, kind, steps) == [12] * nproc

@@ -99,7 +99,7 @@ def one_of_each_factory(hooks):
 
 
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
-"""Whether four ranks too see every hook and every step; `.ci/run` asks for it, `make test` has no time for it."""
+"""Whether two ranks and four see every hook and every step; `.ci/run` asks for it, `make test` has no time for it."""
 
 
 def one_of_each_promise(hooks):
@@ -113,13 +113,14 @@ def one_of_each_promise(hooks):
 
 
 def on_ranks(holds=lambda hook: True):
-    """Parametrise a test by each hook that `holds` on two ranks, and on four by one hook of each promise.
+    """Parametrise a test by one hook of each promise that `holds` on two ranks; on four, with feedback and without.
 
-    With `EVERYTHING`, by each hook on four ranks too.
+    With `EVERYTHING`, by each hook that `holds` on two ranks and on four.
     """
     chosen = [hook for hook in HOOKS if holds(hook)]
-    on_four = chosen if EVERYTHING else one_of_each_promise(chosen)
-    return pytest.mark.parametrize(("hook", "nproc"), [*((hook, 2) for hook in chosen), *((h, 4) for h in on_four)])
+    on_two = chosen if EVERYTHING else one_of_each_promise(chosen)
+    on_four = chosen if EVERYTHING else list({feeds_back(hook): hook for hook in reversed(on_two)}.values())
+    return pytest.mark.parametrize(("hook", "nproc"), [*((h, 2) for h in on_two), *((h, 4) for h in on_four)])
 
 
 SHAPES = {"tall": (12, 8), "conv": (6, 3, 2, 2), "vector": (7,), "wide": (8, 12), "scalar": (), "square": (9, 9)}

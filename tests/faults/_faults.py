@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TIMEOUT = 2.0
 """Seconds that ranks wait for one another where the fault strikes."""
 LONGER = TIMEOUT + 1.5
+SLEEPS = TIMEOUT + 5.0
+"""Seconds that a collective of Gloo's may sleep that was given up, where ranks are registered with TIMEOUT."""
 
 
 @attrs.frozen(kw_only=True)
@@ -107,7 +109,6 @@ def fills_the_disk(here: Here, value: Any) -> Any:
 
 
 SILENT = r"did not come|has not returned|did not end within|(does|did) not answer|given up"
-
 FAULTS = {
     "raise": Fault(strike=raises, words="ZeroDivisionError: planned"),
     "BaseException": Fault(strike=raises_base, words="SystemExit: planned"),

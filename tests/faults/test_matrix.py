@@ -114,7 +114,7 @@ def test_a_fault_is_told_and_training_goes_on(ranks, tmp_path, record_property, 
     if phase == "exit":
         ended_cleanly(fault, victim, results, time.monotonic())
     else:
-        ask(fault, phase, victim, results, error=mark == "E")
+        ask(fault, victim, results, error=mark == "E")
 
 
 def test_every_fault_has_a_cell_or_a_reason_in_every_phase():

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -33,6 +33,8 @@ _ANSWERS_WITHIN = 0.05
 """Seconds in which the store answers; it takes less than one of them in a thousand where it is alive."""
 _PAUSE = 0.05
 """Seconds between two looks at who has answered a call."""
+_SEVERAL = 6
+"""So many ranks are told of one by one."""
 
 _READ_BY_THEN = 30.0
 """Seconds after which nobody stays for who has not read it."""
@@ -49,14 +51,14 @@ class Roll:
     Attributes:
         found: the verdict that was there, or came meanwhile.
         left: what the ranks said that take part no more, by rank.
-        doing: what the others that answered do.
+        doing: what the others that answered do, as they said it.
         silent: who has said nothing.
         store: why the store cannot be asked; empty if it can.
     """
 
     found: str | None = None
     left: dict[int, str] = attrs.Factory(dict)
-    doing: dict[int, str] = attrs.Factory(dict)
+    doing: dict[int, Any] = attrs.Factory(dict)
     silent: tuple[int, ...] = ()
     store: str = ""
 
@@ -69,11 +71,11 @@ class FailureBoard:
         rank, size: in the registration's group.
 
     Attributes:
-        doing: asked when a peer calls: what this rank does, a predicate for people.
+        doing: asked when a peer calls: what this rank does, in JSON; ``Doing.read`` understands it.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.doing: Callable[[], str] = _connecting
+        self.doing: Callable[[], Any] = _connecting
         self._store, self._rank, self._size = store, rank, size
         self._is_held, self._is_gone = is_held_here(store), False
         self._pid = os.getpid()
@@ -205,7 +207,7 @@ class FailureBoard:
         if not called.wait(max(0.0, end - time.monotonic())):
             raise TimeoutError
         number = called.result()
-        doing: dict[int, str] = {}
+        doing: dict[int, Any] = {}
         while True:
             self._catch_up()
             for rank in self._others():
@@ -216,7 +218,7 @@ class FailureBoard:
                 return Roll(self._found, dict(self._left), doing, silent)
             time.sleep(_PAUSE)
 
-    def _answer(self, rank: int, number: int) -> str | None:
+    def _answer(self, rank: int, number: int) -> Any:
         seen, doing = json.loads(peek(self._store, f"answer/{rank}") or b"[-1, null]")
         return doing if seen >= number else None
 
@@ -262,7 +264,13 @@ def _closed() -> str:
 
 def told_left(left: dict[int, str]) -> str | None:
     """What ranks said that take part no more, as one sentence; None where there are none."""
-    return "; ".join(f"rank {rank} {text}" for rank, text in sorted(left.items())) or None
+    return told_first([f"rank {rank} {text}" for rank, text in sorted(left.items())]) or None
+
+
+def told_first(told: Sequence[str]) -> str:
+    """The first of some sentences, and how many there are more: errors stay short however many ranks there are."""
+    more = [f"and {len(told) - _SEVERAL} more"] if len(told) > _SEVERAL else []
+    return "; ".join([*told[:_SEVERAL], *more])
 
 
 def told_silent(silent: Sequence[int]) -> str:

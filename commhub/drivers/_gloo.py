@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +30,7 @@ from commhub.protocol._collectives import (
     Subgroup,
 )
 
+from ._graveyard import bury
 from ._job import Job, sum_shares, way
 from ._meeting import compare, connect
 from ._threads import are_at_rest
@@ -49,10 +49,6 @@ _GLOO_THREAD = "pt_gloo_runloop"
 """The name of the threads in which Gloo's collectives run."""
 _ENDS_SOON = 0.05
 """Seconds in which a collective ends whose connections are closed, if it ever does; it takes a millisecond or two."""
-
-_sweeping = threading.Lock()
-_graveyard: list[GlooCommunicator] = []
-"""Closed communicators with a collective that has not ended: Gloo's destructor would wait for it."""
 
 
 @attrs.define(eq=False)
@@ -203,9 +199,9 @@ class GlooCommunicator:
         more. What ends it is a receive that runs out of time, upon which Gloo closes every connection of the group; a
         receive over a connection that is closed already fails at once and closes nothing, so every peer is tried.
 
-        One thing Gloo forgets to wake: a message of which a part was on its way when its connection closed. It sleeps
-        until the group's timeout, and then fails. It can neither send nor receive, so it counts as ended when Gloo's
-        threads are at rest.
+        One thing Gloo forgets to wake: a message that its peer was ready for, and that had not gone out as a whole when
+        the connection closed. It sleeps until the group's timeout, and then fails. It can neither send nor receive, so
+        it counts as ended when Gloo's threads are at rest.
         """
         for group, backend in self._groups.items():
             size = self.size if group is None else len(group)
@@ -216,35 +212,30 @@ class GlooCommunicator:
                     backend.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(datetime.timedelta(milliseconds=1))
         end = time.monotonic() + seconds
         soon = time.monotonic() + _ENDS_SOON
-        while not self._is_idle() and time.monotonic() < end:
+        while not self.is_idle() and time.monotonic() < end:
             if time.monotonic() > soon and are_at_rest(_GLOO_THREAD, 0.02):
                 return True
             time.sleep(0.001)
-        return self._is_idle()
+        return self.is_idle()
 
     def close(self) -> None:
-        """Give the group up. Where a collective is stuck, the group is kept until it ends; nothing blocks."""
-        with _sweeping:
-            if self._groups and self not in _graveyard:
-                _graveyard.append(self)
-        sweep()
+        """Give the groups up. Where a collective is stuck, they are kept until it ends; nothing blocks."""
+        if self._groups:
+            bury(self)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight."""
         return all(flight.is_done() for flight in self._flights)
 
+    def free(self) -> None:
+        """Let go of the groups; nothing may be in flight."""
+        self._flights.clear()
+        self._groups.clear()
 
-def sweep(at_exit: bool = False) -> None:
-    """Free the closed groups whose collectives have ended. At exit, the others are left to the operating system."""
-    with _sweeping:  # of two threads that free one, the other would find it gone
-        closed, idle = list(_graveyard), [one for one in _graveyard if one._is_idle()]
-        _graveyard[:] = [one for one in closed if one not in idle]
-    for one in closed:
-        if one in idle:
-            one._flights.clear()
-            one._groups.clear()
-        elif at_exit:
-            for kept in (*one._groups.values(), *(p.work for f in one._flights for p in f.pieces)):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    def abandon(self) -> None:
+        """Keep the groups, and what is in flight in them, for as long as the process lives."""
+        for kept in (*self._groups.values(), *(p.work for f in self._flights for p in f.pieces)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _all_reduce(flight: GlooFlight, group: Any) -> Finish:

@@ -71,8 +71,11 @@ class Pipeline:
         """Drop what was in flight, after it was ended."""
         self._flights.clear()
         self.active.clear()
+        self._watch.progress.forget()
 
     def _go_on(self, task: Task) -> None:
+        if not task.finished:
+            self._watch.progress.comes_to(task)
         self._watch.compare(task, [*self._flights, task], self._check)
         if task.finished:
             self.active.remove(task)
@@ -127,6 +130,7 @@ class Pipeline:
 
     def _resume(self, task: Task) -> None:
         flights = self._flights.pop(task)
+        self._watch.progress.has(task)
         self._watch.guarded(task, lambda: task.resume([flight.result() for flight in flights]))
 
     def _sleep(self) -> None:

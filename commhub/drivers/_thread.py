@@ -19,9 +19,9 @@ import torch
 
 from commhub._errors import HookError, described
 
+from . import _graveyard
 from ._board import described_briefly, take_leave
 from ._failure import Stopped
-from ._gloo import sweep
 from ._inbox import Inbox
 from ._link import emulate, network_of
 from ._pipeline import Pipeline
@@ -282,4 +282,4 @@ def _close_all() -> None:
     for driver in list(_drivers):
         driver.close(how)
     take_leave()
-    sweep(at_exit=True)
+    _graveyard.close_all()

@@ -9,9 +9,11 @@ from commhub._errors import HookError, HookTimeoutError
 
 from ._board import described_briefly, told_left, told_silent
 from ._failure import is_lost_connection, own_error, peer_error
+from ._progress import Doing, Progress, told_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from ._board import FailureBoard, Roll
     from ._signature import Signatures
@@ -35,7 +37,8 @@ _LEAVING = 0.4
 class Watch:
     """Guards every piece of a task, and ends waits that lead nowhere.
 
-    ``given_up`` is set by a thread that waits no longer: the piece under way then leads to nothing.
+    ``given_up`` is set by a thread that waits no longer: the piece under way then leads to nothing. ``progress`` knows
+    where this rank is, for its peers.
 
     Args:
         board: where ranks report failures.
@@ -48,6 +51,7 @@ class Watch:
         self.board, self.signatures = board, signatures
         self.timeout, self.label = timeout, label
         self.given_up: HookError | None = None
+        self.progress = Progress()
         self._looked, self._waited = 0.0, -SLICE
         self._has_lost = False
         self._left_since: float | None = None
@@ -117,14 +121,21 @@ class Watch:
             self._looked = now
             self.board.read()
 
-    def doing(self) -> str:
-        """What this rank does, for peers who ask why it does not come."""
+    def doing(self) -> dict[str, Any]:
+        """What this rank does and where it is, for peers who ask why it does not come: see ``Doing``."""
+        busy, place = self._busy, self.progress.place()
         if self._has_lost:
-            return "has lost a connection"
-        busy = self._busy
+            return self.progress.said("has lost a connection", waits=False)
         if busy is not None and (seconds := time.monotonic() - busy[1]) > SLICE:
-            return f"has been in the hook's code for {seconds:.1f} s (bucket {busy[0].bucket.index})"
-        return "waits too" if time.monotonic() - self._waited <= 2 * SLICE else "asks for nothing at present"
+            bucket = busy[0].bucket
+            told = f"has been in the hook's code for {seconds:.1f} s (bucket {bucket.index}, step {bucket.step})"
+            return self.progress.said(told, waits=False)
+        if place:
+            return self.progress.said(f"waits for {place}", waits=True)
+        waits = time.monotonic() - self._waited <= 2 * SLICE
+        told = "waits for a peer's answer" if waits else "asks for nothing at present"
+        last = self.progress.last and f", and came last to {self.progress.last}"
+        return self.progress.said(f"{told}{last}", waits=False)
 
     def answer_if_busy(self, now: float) -> None:
         """Answer peers who call while the hook's code does not return. Any thread may."""
@@ -175,7 +186,7 @@ class Watch:
         if roll.found is not None:
             return peer_error(self.label, task.bucket, roll.found)
         kinds = ", ".join(job.kind.__name__ for job in task.jobs) or "a peer's answer"
-        who = _who(roll, members)
+        who = _silent(roll) or self._late(roll, members)
         told = HookTimeoutError(f"{kinds} did not end within {self.timeout:g} s; {who}.")
         failure = own_error(self.label, task.bucket, told)
         if roll.silent:
@@ -183,6 +194,15 @@ class Watch:
         else:
             self.board.post(str(failure).partition(": ")[2])
         return failure
+
+    def _late(self, roll: Roll, members: Sequence[int]) -> str:
+        """Who keeps this rank waiting, where all answer: a sentence without its end."""
+        left = told_left({rank: text for rank, text in roll.left.items() if rank in members})
+        if left is not None:
+            return left
+        rank = self.signatures.rank
+        answers = {rank: self.doing(), **{r: answer for r, answer in roll.doing.items() if r not in roll.left}}
+        return told_behind(rank, {r: Doing.read(answer) for r, answer in sorted(answers.items())})
 
     def compare(self, task: Task, waiting: Sequence[Task], check: Callable[[], None]) -> None:
         """Wait until the peers ask for the same as a task does, where that is new.
@@ -212,16 +232,11 @@ class Watch:
             raise peer_error(self.label, task.bucket, told, cause=error) from error
 
 
-def _who(roll: Roll, members: Sequence[int]) -> str:
-    """Who keeps the others waiting, a sentence without its end."""
+def _silent(roll: Roll) -> str:
+    """Who does not answer, a sentence without its end; empty if all do."""
     if roll.store:
         return f"{roll.store}, so that nobody knows which peer is gone, late or stuck"
-    if roll.silent:
-        names = ", ".join(map(str, roll.silent))
-        one = len(roll.silent) == 1
-        return f"rank{'' if one else 's'} {names} do{'es' if one else ''} not answer: gone, stopped or stuck"
-    late = [
-        f"rank {rank} {told}" for rank, told in sorted(roll.doing.items()) if rank in members and "waits" not in told
-    ]
-    gone = [told_left({rank: text}) or "" for rank, text in sorted(roll.left.items()) if rank in members]
-    return "; ".join([*gone, *late][:8]) or "every rank answers, and waits too"
+    if not roll.silent:
+        return ""
+    names, one = ", ".join(map(str, roll.silent)), len(roll.silent) == 1
+    return f"rank{'' if one else 's'} {names} do{'es' if one else ''} not answer: gone, stopped or stuck"

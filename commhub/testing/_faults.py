@@ -122,7 +122,8 @@ class Faulty:
         return self.bare.abort(seconds)
 
     def close(self) -> None:
-        """Give the groups up."""
+        """Give the groups up, and what was lost in them: it would keep their connections open."""
+        self._lost.clear()
         self.bare.close()
 
 

@@ -32,11 +32,11 @@ def step(model):
     return model.module.weight.grad - mean
 
 
-def with_fault(fault, within=20, steps=2, network=None):
-    """Steps with the fault on rank 0; this rank's error, and seconds and wrong elements of its last step."""
+def with_fault(fault, within=20, steps=2, network=None, on=(0,)):
+    """Steps with the fault on some ranks; this rank's error, and seconds and wrong elements of its last step."""
     model, rank = build(), dist.get_rank()
-    with faults({AT: fault} if rank == 0 else {}) as made:
-        registration = commhub.register(model, "allreduce", timeout=within if rank == 0 else 20)
+    with faults({AT: fault} if rank in on else {}) as made:
+        registration = commhub.register(model, "allreduce", timeout=within if rank in on else 20)
     registration.emulate(network)
     error, wrong = None, None
     for _ in range(steps):
@@ -67,11 +67,21 @@ class TestOnRealRanks:
         (told, seconds, _), *peers = ranks(with_fault, nproc, Lost(), within=0.5)
         assert told[0] == "HookTimeoutError"
         assert "rank 0: AllReduce did not end within 0.5 s" in told[1]
+        where = "ranks 1-3" if nproc == 4 else "rank 1"
+        behind = f"rank 0 is behind: it waits for AllReduce 1 of bucket 0 in step 1, which has ended on {where}; there "
+        ahead = "AllReduce 1 of bucket 0 in the sum of step 1 is awaited"
+        assert told[1].endswith(f"{behind}{ahead}.")
         assert 0.5 <= seconds < 2
         for told, seconds, _ in peers:
             assert "rank 0 failed: " in told[1]
-            assert "AllReduce did not end within 0.5 s" in told[1]
+            assert told[1].endswith(f"AllReduce did not end within 0.5 s; {behind}{ahead}.")
             assert seconds < 3
+
+    def test_of_a_collective_that_has_ended_nowhere_the_place_is_told_and_nobody_is_blamed(self, ranks, nproc):
+        for told, _, _ in ranks(with_fault, nproc, Lost(), within=0.5, on=range(nproc)):
+            place = "AllReduce 1 of bucket 0 in step 1 has begun on all ranks and ended on none"
+            assert told[1].endswith(f"{place}: a message between them is late or lost.")
+            assert "behind" not in told[1]
 
     def test_a_failed_collective_is_one_error_with_its_text_on_every_rank(self, ranks, nproc):
         (told, _, _), *peers = ranks(with_fault, nproc, Failed("the cable was cut"))

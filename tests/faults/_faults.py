@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TIMEOUT = 2.0
 """Seconds that ranks wait for one another where the fault strikes."""
 LONGER = TIMEOUT + 1.5
+SLEEPS = TIMEOUT + 5.0
+"""Seconds that a collective of Gloo's may sleep that was given up, where ranks are registered with TIMEOUT."""
 
 
 @attrs.frozen(kw_only=True)
@@ -107,6 +109,7 @@ def fills_the_disk(here: Here, value: Any) -> Any:
 
 
 SILENT = r"did not come|has not returned|did not end within|(does|did) not answer|given up"
+BEHIND = r"is behind: it waits for AllReduce \d of bucket \d in .*, which has ended on rank"
 
 FAULTS = {
     "raise": Fault(strike=raises, words="ZeroDivisionError: planned"),
@@ -118,8 +121,8 @@ FAULTS = {
     "wrong sizes": Fault(strike=is_other, words=r"bf16|\d+ float32|\d+ bytes|partition", symmetric=True),
     "lost store": Fault(strike=loses_the_store, words=r"\bstore\b", ends_the_store=True),
     "full disk": Fault(strike=fills_the_disk, words="File too large"),
-    "link: lost": Fault(link=Lost(), words=SILENT),
+    "link: lost": Fault(link=Lost(), words=BEHIND),
     "link: corrupt": Fault(link=Corrupt(byte=2, bits=0x80)),
     "link: failed": Fault(link=Failed("the cable was cut"), words="the cable was cut"),
-    "link: late": Fault(link=Late(LONGER), words=SILENT),
+    "link: late": Fault(link=Late(LONGER), words=BEHIND),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ from commhub.registry._recipe import Recipe
 from commhub.testing._faults import faults
 from commhub.training.saving._folder import Folder
 
-from ._faults import LONGER, TIMEOUT
+from ._faults import LONGER, SLEEPS, TIMEOUT
 from ._here import LEARNING_RATE, PATIENT
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Phase:
         session = here.registration._session
         session.target = attrs.evolve(session.target, timeout=TIMEOUT)
         session.driver._watch.timeout = TIMEOUT
+        for group in here.communicators[0].bare._groups.values():
+            group.set_timeout(timedelta(seconds=SLEEPS))
 
     def register(self, here: Here) -> None:
         here.registration = commhub.register(here.model, Twice(here), timeout=PATIENT)

@@ -18,15 +18,15 @@ import commhub
 from commhub._errors import described
 from commhub.testing import current
 
-from ._faults import FAULTS
+from ._faults import FAULTS, SLEEPS
 from ._here import LEARNING_RATE, PATIENT, Here, drawn
 from ._phases import PHASES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SETTLES = 5.0
-"""Seconds in which threads and connections that are given up have ended."""
+SETTLES = SLEEPS + 1.0
+"""Seconds in which threads and connections that are given up have ended: Gloo wakes what it forgot at its timeout."""
 
 
 @attrs.frozen

@@ -41,7 +41,6 @@ REASONS = {
 
 
 NO_WORD = "rank 0 holds the store: while it is stopped its peers can leave no word in it that they gave up"
-ALL_WAIT = "all ranks wait, and answer: nobody says for which collective, so that none is seen to be behind"
 OPEN = (
     "rank 0 holds the store: a peer with an open question to it aborts if the answer comes while its interpreter ends"
 )
@@ -49,12 +48,6 @@ OPEN = (
 KNOWN = {
     **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
     ("stopped", "exit", 0): OPEN,
-    **{
-        (f"link: {how}", phase, victim): ALL_WAIT
-        for how in ("lost", "late")
-        for phase in ("encode", "between", "confirm", "average")
-        for victim in (0, 1, 2)
-    },
 }
 """What is not as it should be, by fault, phase and victim. In some runs it is, since who looks first decides."""
 
@@ -114,7 +107,7 @@ def test_a_fault_is_told_and_training_goes_on(ranks, tmp_path, record_property, 
     if phase == "exit":
         ended_cleanly(fault, victim, results, time.monotonic())
     else:
-        ask(fault, phase, victim, results, error=mark == "E")
+        ask(fault, victim, results, error=mark == "E")
 
 
 def test_every_fault_has_a_cell_or_a_reason_in_every_phase():

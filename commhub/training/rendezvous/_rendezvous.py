@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
 from commhub.drivers._board import FAREWELL
-from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, within
+from commhub.drivers._store import go_on, is_held_here, own_connection, peek, told_lost, within
 
 from ._verdict import Verdict
 
@@ -41,6 +41,8 @@ _ANSWERS_WITHIN = 2.0
 """Seconds that all the store's answers of a round take at most."""
 _SILENT = 10.0
 """Seconds of waiting after which it is said who is waited for."""
+_SLICE = 0.25
+"""Seconds of an uninterrupted wait."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
@@ -283,12 +285,17 @@ class Rendezvous:
 
 def _wait(store: Store, keys: Sequence[str], seconds: float) -> bool:
     """Wait until all keys are there; whether they are."""
-    if not keys:
-        return True
-    try:
-        store.wait(list(keys), timedelta(seconds=max(seconds, 0.01)))
-    except RuntimeError as error:
-        if "wait timeout" not in str(error).lower():  # a lost connection, for instance
-            raise
-        return False
+    end = time.monotonic() + seconds
+    while keys:
+        go_on()
+        left = max(end - time.monotonic(), 0.01)
+        try:
+            store.wait(list(keys), timedelta(seconds=min(left, _SLICE)))
+        except RuntimeError as error:
+            if "wait timeout" not in str(error).lower():  # a lost connection, for instance
+                raise
+        else:
+            break
+        if left <= _SLICE:
+            return False
     return True

@@ -18,7 +18,7 @@ from ._deaf import deafen
 from ._threads import are_at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.distributed.distributed_c10d import Store
 
@@ -29,6 +29,8 @@ _TRIES = 3
 _CONNECTS_WITHIN = 0.5
 """Seconds in which a store is connected to, or another try begins."""
 
+_SLICE = 0.25
+"""Seconds of an uninterrupted wait."""
 _RETURNS_WITHIN = 1.0
 """Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
 _RESTS = 0.06
@@ -154,6 +156,24 @@ def peek(store: Store, key: str) -> bytes | None:
     go_on()
     found = store.compare_set(key, _NOTHING, _NOTHING)
     return None if found == _NOTHING.encode() else found
+
+
+def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
+    """Wait until all keys are there; whether they are."""
+    end = time.monotonic() + seconds
+    while keys:
+        go_on()
+        left = max(end - time.monotonic(), 0.01)
+        try:
+            store.wait(list(keys), timedelta(seconds=min(left, _SLICE)))
+        except RuntimeError as error:
+            if "wait timeout" not in str(error).lower():  # a lost connection, for instance
+                raise
+        else:
+            break
+        if left <= _SLICE:
+            return bool(store.check(list(keys)))  # this process may not have run for most of that time
+    return True
 
 
 def go_on() -> None:

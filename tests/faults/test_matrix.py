@@ -40,11 +40,9 @@ REASONS = {
 }
 
 
-NO_WORD = "rank 0 holds the store: while it is stopped its peers can leave no word in it that they gave up"
 ALL_WAIT = "all ranks wait, and answer: nobody says for which collective, so that none is seen to be behind"
 
 KNOWN = {
-    **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
     **{
         (f"link: {how}", phase, victim): ALL_WAIT
         for how in ("lost", "late")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import threading
 import time
 import weakref
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from ._deaf import deafen
+from ._threads import are_at_rest
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.distributed.distributed_c10d import Store
 
@@ -25,13 +29,30 @@ _TRIES = 3
 _CONNECTS_WITHIN = 0.5
 """Seconds in which a store is connected to, or another try begins."""
 
+_SLICE = 0.25
+"""Seconds of an uninterrupted wait."""
+_RETURNS_WITHIN = 1.0
+"""Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
+_RESTS = 0.06
+"""Seconds in which who goes on at all would have run; nobody pauses for longer between two questions."""
+
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_places: dict[tuple[str, int], Errand[set[str]]] = {}
+"""The hosts and ports of the stores that were connected to, and the hosts' addresses."""
+_is_over = threading.Event()
+"""Set when the interpreter ends and no errand may be under way any more."""
 
 
 class Errand(Generic[T]):
-    """``function()`` in a thread of its own, begun at once. A thread that never returns ends with the process."""
+    """``function()`` in a thread of its own, begun at once. A thread that never returns ends with the process.
+
+    Raises:
+        RuntimeError: if the interpreter ends.
+    """
 
     def __init__(self, function: Callable[[], T]) -> None:
+        if _is_over.is_set():
+            raise RuntimeError("no errand begins any more: the interpreter ends")
         self._function = function
         self._over = threading.Event()
         self._value: list[T] = []
@@ -78,6 +99,7 @@ def own_connection(store: Store, seconds: float) -> Store:
     Raises:
         RuntimeError: if the store is gone.
     """
+    _note(store)
     tries: list[Errand[Store]] = []
     lives: Errand[bool] | None = None
     while True:
@@ -131,13 +153,61 @@ def _bare(store: Store) -> Store:
 
 def peek(store: Store, key: str) -> bytes | None:
     """What is there, at once: a store's ``get`` waits first, which is one round trip more."""
+    go_on()
     found = store.compare_set(key, _NOTHING, _NOTHING)
     return None if found == _NOTHING.encode() else found
 
 
+def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
+    """Wait until all keys are there; whether they are."""
+    end = time.monotonic() + seconds
+    while keys:
+        go_on()
+        left = max(end - time.monotonic(), 0.01)
+        try:
+            store.wait(list(keys), timedelta(seconds=min(left, _SLICE)))
+        except RuntimeError as error:
+            if "wait timeout" not in str(error).lower():  # a lost connection, for instance
+                raise
+        else:
+            break
+        if left <= _SLICE:
+            return bool(store.check(list(keys)))  # this process may not have run for most of that time
+    return True
+
+
+def go_on() -> None:
+    """Called by what asks again and again.
+
+    Raises:
+        RuntimeError: if the interpreter ends.
+    """
+    if _is_over.is_set():
+        raise RuntimeError("the interpreter ends")
+
+
+def _note(store: Store) -> None:
+    """Remember where a store is."""
+    bare = _bare(store)
+    place = str(getattr(bare, "host", "")), int(getattr(bare, "port", 0))
+    if place[1] and place not in _places:
+        _places[place] = Errand(lambda: {str(found[4][0]) for found in socket.getaddrinfo(*place)})
+
+
 @atexit.register
 def _let_them_return() -> None:
-    """Wait a moment for the errands: one that returns from C++ after the interpreter's end aborts the process."""
-    end = time.monotonic() + 1.0
+    """Wait a moment for the errands; those that are left get no answer any more.
+
+    A thread that returns from torch's C++ while the interpreter ends aborts the process: Python ends the thread there,
+    which destructors of C++ do not allow.
+    """
+    end = time.monotonic() + _RETURNS_WITHIN
     for thread in list(_threads):
         thread.join(max(0.0, end - time.monotonic()))
+    _is_over.set()
+    left = {thread.native_id for thread in _threads if thread.is_alive()}
+    if left:
+        deafen({(each, port) for (_, port), found in _places.items() if found.wait(0.0) for each in found.result()})
+    end = time.monotonic() + _RETURNS_WITHIN
+    while left and not are_at_rest(left, _RESTS) and time.monotonic() < end:
+        pass

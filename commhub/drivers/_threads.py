@@ -5,29 +5,36 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _TASKS = Path("/proc/self/task")
 
 
-def are_at_rest(name: str, seconds: float) -> bool:
-    """Whether all threads of this name sleep, and have not run for so many seconds; waits that long to see it.
+def are_at_rest(which: str | Collection[int | None], seconds: float) -> bool:
+    """Whether all threads of this name, or with these numbers, sleep, and have not run for so many seconds.
+
+    Waits that long to see it.
 
     Where the operating system does not tell, a second is waited instead.
     """
     if not _TASKS.exists():
         time.sleep(1.0)
         return True
-    before = _running_times(name)
+    before = _running_times(which)
     time.sleep(seconds)
-    return before is not None and before == _running_times(name)
+    return before is not None and before == _running_times(which)
 
 
-def _running_times(name: str) -> dict[str, str] | None:
+def _running_times(which: str | Collection[int | None]) -> dict[str, str] | None:
     """How long each of the threads has run, in the kernel's own words; ``None`` if one runs now."""
     times = {}
     for task in _TASKS.iterdir():
         with contextlib.suppress(OSError):  # it has just ended
-            if (task / "comm").read_text().strip() != name:
+            chosen = (task / "comm").read_text().strip() == which if isinstance(which, str) else int(task.name) in which
+            if not chosen:
                 continue
             state, *figures = (task / "stat").read_text().rpartition(")")[2].split()
             if state != "S":

@@ -40,18 +40,6 @@ REASONS = {
 }
 
 
-NO_WORD = "rank 0 holds the store: while it is stopped its peers can leave no word in it that they gave up"
-OPEN = (
-    "rank 0 holds the store: a peer with an open question to it aborts if the answer comes while its interpreter ends"
-)
-
-KNOWN = {
-    **{("stopped", phase, 0): NO_WORD for phase in ("handshake", "swap", "schedule", "save", "load")},
-    ("stopped", "exit", 0): OPEN,
-}
-"""What is not as it should be, by fault, phase and victim. In some runs it is, since who looks first decides."""
-
-
 def cells():
     """What each fault does in each phase."""
     header, *rows = TABLE.strip("\n").splitlines()
@@ -87,16 +75,9 @@ QUICK = [
 """Each fault once, and each phase."""
 
 
-def marked(cell):
-    """The cell as a parameter of a test; it may fail where it is known to."""
-    fault, phase, _, victim = cell
-    why = KNOWN.get((fault, phase, victim))
-    return pytest.param(*cell, marks=[pytest.mark.xfail(reason=why, strict=False)] if why else [])
-
-
 @pytest.mark.parametrize(
     ("fault", "phase", "nproc", "victim"),
-    [marked(cell) for cell in (EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK)],
+    EVERY if os.environ.get("COMMHUB_EVERY_CHECK") else QUICK,
     ids=lambda value: str(value).replace(" ", "_"),
 )
 def test_a_fault_is_told_and_training_goes_on(ranks, tmp_path, record_property, fault, phase, nproc, victim):

@@ -118,7 +118,7 @@ def _trouble(rendezvous: Rendezvous, topic: str, verdict: Verdict, words: Mappin
     """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
     failed = {rank: word for rank, word in words.items() if word.failure}
     told = [f"rank {rank} could not go on: {word.failure}" for rank, word in failed.items() if not word.hearsay][:1]
-    told = told or [word.failure for word in failed.values()][:1]
+    told = told or [f"{word.failure}{_before(rendezvous)}" for word in failed.values()][:1]
     if not told and (absent := _absent(rendezvous, topic, verdict)):
         told.append(absent)
     calls: dict[str, list[int]] = {}
@@ -144,9 +144,9 @@ def _absent(rendezvous: Rendezvous, topic: str, verdict: Verdict) -> str:
 
 
 def _before(rendezvous: Rendezvous) -> str:
-    """Who had come before and gone, if this rank was late."""
+    """Who had come before and gone, if this rank was late, or its store silent."""
     if rendezvous.missed is None:
-        return ""
+        return rendezvous.unanswered
     words = _words(rendezvous.missed)
     calls = " and ".join(dict.fromkeys(word.call for word in words.values()))
     return (

@@ -16,7 +16,6 @@ import logging
 import threading
 import time
 import weakref
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import attrs
@@ -25,12 +24,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
 from commhub.drivers._board import FAREWELL
-from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, within
+from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, wait_for, within
 
+from ._unanswered import connect, counter, say, told
 from ._verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch.distributed.distributed_c10d import ProcessGroup
 
@@ -56,6 +56,7 @@ class Rendezvous:
 
     Attributes:
         missed: the verdict of the rendezvous before, where others had come to it and waited for this rank in vain.
+        unanswered: which of those who do not come had given up because the store did not answer, for people.
         topic: the call that it is for, for the log.
     """
 
@@ -66,6 +67,7 @@ class Rendezvous:
     topic: str = attrs.field(default="a call of all ranks", init=False)
     _base: Store
     missed: Verdict | None = attrs.field(default=None, init=False)
+    unanswered: str = attrs.field(default="", init=False)
     _number: int | None = None
     _is_last: bool = False
     _rounds: int = 0
@@ -85,13 +87,13 @@ class Rendezvous:
             raise RegistrationError(text) from error
         try:
             given = dist.distributed_c10d._get_process_group_store(group)
-            base = within(timeout, lambda: own_connection(given, timeout))
+            base = connect(given, rank, size, timeout)
         except (KeyError, ValueError, AttributeError) as error:
             text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
             raise RegistrationError(text) from error
         except (RuntimeError, TimeoutError) as error:
             raise RegistrationError(f"{told_lost(given, size, error)}: {error}") from error
-        return cls(group.group_name, rank, size, timeout, PrefixStore("commhub", base))
+        return cls(group.group_name, rank, size, timeout, base)
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this rendezvous."""
@@ -114,7 +116,7 @@ class Rendezvous:
             RegistrationError: if the store does not answer; that takes some seconds more than the patience.
         """
         try:
-            return within(patience + self._lasts, lambda: self._hold(mine, patience, goes_on))
+            return within(patience + self._lasts, lambda: self._hear_out(mine, patience, goes_on))
         except (TimeoutError, RuntimeError) as error:
             self._abandoned = True
             raise RegistrationError(self._lost(error)) from error
@@ -146,12 +148,20 @@ class Rendezvous:
 
     @property
     def _counter(self) -> str:
-        return f"arrivals of {self.size}"
+        return counter(self.size)
 
     @property
     def _place(self) -> Store:
         """Where the present round is held."""
         return PrefixStore(str(self._rounds), self._store())
+
+    def _hear_out(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
+        """Hold the round. Where nobody waits for it any more, the store has been silent, and is told that."""
+        try:
+            return self._hold(mine, patience, goes_on)
+        finally:
+            if self._abandoned and self._number is not None:
+                say(self._base, self.rank, self._number, patience)
 
     def _hold(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         place = self._enter(mine)
@@ -167,6 +177,8 @@ class Rendezvous:
             drawn = self._close()
             verdict = self._decide(self._brought({self.rank: mine}, drawn, _STRAGGLING), patience)
             self._look_back()
+        if missing := [rank for rank in range(self.size) if rank not in verdict.brought]:
+            self.unanswered = told(self._base, self.rank, self.size, self._number or 0, missing)
         if not goes_on(verdict):
             self._take_leave(verdict)
         first = self._rounds == 1 and len(verdict.brought) == self.size
@@ -176,12 +188,12 @@ class Rendezvous:
 
     def _hears(self, patience: float) -> bool:
         """Wait for the verdict; whether it is there."""
-        if _wait(self._place, [_VERDICT], min(patience, _SILENT)):
+        if wait_for(self._place, [_VERDICT], min(patience, _SILENT)):
             return True
         if patience <= _SILENT:
             return False
         self._tell(patience)
-        return _wait(self._place, [_VERDICT], patience - _SILENT)
+        return wait_for(self._place, [_VERDICT], patience - _SILENT)
 
     def _tell(self, patience: float) -> None:
         """Log who is waited for."""
@@ -233,7 +245,7 @@ class Rendezvous:
             if len(brought) >= expected or left <= 0:
                 return brought
             if self._is_last:
-                _wait(place, [str(rank) for rank in range(self.size) if rank not in brought], left)
+                wait_for(place, [str(rank) for rank in range(self.size) if rank not in brought], left)
             elif place.check([_VERDICT]):
                 return brought
             else:
@@ -264,7 +276,7 @@ class Rendezvous:
         if not self._holds_the_store():
             place.set(f"{self.rank} heard", "")
         else:
-            _wait(place, [f"{rank} heard" for rank in verdict.brought if rank != self.rank], FAREWELL)
+            wait_for(place, [f"{rank} heard" for rank in verdict.brought if rank != self.rank], FAREWELL)
 
     def _holds_the_store(self) -> bool:
         """Whether the store may end with this process."""
@@ -279,16 +291,3 @@ class Rendezvous:
                 number = key.partition("/")[0]
                 if number.isdigit() and int(number) < (self._number or 0) and int(number) not in spared:
                     self._base.delete_key(key)
-
-
-def _wait(store: Store, keys: Sequence[str], seconds: float) -> bool:
-    """Wait until all keys are there; whether they are."""
-    if not keys:
-        return True
-    try:
-        store.wait(list(keys), timedelta(seconds=max(seconds, 0.01)))
-    except RuntimeError as error:
-        if "wait timeout" not in str(error).lower():  # a lost connection, for instance
-            raise
-        return False
-    return True

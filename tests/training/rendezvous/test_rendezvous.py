@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -298,6 +299,43 @@ def leave_with_the_store(folder):
 def test_who_holds_the_store_stays_until_its_peer_has_heard_the_verdict(ranks, tmp_path):
     ranks.fresh(leave_with_the_store, 2, tmp_path, init=False, grace=20)
     assert (tmp_path / "told").read_text().startswith("RegistrationError: rank 0 could not go on: UnknownHookError: ")
+
+
+def be_stopped():
+    """Rank 0 holds the store and is stopped before it comes, until all others have given up; what each is told."""
+    rank, p, here = current().rank, current().world_size, current().store
+    if rank == 0:
+        base = dist.TCPStore("127.0.0.1", 0, p, is_master=True, wait_for_workers=False)
+        here.set("where", f"{base.port} {os.getpid()}")
+    port, holder = map(int, here.get("where").split())
+    if rank != 0:
+        base = dist.TCPStore("127.0.0.1", port, p, is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=base, rank=rank, world_size=p)
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    together("made")
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.01)  # the signal may find another thread first
+    else:
+        while Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)
+    told, _ = error_of(partial(commhub.register, timeout=1.0), model, "fp16")
+    if rank != 0 and int(here.add("gave up", 1)) == p - 1:
+        os.kill(holder, signal.SIGCONT)
+    together("told")
+    return told, error_of(partial(commhub.register, timeout=LONG), model, "fp16")[0]
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_who_holds_the_store_and_was_stopped_is_told_so(ranks, p):
+    (first, after), *others = ranks(be_stopped, p, init=False)
+    who = "rank 1" if p == 2 else "ranks 1, 2"
+    assert f"Before, {who} had come and given up, since the store did not answer for 1 s: " in first
+    assert first.endswith("this rank, rank 0, holds the store, and was stopped or did not run.")
+    assert after == ""
+    for told, after in others:
+        assert told.startswith("RegistrationError: the store, which rank 0 holds, does not answer")
+        assert after == ""
 
 
 def random_calls(folder, seed, rounds):

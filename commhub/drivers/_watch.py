@@ -9,6 +9,7 @@ from commhub._errors import HookError, HookTimeoutError
 
 from ._board import described_briefly, told_left, told_silent
 from ._failure import is_lost_connection, own_error, peer_error
+from ._notice import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ class Watch:
         self._left_since: float | None = None
         self._called: tuple[float, float, Errand[int]] | None = None
         self._busy: tuple[Task, float] | None = None
+        self._notice = Notice(board, signatures.size, timeout, label)
 
     def guarded(self, task: Task, step: Callable[[], None]) -> None:
         """Run a piece of a task; whatever it raises becomes the failure that every rank will hear of."""
@@ -105,6 +107,7 @@ class Watch:
         if (told := self.board.read()) is not None or (told := self._left(members, now)) is not None:
             raise peer_error(self.label, task.bucket, told)
         self.guarded(task, lambda: self.signatures.answer(waiting))
+        self._notice.look(task, since, members, _who)
         if waited > self.timeout - min(_EARLY, self.timeout / 2) and (self._called is None or self._called[0] != since):
             self._called = since, now, self.board.call()
         if waited > self.timeout:

@@ -116,7 +116,7 @@ CALLED = "it is to be called on all ranks."
 
 
 def late(silent):
-    kept, _rendezvous._SILENT = _rendezvous._SILENT, silent
+    kept, _rendezvous.SILENT = _rendezvous.SILENT, silent
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -127,7 +127,7 @@ def late(silent):
             time.sleep(1.0)
         commhub.register(model, "allreduce", timeout=20)
     finally:
-        _rendezvous._SILENT = kept
+        _rendezvous.SILENT = kept
         logging.getLogger("commhub").removeHandler(handler)
     trains(model)
     return [line for line in lines if "waits for" in line]

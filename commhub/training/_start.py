@@ -28,7 +28,7 @@ from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
 from ._session import Session, at_work, taken
-from ._trained import Trained
+from ._trained import Trained, nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,6 +162,8 @@ def check_fit(target: Target, chosen: Recipe) -> None:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
         )
+    for name, parameter in target.parameters:
+        nbytes_of(name, parameter)
     given = {"optimizer": bool(target.optimizers), "scaler": target.scaler is not None}
     for need in chosen.needs:
         if not given.get(need, True):

@@ -52,7 +52,7 @@ class Driver(Protocol):
         """Why memory of its buckets may still be written to, for people; empty if it is not."""
 
     def tell(self, text: str) -> None:
-        """Say to peers that still connect their groups why this rank will not."""
+        """Say to peers that connect their groups, or train on, why this rank does not."""
 
     def close(self, leaving: str = "") -> None:
         """Give up threads and groups; ``leaving`` tells peers that go on how this rank leaves them."""

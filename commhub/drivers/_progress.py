@@ -106,6 +106,11 @@ class Doing:
         awaits, still_open = (frozenset((key, number) for key, number in answer[name]) for name in ("awaits", "open"))
         return cls(answer["told"], answer["at"], awaits, still_open, answer["reached"])
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits, if only for an answer."""
+        return self.told.startswith("waits")
+
     def has_come_to(self, number: Number) -> bool:
         """Whether it has come to a collective."""
         return self.reached.get(number[0], 0) >= number[1]

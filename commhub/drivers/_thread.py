@@ -170,7 +170,7 @@ class ThreadDriver:
         return self._in_use
 
     def tell(self, text: str) -> None:
-        """Say to peers that still connect their groups why this rank will not."""
+        """Say to peers that connect their groups, or train on, why this rank does not."""
         self._board.post(text)
 
     def close(self, leaving: str = "") -> None:

@@ -9,6 +9,7 @@ from commhub._errors import HookError, HookTimeoutError
 
 from ._board import described_briefly, told_left, told_silent
 from ._failure import is_lost_connection, own_error, peer_error
+from ._notice import Notice
 from ._progress import Doing, Progress, told_behind
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Watch:
         self._left_since: float | None = None
         self._called: tuple[float, float, Errand[int]] | None = None
         self._busy: tuple[Task, float] | None = None
+        self._notice = Notice(board, signatures.size, timeout, label)
 
     def guarded(self, task: Task, step: Callable[[], None]) -> None:
         """Run a piece of a task; whatever it raises becomes the failure that every rank will hear of."""
@@ -109,6 +111,7 @@ class Watch:
         if (told := self.board.read()) is not None or (told := self._left(members, now)) is not None:
             raise peer_error(self.label, task.bucket, told)
         self.guarded(task, lambda: self.signatures.answer(waiting))
+        self._notice.look(task, since, members, self._who)
         if waited > self.timeout - min(_EARLY, self.timeout / 2) and (self._called is None or self._called[0] != since):
             self._called = since, now, self.board.call()
         if waited > self.timeout:
@@ -186,7 +189,7 @@ class Watch:
         if roll.found is not None:
             return peer_error(self.label, task.bucket, roll.found)
         kinds = ", ".join(job.kind.__name__ for job in task.jobs) or "a peer's answer"
-        who = _silent(roll) or self._late(roll, members)
+        who = self._who(roll, members)
         told = HookTimeoutError(f"{kinds} did not end within {self.timeout:g} s; {who}.")
         failure = own_error(self.label, task.bucket, told)
         if roll.silent:
@@ -195,8 +198,10 @@ class Watch:
             self.board.post(str(failure).partition(": ")[2])
         return failure
 
-    def _late(self, roll: Roll, members: Sequence[int]) -> str:
-        """Who keeps this rank waiting, where all answer: a sentence without its end."""
+    def _who(self, roll: Roll, members: Sequence[int]) -> str:
+        """Who keeps this rank waiting: a sentence without its end."""
+        if silent := _silent(roll):
+            return silent
         left = told_left({rank: text for rank, text in roll.left.items() if rank in members})
         if left is not None:
             return left

@@ -101,7 +101,7 @@ class Registration:
             HookMismatchError: if the ranks' schedules differ.
             RegistrationError: for a step that has passed.
         """
-        self._running.check_registered()
+        self._running.check_registered("schedule")
         failure: BaseException | None = None
         schedule, target = Schedule(), self._session.target
         try:
@@ -143,7 +143,6 @@ class Registration:
 
         The registration cannot be used again.
         """
-        self._running.check_registered()
         self._running.replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
         self._schedule = Schedule()
         self._running.end()
@@ -217,7 +216,7 @@ class Registration:
             CheckpointError: if it is of another hook, model or rank, incomplete or damaged. Nothing is changed then;
                 with a schedule on no rank.
         """
-        self._running.check_registered()
+        self._running.check_registered("load" if self._schedule else "")
         go_on = load if self._schedule else load_alone
         go_on(self._running, self._schedule, lambda rank, size: select(state, rank, size))
 
@@ -230,7 +229,7 @@ class Registration:
             CheckpointError: on every rank, if it failed on any; the former checkpoint stays.
             HookError: what went wrong with an average that was due.
         """
-        self._running.check_registered()
+        self._running.check_registered("save")
         save(self._session.target, directory, self.state_dict)
 
     def load(self, directory: str | Path) -> None:
@@ -242,7 +241,7 @@ class Registration:
             CheckpointError: on every rank, if a file is missing, damaged or of another hook or model for any of them.
                 Nothing is changed then on any rank.
         """
-        self._running.check_registered()
+        self._running.check_registered("load")
         load(self._running, self._schedule, lambda rank, size: Folder(directory).read(rank, size))
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from commhub._errors import RegistrationError
 
 from ._observing import end_all, observe
 from ._reunion import Reunion
-from ._start import start
+from ._start import refuse_removed, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +67,16 @@ class Running:
             engine.abandon()
             engine.settle()
 
-    def check_registered(self) -> None:
-        """Raise RegistrationError where another registration, or none, has the model."""
+    def check_registered(self, call: str = "") -> None:
+        """Raise RegistrationError where another registration, or none, has the model.
+
+        ``call``: what the user called, if it takes all ranks. Those who wait for this one hear of it.
+        """
         if self.is_removed:
-            raise RegistrationError("this registration was removed. Call commhub.register again.")
+            error = RegistrationError("this registration was removed. Call commhub.register again.")
+            if call:
+                refuse_removed(error, call, self.session.target)
+            raise error
 
     def start(self, choose: Callable[[], Recipe], call: str, *, loading: bool = False) -> Session:
         """Another hook, ready to take over; collective. Until ``install`` it changes nothing."""
@@ -85,7 +91,7 @@ class Running:
 
     def replace(self, choose: Callable[[], Recipe], call: str = "swap") -> None:
         """Put another hook in its place; collective."""
-        self.check_registered()
+        self.check_registered(call)
         self.forget_left_over()
 
         def between_steps() -> Recipe:  # a rank that is in a step says so to the others

@@ -28,7 +28,7 @@ from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
 from ._session import Session, at_work, taken
-from ._trained import Trained
+from ._trained import Trained, nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _REFUSED = 2.0
 """Seconds that a rank waits for its peers which has nothing to register."""
+_REMOVED = 10.0
+"""Seconds that it waits, at most, which calls on a registration that was removed."""
 
 
 def start(
@@ -101,7 +103,7 @@ def _start(
         engine, averagers = _prepared(
             target, rendezvous, hook, wire, number_hosts(hosts), driver, callbacks, comparisons, chosen.label
         )
-        timetable = _timetable(target, engine, averagers) if averagers else None
+        timetable = _timetable(target, engine, averagers, driver.tell) if averagers else None
         engine.averages = timetable
         facts = comparisons.facts() if rendezvous.size > 1 and target.verify else {}
     except BaseException as error:  # noqa: BLE001 - the same
@@ -137,11 +139,20 @@ def refuse(error: CommhubError, call: str, group: object) -> None:
         call: what the user called.
         group: the process group that was given, if any: peers are looked for there, and among all ranks otherwise.
     """
+    among = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+    _refuse(error, call, among, _REFUSED)
+
+
+def refuse_removed(error: CommhubError, call: str, target: Target) -> None:
+    """The same for a call on a registration of ``target`` that was removed; peers may call on one that was not."""
+    _refuse(error, call, target.group, min(target.timeout, _REMOVED))
+
+
+def _refuse(error: CommhubError, call: str, group: dist.ProcessGroup | None, seconds: float) -> None:
     if dist.is_initialized():
-        among = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
         with contextlib.suppress(ValueError, RuntimeError):
-            if among is not None and dist.get_rank(among) >= 0:
-                agree(Rendezvous.of(among, _REFUSED), call, {}, error)
+            if group is not None and dist.get_rank(group) >= 0:
+                agree(Rendezvous.of(group, seconds), call, {}, error)
     raise error
 
 
@@ -151,6 +162,8 @@ def check_fit(target: Target, chosen: Recipe) -> None:
         raise RegistrationError(
             f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
         )
+    for name, parameter in target.parameters:
+        nbytes_of(name, parameter)
     given = {"optimizer": bool(target.optimizers), "scaler": target.scaler is not None}
     for need in chosen.needs:
         if not given.get(need, True):
@@ -214,7 +227,9 @@ def _prepared(
     return engine, averagers
 
 
-def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, Setup]]) -> Timetable:
+def _timetable(
+    target: Target, engine: Engine, averagers: list[tuple[Averager, Setup]], tell: Callable[[str], None]
+) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
     averager, setup = averagers[0]
@@ -233,7 +248,7 @@ def _timetable(target: Target, engine: Engine, averagers: list[tuple[Averager, S
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
     is_late = target.after_optimizers and is_averager(at_work(engine.hook))
-    return Timetable(averager, averaging, engine.world_size, averaging.prepared, is_late=is_late)
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late)
 
 
 def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from commhub._errors import RegistrationError
 
 if TYPE_CHECKING:
     import weakref
@@ -22,11 +26,11 @@ def named(model: nn.Module, *, ignored: bool = False) -> Iterator[Named]:
     """The module's parameters, frozen ones too, by the name they have in the bare module.
 
     A name does not change when the module, or a part of it, is compiled or has its activations checkpointed. What DDP
-    was told to ignore is left out, unless ``ignored``.
+    was told to ignore is left out, unless ``ignored``, and a lazy module's that has no shape yet.
     """
     module, left_out = _bare(model)
     for name, parameter in module.named_parameters():
-        if ignored or name not in left_out:
+        if (ignored or name not in left_out) and not is_lazy(parameter):
             yield _unwrapped(name), parameter
 
 
@@ -39,12 +43,23 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers, named as ``named`` names parameters."""
     module, left_out = _bare(model)
     for name, buffer in module.named_buffers():
-        if name not in left_out:
+        if name not in left_out and not is_lazy(buffer):
             yield _unwrapped(name), buffer
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def nbytes_of(name: str, parameter: Tensor) -> int:
+    """The bytes that a parameter takes in a bucket.
+
+    Raises:
+        RegistrationError: if it is sparse itself, as no bucket is.
+    """
+    if parameter.layout is not torch.strided:
+        raise RegistrationError(f"{name!r} is a parameter of layout {parameter.layout}; only dense ones are averaged.")
+    return parameter.nbytes
 
 
 def _bare(model: nn.Module) -> tuple[nn.Module, set[str]]:

@@ -204,6 +204,100 @@ def test_what_a_registration_is_given_wrongly_is_a_commhub_error(ranks, tmp_path
     assert "\n".join(told) == ""
 
 
+def halved(module):
+    module.to(torch.bfloat16)
+
+
+def on_meta(module):
+    module.to("meta")
+
+
+def replaced(module):
+    module.weight = torch.nn.Parameter(torch.zeros(4, 4))
+
+
+def resized(module):
+    module.weight.data = torch.zeros(5, 4)
+    module.bias.data = torch.zeros(5)
+
+
+def gone(module):
+    module.weight = module.bias = None
+
+
+def frozen(module):
+    module.requires_grad_(False)
+
+
+def grown(module):
+    module.more = torch.nn.Linear(4, 4)
+
+
+def lazy(module):
+    module.more = torch.nn.LazyLinear(4)
+
+
+def itself_sparse(module):
+    module.weight = torch.nn.Parameter(torch.zeros(4, 4).to_sparse())
+
+
+def in_inference(module):
+    with torch.inference_mode():
+        module.weight = torch.nn.Parameter(torch.zeros(4, 4))
+
+
+def sparse_gradient(module):
+    module.weight.grad = torch.zeros(4, 4).to_sparse()
+
+
+def spoken_for(module):
+    module.kept = [DistributedDataParallel(module)]  # wrapped again
+
+
+def parametrized(module):
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", torch.nn.Identity())
+
+
+CHANGES = [
+    *(halved, on_meta, replaced, resized, gone, frozen, grown, lazy, itself_sparse, in_inference, sparse_gradient),
+    *(spoken_for, parametrized),
+]
+"""What users do to a module that has a hook."""
+
+
+def changed(folder):
+    """After each change, every call on a registration, and the ways to another one."""
+    told = []
+    for kind, hook in (("ddp", "allreduce"), ("ddp", "periodic"), ("manual", "allreduce"), ("manual", "periodic")):
+        for change in CHANGES:
+            model = net()
+            enter, model = (commhub.register, model) if kind == "ddp" else (commhub.manual, model.module)
+            registration, module = (
+                enter(model, f"{hook}" + "(period=1)" * (hook == "periodic")),
+                getattr(model, "module", model),
+            )
+            if kind == "manual":
+                registration.average()
+            change(module)
+            what = f"{change.__name__} {kind} {hook}"
+            for name, good in rows(registration, folder).items():
+                good = {"state": {}} if name == "load_state_dict" else good
+                told += calls_badly(f"{what}: {name}", getattr(registration, name), good)
+                if name == "schedule":
+                    told += calls_badly(
+                        f"{what}: {enter.__name__}",
+                        enter,
+                        {next(iter(inspect.signature(enter).parameters)): model, "hook": "fp16"},
+                    )
+            registration.close()
+    return told
+
+
+def test_calls_on_a_model_that_was_changed_end_in_a_commhub_error_or_well(ranks, tmp_path):
+    (told,) = ranks(changed, 1, tmp_path)
+    assert "\n".join(told) == ""
+
+
 def on_one_rank(folder):
     """Rank 1 alone gives each bad value; both must raise within seconds, and training goes on."""
     model, wrong = net(), dist.get_rank() == 1

@@ -116,7 +116,7 @@ CALLED = "it is to be called on all ranks."
 
 
 def late(silent):
-    kept, _rendezvous._SILENT = _rendezvous._SILENT, silent
+    kept, _rendezvous.SILENT = _rendezvous.SILENT, silent
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -127,7 +127,7 @@ def late(silent):
             time.sleep(1.0)
         commhub.register(model, "allreduce", timeout=20)
     finally:
-        _rendezvous._SILENT = kept
+        _rendezvous.SILENT = kept
         logging.getLogger("commhub").removeHandler(handler)
     trains(model)
     return [line for line in lines if "waits for" in line]
@@ -139,6 +139,91 @@ def test_who_is_waited_for_is_said_once(ranks):
         assert lines == [f"register waits for rank 1 of 0..2 (0.2 s so far, until 20 s); {CALLED}"]
     assert second == []
     assert ranks(late, 2, 10.0) == [[], []]
+
+
+def stale(call, folder):
+    """Rank 1 alone calls on a registration that another one has replaced."""
+    model = net()
+    old = commhub.register(model, "allreduce", timeout=30)
+    old.schedule({1000: "fp16"})
+    new = commhub.register(model, "allreduce", timeout=30)
+    new.schedule({1000: "fp16"})
+    new.save(folder)
+    state = new.state_dict()
+    good = {"swap": ["fp16"], "schedule": [{}], "save": [folder], "load": [folder], "load_state_dict": [state]}
+    registration, began = old if dist.get_rank() == 1 else new, time.monotonic()
+    found = told(getattr(registration, call), *good.get(call, []))
+    assert time.monotonic() - began < 5
+    trains(model)
+    new.swap("fp16")
+    trains(model)
+    return found
+
+
+@pytest.mark.parametrize("call", ["swap", "schedule", "remove", "save", "load", "load_state_dict"])
+def test_peers_hear_at_once_of_a_call_on_a_removed_registration(ranks, call, tmp_path):
+    first, second, third = ranks(stale, 3, call, tmp_path)
+    assert second == ("RegistrationError", "this registration was removed. Call commhub.register again.")
+    for kind, text in (first, third):
+        assert kind == ("CheckpointError" if "load" in call or call == "save" else "RegistrationError")
+        assert "rank 1 could not go on: RegistrationError: this registration was removed." in text
+
+
+def apart():
+    """Rank 1 alone calls, and its peers do not."""
+    model = net()
+    old = commhub.register(model, "allreduce", timeout=1)
+    commhub.register(model, "allreduce", timeout=20)
+    found = told(old.remove) if dist.get_rank() == 1 else None
+    trains(model)
+    return found
+
+
+def test_a_call_on_a_removed_registration_on_one_rank_alone_waits_not_for_long(ranks):
+    assert ranks(apart, 2) == [
+        None,
+        ("RegistrationError", "this registration was removed. Call commhub.register again."),
+    ]
+
+
+class Raises:
+    """An averager that cannot begin anew where ``raises`` is set."""
+
+    raises = False
+
+    def due(self, step):
+        return None
+
+    def begin(self, parameters):
+        if self.raises:
+            raise ValueError("cannot begin")
+
+    def reduce(self, bucket):
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def swapped_apart():
+    model, averager = net(), Raises()
+    registration = commhub.register(model, averager, timeout=20)
+    trained = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # a forward takes all ranks where DDP has yet to lay its buckets out anew
+        model(torch.full((2, 4), 1.0 + dist.get_rank())).sum().backward()
+        trained.step()
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})  # a new beginning
+    averager.raises = dist.get_rank() == 1
+    found = told(model, torch.ones(2, 4))
+    began = time.monotonic()
+    registration.swap("allreduce")
+    assert time.monotonic() - began < 5
+    assert_equal_across_ranks([p.data for p in model.parameters()])
+    trains(model)
+    return found
+
+
+def test_an_averager_that_cannot_begin_is_a_hook_error_and_can_be_swapped(ranks):
+    first, second = ranks(swapped_apart, 2)
+    assert first is None
+    assert second == ("HookError", "Raises: its begin raised ValueError: cannot begin")
 
 
 def test_registrations_are_refused_alike_without_a_process_group():

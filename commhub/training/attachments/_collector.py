@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from commhub._errors import CommhubError
 from commhub.protocol._bucket import lay_out
 from commhub.training._trained import Trained
+from commhub.training.steps._between import Between
+from commhub.training.steps._own_hooks import Failure
 
 from ._packing import Packed, pack, sparse_in
 from ._unprepared import Unprepared
@@ -78,6 +81,26 @@ class Collector:
         Raises:
             HookError: what went wrong, on every rank; also where ranks do not train the same parameters.
         """
+        try:
+            self._reduce()
+        except CommhubError:
+            raise
+        except Exception as error:  # gradients may be of anybody's making
+            engine = self._session.engine
+            failure = Between(engine, engine.step).tell(
+                Failure("the gradients cannot be averaged", error), self._session.target.device
+            )
+            if engine.in_step:
+                engine.abandon()
+                engine.settle()
+            assert failure is not None
+            raise failure from error
+        failure = self._session.engine.after_step()
+        if failure is not None:
+            raise failure
+        self._follow()
+
+    def _reduce(self) -> None:
         target, engine, unprepared = self._session.target, self._session.engine, self._unprepared
         somewhere = self._used_somewhere()
         scale = target.loss_scale
@@ -112,10 +135,6 @@ class Collector:
                     parameter.grad.copy_(view)
                 elif id(parameter) in somewhere:
                     parameter.grad = view.clone()
-        failure = engine.after_step()
-        if failure is not None:
-            raise failure
-        self._follow()
 
     def _follow(self) -> None:
         after = None if self.after is None else self.after()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from commhub.protocol._bucket import lay_out
+from commhub.training._trained import nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,12 +48,13 @@ def pack(parameters: Sequence[Named]) -> list[Packed]:
     buckets: list[list[tuple[str, Tensor]]] = []
     size = 0
     for name, parameter in reversed(parameters):
-        fits = buckets and size + parameter.nbytes <= BUCKET_BYTES and buckets[-1][0][1].dtype == parameter.dtype
+        nbytes = nbytes_of(name, parameter)
+        fits = buckets and size + nbytes <= BUCKET_BYTES and buckets[-1][0][1].dtype == parameter.dtype
         if not fits:
             buckets.append([])
             size = 0
         buckets[-1].append((name, parameter))
-        size += parameter.nbytes
+        size += nbytes
     made = []
     for bucket in buckets:
         names, tensors = zip(*bucket, strict=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from commhub._errors import HookError
 from commhub.protocol._bucket import lay_out
+from commhub.training._trained import nbytes_of
 from commhub.training.steps._between import Between
 from commhub.training.steps._callbacks import call_after
-from commhub.training.steps._own_hooks import WholeMean
+from commhub.training.steps._own_hooks import Failure, WholeMean
 from commhub.training.steps._text import Entry, SharedText, TextGather, difference
 
 if TYPE_CHECKING:
@@ -206,12 +207,15 @@ class _Run:
         What the hooks remember counts if all of it is finite.
         """
         rounds: list[tuple[Hook, list[list[Named]]]] = []
-        for hook, tensors in kinds:
-            every = [chunk for same in tensors for chunk in chunks(same)]
-            rounds += [(hook, every[start : start + AHEAD]) for start in range(0, len(every), AHEAD)]
-        if flag is not None and not rounds:
-            rounds.append((WholeMean(), []))
-        return self.between.reduce(self._rounds(rounds, flag))
+        try:
+            for hook, tensors in kinds:
+                every = [chunk for same in tensors for chunk in chunks(same)]
+                rounds += [(hook, every[start : start + AHEAD]) for start in range(0, len(every), AHEAD)]
+            if flag is not None and not rounds:
+                rounds.append((WholeMean(), []))
+            return self.between.reduce(self._rounds(rounds, flag))
+        except Exception as error:  # noqa: BLE001 - parameters may be of anybody's making
+            return self.tell(Failure("the parameters cannot be averaged", error))
 
     def _rounds(self, rounds: list[tuple[Hook, list[list[Named]]]], flag: Tensor | None) -> Iterator[Round]:
         """Fill buckets when their round comes, and take the results back when it went well."""
@@ -250,9 +254,10 @@ def chunks(tensors: Sequence[Named]) -> Iterator[list[Named]]:
         chunk: list[Named] = []
         size = 0
         for name, tensor in same:
-            if chunk and size + tensor.nbytes > CHUNK:
+            nbytes = nbytes_of(name, tensor)
+            if chunk and size + nbytes > CHUNK:
                 yield chunk
                 chunk, size = [], 0
             chunk.append((name, tensor))
-            size += tensor.nbytes
+            size += nbytes
         yield chunk

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from commhub._errors import HookError, described
+
 from ._snapshot import bits
 
 if TYPE_CHECKING:
@@ -13,16 +15,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from commhub.protocol._hook import Averager
+
 
 class Beginning:
     """Weights that are loaded begin training anew, unless those before are put back: averaged ones, for an evaluation.
 
     Args:
+        averager: what remembers them.
         parameters: what is averaged, as it is now, by name.
+        tell: lets the peers know that this rank's averager has failed.
     """
 
-    def __init__(self, parameters: Callable[[], Sequence[tuple[str, Tensor]]]) -> None:
-        self._parameters = parameters
+    def __init__(
+        self,
+        averager: Averager,
+        parameters: Callable[[], Sequence[tuple[str, Tensor]]],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._averager, self._parameters, self._tell = averager, parameters, tell
         self._is_fresh, self._has_begun, self._is_restored = True, False, False
         self._before: list[Tensor] | None = None
 
@@ -39,7 +50,24 @@ class Beginning:
         """The averager's memory was loaded: until the next step it counts, whichever weights are."""
         self._is_fresh, self._has_begun, self._is_restored = False, True, True
 
-    def is_now(self) -> bool:
+    def renew(self) -> None:
+        """Have the averager remember the parameters as they are, if training begins with them.
+
+        Raises:
+            HookError: if it cannot.
+        """
+        begin = getattr(self._averager, "begin", None)
+        if begin is None or not self._is_now():
+            return
+        try:
+            with torch.no_grad():
+                begin({name: parameter.detach() for name, parameter in self._parameters()})
+        except Exception as error:
+            told = f"{type(self._averager).__name__}: its begin raised {described(error)}"
+            self._tell(told)  # they may wait for it in an average
+            raise HookError(told) from error
+
+    def _is_now(self) -> bool:
         """Whether training begins with the parameters as they are."""
         if not self._is_fresh or not self._has_begun or self._before is None:
             return self._is_fresh

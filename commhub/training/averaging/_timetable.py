@@ -45,6 +45,7 @@ class Timetable:
         average: does it, given the step and the group; returns what went wrong.
         world_size: how many ranks make an average one of all.
         parameters: what is averaged, as it is now, by name.
+        tell: lets the peers know that this rank's averager has failed.
         is_late: steps are counted after the optimizers' steps, and their averages asked for at once.
 
     ``then`` is what waits for the optimizers to have used a step's gradients.
@@ -56,6 +57,7 @@ class Timetable:
         average: Callable[[int, Subgroup | None], HookError | None],
         world_size: int,
         parameters: Callable[[], Sequence[tuple[str, Tensor]]],
+        tell: Callable[[str], None],
         *,
         is_late: bool = False,
     ) -> None:
@@ -70,7 +72,7 @@ class Timetable:
         self._is_told = self._in_closure = False
         self._awaited: set[int] = set()
         self._place = Snapshot(())  # of the parameters after the first backward since the optimizers' last step
-        self._beginning = Beginning(parameters)
+        self._beginning = Beginning(averager, parameters, tell)
         self._even: Snapshot | None = Snapshot(())  # of the parameters since they were the same on all ranks
         self._background: threading.Thread | None = None
         self._failure: HookError | None = None
@@ -184,8 +186,7 @@ class Timetable:
 
     def renew(self) -> None:
         """Have the averager remember the parameters as they are, unless it has since they were set."""
-        if self._beginning.is_now():
-            self._begin()
+        self._beginning.renew()
 
     def run_due_in_background(self) -> None:
         """The same for a rank that must not wait here: ``join`` does."""
@@ -231,7 +232,10 @@ class Timetable:
         self._handles.clear()
 
     def _run(self) -> HookError | None:
-        self.renew()  # weights loaded since the step are where training goes on
+        try:
+            self.renew()  # weights loaded since the step are where training goes on
+        except HookError as error:
+            return error
         self._waiting = False
         self._place.forget()
         due, self._due = self._due, []
@@ -245,12 +249,6 @@ class Timetable:
         if due:
             self._look()
         return None
-
-    def _begin(self) -> None:
-        begin = getattr(self._averager, "begin", None)
-        if begin is not None:
-            with torch.no_grad():
-                begin({name: parameter.detach() for name, parameter in self._parameters()})
 
     # Whether training's parameters are in place.
 

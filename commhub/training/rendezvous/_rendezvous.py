@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from commhub._errors import RegistrationError
 from commhub.drivers._board import FAREWELL
+from commhub.drivers._notice import SILENT
 from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, wait_for, within
 
 from ._unanswered import connect, counter, say, told
@@ -39,8 +40,6 @@ _STRAGGLING = 0.5
 """Seconds for those who have drawn a number and have yet to write what they bring."""
 _ANSWERS_WITHIN = 2.0
 """Seconds that all the store's answers of a round take at most."""
-_SILENT = 10.0
-"""Seconds of waiting after which it is said who is waited for."""
 _TIDY_EVERY = 32
 """Meetings between two tidyings, whose hundred or so deletions no single rendezvous should pay for."""
 
@@ -166,10 +165,10 @@ class Rendezvous:
     def _hold(self, mine: str, patience: float, goes_on: Callable[[Verdict], bool]) -> Verdict:
         place = self._enter(mine)
         if self._is_last:
-            brought = self._brought({self.rank: mine}, self.size, min(patience, _SILENT))
-            if patience > _SILENT and len(brought) < self.size:
+            brought = self._brought({self.rank: mine}, self.size, min(patience, SILENT))
+            if patience > SILENT and len(brought) < self.size:
                 self._tell(patience)
-                brought = self._brought(brought, self.size, patience - _SILENT)
+                brought = self._brought(brought, self.size, patience - SILENT)
             verdict = self._decide(brought, patience)
         elif self._hears(patience):
             verdict = Verdict.read(peek(place, _VERDICT))
@@ -188,12 +187,12 @@ class Rendezvous:
 
     def _hears(self, patience: float) -> bool:
         """Wait for the verdict; whether it is there."""
-        if wait_for(self._place, [_VERDICT], min(patience, _SILENT)):
+        if wait_for(self._place, [_VERDICT], min(patience, SILENT)):
             return True
-        if patience <= _SILENT:
+        if patience <= SILENT:
             return False
         self._tell(patience)
-        return wait_for(self._place, [_VERDICT], patience - _SILENT)
+        return wait_for(self._place, [_VERDICT], patience - SILENT)
 
     def _tell(self, patience: float) -> None:
         """Log who is waited for."""
@@ -205,7 +204,7 @@ class Rendezvous:
                 "s" if len(missing) > 1 else "",
                 ", ".join(map(str, missing)),
                 self.size - 1,
-                _SILENT,
+                SILENT,
                 patience,
             )
 

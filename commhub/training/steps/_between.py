@@ -77,13 +77,17 @@ class Between:
         state = self.engine.state
         state.begin()
         finite, forgets = True, state.is_empty()
-        for hook, buckets, flag in rounds:
-            reduced: list[Bucket] = []
-            failure = self._run(hook, _noted(buckets, reduced), flag=flag)
-            if failure is not None:
-                state.rollback()
-                return failure
-            finite = finite and (forgets or all(bool(bucket.finite) for bucket in reduced))
+        try:
+            for hook, buckets, flag in rounds:
+                reduced: list[Bucket] = []
+                failure = self._run(hook, _noted(buckets, reduced), flag=flag)
+                if failure is not None:
+                    state.rollback()
+                    return failure
+                finite = finite and (forgets or all(bool(bucket.finite) for bucket in reduced))
+        except BaseException:
+            state.rollback()
+            raise
         state.commit(finite)
         return None
 

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from commhub._errors import HookError, described
 from commhub.protocol._collectives import AllGather, AllReduce
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from commhub.protocol._bucket import Bucket
     from commhub.protocol._hook import Exchange
 
@@ -35,6 +38,22 @@ class Sum:
     def reduce(self, bucket: Bucket) -> Exchange:
         """Add up ``bucket.flat`` over the bucket's group."""
         bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
+
+
+class Failure:
+    """Ends a round in what went wrong on this rank outside of any exchange, so that all ranks hear of it.
+
+    Args:
+        what: what could not be done, a sentence without its end.
+        error: why.
+    """
+
+    def __init__(self, what: str, error: Exception) -> None:
+        self._what, self._error = what, error
+
+    def reduce(self, bucket: Bucket) -> NoReturn:  # noqa: ARG002 - nothing is exchanged
+        """Raise it."""
+        raise HookError(f"{self._what}: {described(self._error)}") from self._error
 
 
 class SparseMean:

@@ -22,7 +22,7 @@ def test_a_forward_waits_for_the_average(trains):
         time.sleep(0.2)
         done.append(step)
 
-    timetable = Timetable(Always(), average, 2, lambda: list(module.named_parameters()))
+    timetable = Timetable(Always(), average, 2, lambda: list(module.named_parameters()), str)
     timetable.watch(module, [torch.optim.SGD(module.parameters(), lr=0.1)])
     timetable.record(0)
     timetable.run_due_in_background()

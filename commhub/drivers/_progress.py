@@ -209,5 +209,7 @@ def _words(task: Task) -> str:
     """A task's collectives, for people: what, which, where."""
     kinds = ", ".join(job.kind.__name__ for job in task.jobs)
     topic = "step" if task.position is None else task.position.topic.partition(" among ")[0]
+    if topic == "sum":  # a few numbers, such as whether all have come through a step
+        return f"{kinds} of commhub's own in step {task.bucket.step}"
     where = f"step {task.bucket.step}" if topic == "step" else f"the {topic} of step {task.bucket.step}"
     return f"{kinds} {task.stage + 1} of bucket {task.bucket.index} in {where}"

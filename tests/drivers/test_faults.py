@@ -69,7 +69,7 @@ class TestOnRealRanks:
         assert "rank 0: AllReduce did not end within 0.5 s" in told[1]
         where = "ranks 1-3" if nproc == 4 else "rank 1"
         behind = f"rank 0 is behind: it waits for AllReduce 1 of bucket 0 in step 1, which has ended on {where}; there "
-        ahead = "AllReduce 1 of bucket 0 in the sum of step 1 is awaited"
+        ahead = "AllReduce of commhub's own in step 1 is awaited"
         assert told[1].endswith(f"{behind}{ahead}.")
         assert 0.5 <= seconds < 2
         for told, seconds, _ in peers:

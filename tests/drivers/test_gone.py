@@ -251,7 +251,7 @@ def keep_them_waiting(where):
     ("where", "words"),
     [
         ("hook", r"has been in the hook's code for \d.\d s \(bucket 0, step 2\)"),
-        ("script", "asks for nothing at present, and came last to AllReduce 1 of bucket 0 in the sum of step 1"),
+        ("script", "asks for nothing at present, and came last to AllReduce of commhub's own in step 1"),
     ],
 )
 def test_who_keeps_its_peers_waiting_is_named_with_what_it_does(ranks, where, words):

@@ -127,7 +127,8 @@ def test_what_was_given_up_is_awaited_no_more():
 
 
 @pytest.mark.parametrize(
-    ("topic", "words"), [("average among 0, 1 (1)", "the average of step 2"), ("sum", "the sum of step 2")]
+    ("topic", "words"),
+    [("average among 0, 1 (1)", "1 of bucket 0 in the average of step 2"), ("sum", "of commhub's own in step 2")],
 )
 def test_what_is_no_bucket_of_a_step_is_told_by_its_topic(topic, words):
-    assert at(task(topic=topic, kinds=(AllReduce, Broadcast))).at == f"AllReduce, Broadcast 1 of bucket 0 in {words}"
+    assert at(task(topic=topic, kinds=(AllReduce, Broadcast))).at == f"AllReduce, Broadcast {words}"

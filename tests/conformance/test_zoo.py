@@ -12,7 +12,6 @@ from commhub.testing.conformance._run import Examination, plan
 from .zoo import AVERAGERS, HOOKS, SOURCE, ZOO
 
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
-EVERYWHERE = ("static", "simulated", "ranks", "processes")
 CHECKS = {check.name: check for check in all_checks()}
 OF_THE_WHOLE_PLUGIN = ("spec_without_torch", "spec_is_quick")
 
@@ -33,14 +32,14 @@ def with_those_before(names):
 
 
 def looked_at(check, fails):
-    """Whether to run a check on what fails those: ranks are dear, and only COMMHUB_EVERY_CHECK looks at all there.
+    """Whether to run a check on what fails those: its own, and what these come after.
 
-    Hooks that are right pass on ranks too: the installed ones show it.
+    What is right meets all in one process. Only COMMHUB_EVERY_CHECK runs every check on everything. That hooks that
+    are right pass, on ranks too, the installed ones show.
     """
     if EVERYTHING or check.name in with_those_before(fails):
         return True
-    furthest = min(1, max((EVERYWHERE.index(CHECKS[name].where) for name in fails), default=1))
-    return EVERYWHERE.index(check.where) <= furthest and check.name not in OF_THE_WHOLE_PLUGIN
+    return not fails and check.where in ("static", "simulated") and check.name not in OF_THE_WHOLE_PLUGIN
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1,6 +1,7 @@
 """Every code block in the documentation that can run does run, on two real ranks.
 
-The blocks of one page share a namespace, in their order, as a reader would type them. Where a page shows no model of
+The blocks of one page share a namespace, in their order, as a reader would type them; with COMMHUB_EVERY_CHECK, they
+have processes of their own too, where nothing is loaded but what they load. Where a page shows no model of
 its own, `model` is a DistributedDataParallel one. A `pycon` block is a doctest. What is not run says why, in a comment
 on the line above it: `<!-- not run: reason -->`.
 """
@@ -69,7 +70,8 @@ def run(page, found, folder):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(ranks, tmp_path, page):
-    ranks(run, 2, str(page.relative_to(ROOT)), blocks(page), str(tmp_path), timeout=120, fresh=True)
+    fresh = "COMMHUB_EVERY_CHECK" in os.environ
+    ranks(run, 2, str(page.relative_to(ROOT)), blocks(page), str(tmp_path), timeout=120, fresh=fresh)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

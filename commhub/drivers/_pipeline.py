@@ -127,11 +127,16 @@ class Pipeline:
         for job in task.jobs:
             flights.append(self.communicator.launch(job))
             self._meter.step.sent_bytes += job.sent_bytes
+        self._watch.progress.issued(task, flights)
 
     def _resume(self, task: Task) -> None:
         flights = self._flights.pop(task)
-        self._watch.progress.has(task)
-        self._watch.guarded(task, lambda: task.resume([flight.result() for flight in flights]))
+        self._watch.guarded(task, lambda: self._take(task, flights))
+
+    def _take(self, task: Task, flights: list[Flight]) -> None:
+        raws = [flight.result() for flight in flights]
+        self._watch.progress.has(task)  # unless they have ended badly
+        task.resume(raws)
 
     def _sleep(self) -> None:
         began = time.monotonic()

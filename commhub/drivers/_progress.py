@@ -12,10 +12,11 @@ import attrs
 from ._board import told_first
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from commhub.protocol._collectives import Subgroup
 
+    from ._communicator import Flight
     from ._task import Task
 
 Number = tuple[str, int]
@@ -27,10 +28,14 @@ _SEVERAL = 6
 
 @attrs.frozen
 class _Awaited:
-    """The collectives that a task waits for: in words, and their numbers."""
+    """Collectives of a task: in words, their numbers, their flights; these are ``None`` while they are held back."""
 
     words: str
     numbers: tuple[Number, ...]
+    flights: Sequence[Flight] | None = None
+
+    def is_over(self) -> bool:
+        return self.flights is not None and all(flight.is_done() for flight in self.flights)
 
 
 class Progress:
@@ -46,7 +51,7 @@ class Progress:
         self.last = ""
 
     def comes_to(self, task: Task) -> None:
-        """Take down that the task is about to wait for its collectives."""
+        """Take down that the task is about to ask for its collectives."""
         numbers = []
         for job in task.jobs:
             key = _key(job.group)
@@ -55,8 +60,12 @@ class Progress:
         self.last = _words(task)
         self._awaited[task] = _Awaited(self.last, tuple(numbers))
 
+    def issued(self, task: Task, flights: Sequence[Flight]) -> None:
+        """Take down that they are on their way."""
+        self._awaited[task] = attrs.evolve(self._awaited[task], flights=flights)
+
     def has(self, task: Task) -> None:
-        """Take down that they have ended."""
+        """Take down that the task goes on with their results."""
         self._awaited.pop(task, None)
 
     def forget(self) -> None:
@@ -65,7 +74,7 @@ class Progress:
 
     def place(self) -> str:
         """What is waited for, in words; empty if nothing is."""
-        return next((one.words for one in tuple(self._awaited.values())), "")
+        return self._first().words
 
     def said(self, told: str, *, waits: bool) -> dict[str, Any]:
         """What to answer to peers who ask, for ``Doing.read``.
@@ -74,10 +83,18 @@ class Progress:
             told: what this rank does, a predicate.
             waits: whether it does nothing but wait.
         """
+        still = [number for one in tuple(self._awaited.values()) if not one.is_over() for number in one.numbers]
+        first = self._first() if waits else _NOTHING
+        return {"told": told, "at": first.words, "awaits": first.numbers, "open": still, "reached": self._reached}
+
+    def _first(self) -> _Awaited:
+        """What is held back, since that is waited for by itself; else what was issued first of what has not ended."""
         awaited = tuple(self._awaited.values())
-        first = awaited[0] if awaited and waits else _Awaited("", ())
-        numbers = [number for one in awaited for number in one.numbers]
-        return {"told": told, "at": first.words, "awaits": first.numbers, "open": numbers, "reached": self._reached}
+        held = [one for one in awaited if one.flights is None]
+        return next((one for one in (*held, *awaited) if not one.is_over()), _NOTHING)
+
+
+_NOTHING = _Awaited("", ())
 
 
 @attrs.frozen

@@ -24,13 +24,19 @@ def task(bucket=0, stage=0, step=2, group=None, kinds=(AllReduce,), topic="step"
     return Fake(jobs=jobs, stage=stage, bucket=place, position=Position(topic, (step,)), finished=False)
 
 
-def at(*tasks, ended=0, told="waits too", waits=True):
-    """What a rank answers that has come to these tasks, of which so many have ended."""
+def flight(is_over):
+    return SimpleNamespace(is_done=lambda: is_over)
+
+
+def at(*tasks, ended=0, held=0, told="waits too", waits=True):
+    """What a rank answers that has come to these tasks, of which so many have ended, and so many are held back."""
     progress = Progress()
-    for one in tasks:
+    for number, one in enumerate(tasks):
         progress.comes_to(one)
-    for one in tasks[:ended]:
-        progress.has(one)
+        if number < len(tasks) - held:
+            progress.issued(one, [flight(number < ended)])
+        if number < ended - 1:  # and has gone on with the results, but for the last of them
+            progress.has(one)
     return Doing.read(json.loads(json.dumps(progress.said(told, waits=waits))))
 
 
@@ -49,6 +55,15 @@ def test_who_waits_for_what_has_ended_elsewhere_is_behind_whoever_asks(asks):
         "rank 1 is behind: it waits for AllReduce 1 of bucket 0 in step 2, which has ended on ranks 0, 2; there "
         "AllReduce 2 of bucket 0 in step 2 is awaited"
     )
+
+
+def test_who_holds_a_collective_back_waits_for_who_has_not_come_to_it():
+    """And not for those before it, which may have ended since."""
+    held = at(FIRST, SECOND, THIRD, ended=2, held=1)
+    assert told_behind(0, several(held, HERE, held)).startswith("rank 1 is behind: ")
+    on_its_way = at(FIRST, SECOND, THIRD, ended=1, held=1)
+    assert on_its_way.at == "AllReduce 2 of bucket 0 in step 2"
+    assert told_behind(1, several(on_its_way, HERE)).startswith("rank 1 is behind: ")
 
 
 def test_several_may_be_behind_in_one_place():

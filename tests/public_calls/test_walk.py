@@ -1,7 +1,9 @@
 """Whatever a public call is given, it works or raises a CommhubError; and no public call is left out of this."""
 
+import concurrent.futures
 import contextlib
 import inspect
+import itertools
 import time
 
 import pytest
@@ -134,8 +136,8 @@ def net():
     return DistributedDataParallel(torch.nn.Linear(4, 4))
 
 
-def made(kind, **more):
-    return commhub.register(net(), "allreduce", **more) if kind == "ddp" else commhub.manual(net().module, "allreduce")
+def made(kind):
+    return commhub.register(net(), "allreduce") if kind == "ddp" else commhub.manual(net().module, "allreduce")
 
 
 def walk_alone(folder):
@@ -204,6 +206,25 @@ def test_what_a_registration_is_given_wrongly_is_a_commhub_error(ranks, tmp_path
     assert "\n".join(told) == ""
 
 
+def on_a_model(kind, hook="allreduce"):
+    """A registration, and its model, which lives as long as it is held."""
+    model = net() if kind == "ddp" else net().module
+    return (commhub.register if kind == "ddp" else commhub.manual)(model, hook), model
+
+
+def every_call(what, registration, model, folder):
+    """What is wrong with each call on a registration, given what is right, and with registering anew."""
+    enter = commhub.manual if isinstance(registration, ManualRegistration) else commhub.register
+    first = next(iter(inspect.signature(enter).parameters))
+    told = []
+    for name, right in rows(registration, folder).items():
+        if name == "remove":
+            told += calls_badly(f"{what}: {enter.__name__}", enter, {first: model, "hook": "fp16"})
+        good = {"state": {}} if name == "load_state_dict" else right
+        told += calls_badly(f"{what}: {name}", getattr(registration, name), good)
+    return told
+
+
 def halved(module):
     module.to(torch.bfloat16)
 
@@ -268,33 +289,88 @@ CHANGES = [
 def changed(folder):
     """After each change, every call on a registration, and the ways to another one."""
     told = []
-    for kind, hook in (("ddp", "allreduce"), ("ddp", "periodic"), ("manual", "allreduce"), ("manual", "periodic")):
+    for kind, hook in itertools.product(("ddp", "manual"), ("allreduce", "periodic(period=1)")):
         for change in CHANGES:
-            model = net()
-            enter, model = (commhub.register, model) if kind == "ddp" else (commhub.manual, model.module)
-            registration, module = (
-                enter(model, f"{hook}" + "(period=1)" * (hook == "periodic")),
-                getattr(model, "module", model),
-            )
+            registration, model = on_a_model(kind, hook)
             if kind == "manual":
                 registration.average()
-            change(module)
-            what = f"{change.__name__} {kind} {hook}"
-            for name, good in rows(registration, folder).items():
-                good = {"state": {}} if name == "load_state_dict" else good
-                told += calls_badly(f"{what}: {name}", getattr(registration, name), good)
-                if name == "schedule":
-                    told += calls_badly(
-                        f"{what}: {enter.__name__}",
-                        enter,
-                        {next(iter(inspect.signature(enter).parameters)): model, "hook": "fp16"},
-                    )
-            registration.close()
+            change(getattr(model, "module", model))
+            told += every_call(f"{change.__name__} {kind} {hook}", registration, model, folder)
     return told
 
 
 def test_calls_on_a_model_that_was_changed_end_in_a_commhub_error_or_well(ranks, tmp_path):
     (told,) = ranks(changed, 1, tmp_path)
+    assert "\n".join(told) == ""
+
+
+class Spoilt:
+    """Cannot be prepared, or fails in a step."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def prepare(self, setup):
+        if self.where == "prepare":
+            raise ValueError("spoilt")
+
+    def reduce(self, bucket):
+        raise ValueError("spoilt")
+        yield
+
+
+def after_failures(folder):
+    """Calls on a registration whose swap, load or step has failed; each works or is refused by a CommhubError."""
+    told = []
+    for kind in ("ddp", "manual"):
+        for failing in ("swap", "prepare", "load", "step"):
+            registration, model = on_a_model(kind)
+            with contextlib.suppress(commhub.CommhubError):
+                if failing == "load":
+                    registration.load(folder / "nothing")
+                elif failing == "swap":
+                    registration.swap("no such hook")
+                else:
+                    registration.swap(Spoilt(failing))
+                    model(torch.ones(2, 4)).sum().backward()
+                    registration.average()
+            told += every_call(f"{kind} after a failed {failing}", registration, model, folder)
+    return told
+
+
+def in_a_thread(function, *given):
+    """What the function returns, called in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *given).result(60)
+
+
+def from_other_threads(folder):
+    """Calls from another thread than the one that registered: between steps, and while one is under way."""
+    told = []
+    for kind in ("ddp", "manual"):
+        registration, model = on_a_model(kind)
+        told += in_a_thread(every_call, f"{kind} in a thread", registration, model, folder)
+
+        told += in_a_step(kind, folder)
+    return told
+
+
+def in_a_step(kind, folder):
+    registration, model = on_a_model(kind)
+    told = []
+    end = registration.observe(lambda *_: told.extend(every_call(f"{kind} in a step", registration, model, folder)))
+    with contextlib.suppress(commhub.CommhubError):
+        model(torch.ones(2, 4)).sum().backward()
+        if kind == "manual":
+            registration.average()
+    end()
+    registration.close()
+    return told
+
+
+@pytest.mark.parametrize("walked", [after_failures, from_other_threads])
+def test_calls_at_other_times_and_places_end_in_a_commhub_error_or_well(ranks, walked, tmp_path):
+    (told,) = ranks(walked, 1, tmp_path)
     assert "\n".join(told) == ""
 
 

@@ -26,7 +26,7 @@ _SEVERAL = 6
 """So many stretches of ranks are listed, and not more."""
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class _Awaited:
     """Collectives of a task: in words, their numbers, their flights; these are ``None`` while they are held back."""
 
@@ -62,7 +62,7 @@ class Progress:
 
     def issued(self, task: Task, flights: Sequence[Flight]) -> None:
         """Take down that they are on their way."""
-        self._awaited[task] = attrs.evolve(self._awaited[task], flights=flights)
+        self._awaited[task].flights = flights
 
     def has(self, task: Task) -> None:
         """Take down that the task goes on with their results."""

@@ -29,7 +29,7 @@ __all__ = ["Rendezvous", "agree", "number_hosts"]
 _INTERRUPTED = 1.0
 """Seconds that an interrupted rank waits for its peers."""
 _IN_VAIN = 0.5
-"""Seconds that a rank waits for all that has waited for one of them in vain: the others have too by then, or have come."""
+"""Seconds that a rank waits for all that has waited for one in vain: the others have too by then, or have come."""
 _STILL_CONNECTING = 2.0
 """Seconds more that a rank waits for those who are waiting for another, up to the timeout, before they come."""
 

@@ -128,7 +128,8 @@ class FailureBoard:
         if self._size == 1 or self._is_gone:
             return self._found
         with self._looking:
-            self._look = self._look or Errand(self._read)
+            if self._look is None or self._look.wait(0.0):
+                self._look = Errand(self._read)
             if self._look.wait(_ANSWERS_WITHIN):
                 self._look = None
         return self._found

@@ -29,8 +29,8 @@ _TRIES = 3
 _CONNECTS_WITHIN = 0.5
 """Seconds in which a store is connected to, or another try begins."""
 
-_SLICE = 0.25
-"""Seconds of an uninterrupted wait."""
+_SLICE, _PAUSE = 0.1, 0.005
+"""Seconds of an uninterrupted wait, and after it, for others' questions over the same connection."""
 _RETURNS_WITHIN = 1.0
 """Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
 _RESTS = 0.06
@@ -159,7 +159,7 @@ def peek(store: Store, key: str) -> bytes | None:
 
 
 def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
-    """Wait until all keys are there; whether they are."""
+    """Wait until all keys are there; whether they are. Meanwhile others may ask over the same connection."""
     end = time.monotonic() + seconds
     while keys:
         go_on()
@@ -173,6 +173,7 @@ def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
             break
         if left <= _SLICE:
             return bool(store.check(list(keys)))  # this process may not have run for most of that time
+        time.sleep(_PAUSE)
     return True
 
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Rendezvous", "agree", "number_hosts"]
 
 _INTERRUPTED = 1.0
-"""Seconds that a rank waits for its peers that was interrupted, or has waited for one of them in vain."""
+"""Seconds that an interrupted rank waits for its peers."""
+_IN_VAIN = 0.5
+"""Seconds that a rank waits for all that has waited for one in vain: the others have too by then, or have come."""
 _STILL_CONNECTING = 2.0
 """Seconds more that a rank waits for those who are waiting for another, up to the timeout, before they come."""
 
@@ -80,7 +82,7 @@ def agree(
     mine = json.dumps([topic, digest, _host(), str(failure) if hearsay else why, verify, hearsay])
     patience = rendezvous.timeout + (_STILL_CONNECTING if connecting else 0.0)
     if isinstance(failure, KeyboardInterrupt | Unmet):
-        patience = min(_INTERRUPTED, rendezvous.timeout)
+        patience = min(_IN_VAIN if hearsay else _INTERRUPTED, rendezvous.timeout)
 
     def goes_on(verdict: Verdict) -> bool:
         words = _words(verdict)

@@ -11,6 +11,8 @@ import attrs
 from commhub._printable import message_of, shortened, type_name
 
 _HERE = os.path.dirname(__file__)
+MOST = 256
+"""Ranks that one machine plays at most."""
 _TAIL = 6000  # characters of a rank's output that an error shows
 
 

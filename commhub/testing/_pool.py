@@ -17,13 +17,15 @@ from typing import Any
 
 import attrs
 
+from commhub._errors import HookOptionTypeError
+from commhub._printable import shown
 from commhub.testing import _transport
 
 from ._forkserver import ForkServer, RankProcess
 from ._gather import Gathered, gather, kill
 from ._isolation import Surroundings
 from ._keeper import Keeper
-from ._outcome import RankError, RankResult
+from ._outcome import MOST, RankError, RankResult
 from ._worker import Order
 
 
@@ -110,8 +112,8 @@ class RankPool:
         ]
 
     def _ranks(self, nproc: int, *, fresh: bool) -> tuple[ForkServer, list[RankProcess]]:
-        if nproc < 1:
-            raise ValueError(f"nproc={nproc}: at least one rank is needed")
+        if type(nproc) is not int or not 0 < nproc <= MOST:
+            raise HookOptionTypeError(f"nproc is {shown(nproc)}; give a number of ranks from 1 to {MOST}.")
         server = self._up()
         if fresh:
             return server, [server.fork(fresh=True) for _ in range(nproc)]

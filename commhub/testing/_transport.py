@@ -18,6 +18,9 @@ from typing import Any, Self
 
 import attrs
 
+from commhub._errors import HookOptionTypeError
+from commhub._printable import shown
+
 
 def dumps(value: object) -> bytes:
     """``value`` as bytes, tensors by value with their strides and shared storages."""
@@ -49,14 +52,14 @@ class Call:
         """The call ``fn(*args, **kwargs)``.
 
         Raises:
-            TypeError: if another process cannot find ``fn`` by its name.
+            HookOptionTypeError: if another process cannot find ``fn`` by its name.
         """
         module_name = getattr(fn, "__module__", None) or ""
         qualname = getattr(fn, "__qualname__", "")
         module = sys.modules.get(module_name)
         if module is None or _attribute(module, qualname) is not fn:
-            raise TypeError(
-                f"{fn!r} cannot run in another process: pass a function that is defined at the top of a "
+            raise HookOptionTypeError(
+                f"{shown(fn)} cannot run in another process: pass a function that is defined at the top of a "
                 "module (no lambda, no closure, no bound method) and hand it what it needs as arguments."
             )
         path = getattr(module, "__file__", None)

@@ -20,6 +20,9 @@ from typing import Self
 
 import attrs
 
+from commhub._errors import HookOptionError
+from commhub._printable import shown
+
 from ._isolation import forget_modules
 
 Fields = str | Mapping[str, object]
@@ -87,7 +90,12 @@ def temporary_plugin(
         entry_points: group -> name -> value, instead of those that ``hooks`` and ``averagers`` would get.
         version: of the distribution.
         requires: what it depends on.
+
+    Raises:
+        HookOptionError: if the name is none, which would lead out of the folder.
     """
+    if not isinstance(name, str) or re.fullmatch(r"[A-Za-z]([\w.-]*[A-Za-z0-9])?", name, re.ASCII) is None:
+        raise HookOptionError(f"{shown(name)} is no distribution's name.")
     hooks, averagers = hooks or {}, averagers or {}
     package = re.sub("[-.]+", "_", name).lower()
     if spec is None:

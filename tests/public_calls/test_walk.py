@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
+from commhub import testing
 from commhub.checkpoint import HookState
 from commhub.drivers._simulator import Simulation
 from commhub.training._manual import ManualRegistration
@@ -51,6 +52,12 @@ ALONE = {
     "manual": (commhub.manual, {"module": torch.nn.Linear(2, 2), "hook": "allreduce"}),
     "HookState": (HookState, {}),
     "HookInfo.as_dict": (commhub.info("allreduce").as_dict, {}),
+    "HookType": (commhub.HookType.ALLREDUCE, {"model": None}),
+    "testing.check_hook": (testing.check_hook, {"hook": "allreduce", "where": (), "minimum": 0}),
+    "testing.parametrize_with_checks": (
+        testing.parametrize_with_checks,
+        {"hooks": ["allreduce"], "where": ("static",)},
+    ),
 }
 """Calls that need no process group, or are made without one here, with arguments that are right."""
 
@@ -62,12 +69,23 @@ EXCUSED = {
     "Bucket": "made by the core; its methods are called by hooks, whose errors become HookErrors",
     "Setup": "made by the core",
     "HookInfo": "made by the core",
-    "HookType": "an enum; looking a value up in it is Python's own, and so is its ValueError",
     "Registration": "made by register()",
     "hookimpl": "pluggy's decorator",
     "relay": "a generator for use inside a hook, whose errors become HookErrors",
     "State.inner": "for hooks inside others, made by create()",
     "toolkit": "parts for hooks, used inside them",
+    **dict.fromkeys(
+        [f"testing.{name}" for name in ("CheckResult", "Rank", "RankError", "RankFailure", "RankResult", "Run")],
+        "made by the harness",
+    ),
+    **dict.fromkeys(
+        [f"testing.{name}" for name in ("Branches", "EveryKind", "batches", "mlp", "train", "TemporaryPlugin")]
+        + [f"testing.{name}" for name in ("Largest", "Living", "Watched", "temporary_plugin")]
+        + [f"testing.{name}" for name in ("assert_equal_across_ranks", "bitwise_equal")],
+        "a test's own material: what it is given wrongly is a mistake of that test, and told as Python and torch do",
+    ),
+    "testing.RankPool": "starts processes; tests/testing/test_rank_pool.py has what it is given wrongly",
+    "testing.current": "a RuntimeError outside of a rank: there is no test for anybody to catch it in",
 }
 FACES = [
     commhub.AveragerSpec,
@@ -94,6 +112,7 @@ def public(kind):
 def called():
     """The names of all public calls."""
     names = {name for name in commhub.__all__ if not name.endswith("Error")} | {"HookState", "Registration"}
+    names |= {f"testing.{name}" for name in testing.__all__}
     for kind in FACES:
         names |= {f"{kind.__name__}.{name}" for name in public(kind)}
     return names
@@ -148,6 +167,7 @@ def walk_alone(folder):
 
 def walk(folder):
     told = complaints("register", commhub.register, {"model": net(), "hook": "allreduce"})
+    told += complaints("HookType", commhub.HookType.ALLREDUCE, {"model": net()})
     told += complaints("manual", commhub.manual, {"module": torch.nn.Linear(4, 4), "hook": "allreduce"})
     kept = []
     for kind in ("ddp", "manual"):

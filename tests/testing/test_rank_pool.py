@@ -208,9 +208,16 @@ def test_what_a_rank_prints_is_shown_with_its_number(ranks, capsys):
         assert capsys.readouterr().out == "[rank 0] hello\n[rank 1] hello\n"
 
 
-def test_no_rank_at_all_is_refused(ranks):
-    with pytest.raises(ValueError, match="at least one"):
-        ranks(identity, 0)
+@pytest.mark.parametrize("nproc", [0, -1, 10**400, 2.0, True, None, "2"])
+def test_what_is_no_number_of_ranks_is_refused(ranks, nproc):
+    with pytest.raises(commhub.HookOptionError, match="from 1 to"):
+        ranks(identity, nproc)
+
+
+@pytest.mark.parametrize("function", [None, 3, lambda: None, "identity"])
+def test_what_no_other_process_finds_is_refused(ranks, function):
+    with pytest.raises(commhub.HookOptionError, match="at the top of a module"):
+        ranks(function, 1)
 
 
 def test_importing_the_harness_loads_neither_torch_nor_pytest():

@@ -113,6 +113,13 @@ def test_the_ranks_find_it_as_long_as_it_is_there(ranks, tmp_path):
         assert ranks(factor_and_file, 2, "foo") == [(5.0, 1)] * 2
 
 
+@pytest.mark.parametrize("name", ["", "..", "../there", "/there", ".", None, 3, "a b", "-a"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(commhub.HookOptionError, match="no distribution's name"):
+        make_plugin(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_subprocess_finds_it_too(temporary_plugin):
     temporary_plugin("commhub-foo", hooks={"foo": "Foo"})
     code = "import commhub, json; print(json.dumps([i.name for i in commhub.installed()]))"

@@ -6,17 +6,19 @@ import contextlib
 import io
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from commhub._printable import described, message_of
-from commhub.testing._outcome import RankError
+from commhub._errors import HookOptionError, HookOptionTypeError
+from commhub._printable import described, message_of, shown
+from commhub.testing._outcome import MOST, RankError
 
 from ._check import Check, CheckResult, NotApplicableError
 from ._list import all_checks
 from ._subject import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from commhub.testing._pool import RankPool
 
@@ -113,10 +115,33 @@ def _told(error: BaseException) -> str:
 
 
 def refuse_unknown(expected: Mapping[str, str]) -> None:
-    """Raise ValueError for an expected failure of a check that does not exist."""
+    """Raise HookOptionError for an expected failure of a check that does not exist."""
     known = {check.name for check in all_checks()}
-    if unknown := sorted(expected.keys() - known):
-        raise ValueError(f"expected_failed_checks names {unknown[0]!r}; the checks are {', '.join(sorted(known))}.")
+    if unknown := sorted(expected.keys() - known, key=shown):
+        raise HookOptionError(
+            f"expected_failed_checks names {shown(unknown[0])}; the checks are {', '.join(sorted(known))}."
+        )
+
+
+def _refuse(
+    hooks: object, nproc: object, where: object, expected: object, *, minimum: object = 0, timeout: object = 1.0
+) -> None:
+    """Raise HookOptionError for settings that will not do, before anything runs."""
+    if not isinstance(hooks, list | tuple) or not all(isinstance(hook, str) for hook in hooks):
+        raise HookOptionTypeError(f"{shown(hooks)} is no hook string where one belongs.")
+    if not isinstance(nproc, list | tuple | range) or not all(
+        type(number) is int and 0 < number <= MOST for number in nproc
+    ):
+        raise HookOptionTypeError(f"nproc is {shown(nproc)}; give numbers of ranks from 1 to {MOST}, in a list.")
+    if not isinstance(where, list | tuple) or not all(place in WHERE for place in where):
+        raise HookOptionTypeError(f"where is {shown(where)}; give some of {', '.join(WHERE)}, in a list.")
+    if expected is not None and not isinstance(expected, Mapping):
+        raise HookOptionTypeError(f"expected_failed_checks is {shown(expected)}; give a dict of reasons by check.")
+    if type(minimum) is not int:
+        raise HookOptionTypeError(f"minimum is {shown(minimum)}; give a number of checks.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise HookOptionTypeError(f"timeout is {shown(timeout)}; give seconds above 0.")
+    refuse_unknown(expected or {})
 
 
 def plan(kind: str, nproc: Sequence[int], where: Sequence[str] = WHERE) -> Iterator[tuple[Check, int]]:
@@ -152,13 +177,17 @@ def check_hook(
 
     Raises:
         UnknownHookError, HookConflictError: if no plugin has that name.
-        ValueError: for an unknown check in ``expected_failed_checks``; if fewer checks applied than ``minimum``.
+        HookOptionError: for settings that will not do, such as an unknown check in ``expected_failed_checks``; if fewer
+            checks applied than ``minimum``.
 
     >>> [r.check for r in check_hook("allreduce", nproc=(2,)) if r.status == "failed"]  # doctest: +SKIP
     []
     """
     from commhub.testing._pool import RankPool
 
+    _refuse([hook], nproc, where, expected_failed_checks, minimum=minimum, timeout=timeout)
+    if report is not None and not callable(report):
+        raise HookOptionTypeError(f"report is {shown(report)}; give a function.")
     with contextlib.ExitStack() as stack:
         ranks = pool or stack.enter_context(RankPool())
         examination = Examination(hook, ranks, expected_failed_checks, timeout)
@@ -169,7 +198,7 @@ def check_hook(
                 report(result)
     applied = sum(result.status != "not applicable" for result in examination.results)
     if applied < minimum:
-        raise ValueError(f"{hook}: {applied} checks applied, and at least {minimum} were asked for.")
+        raise HookOptionError(f"{hook}: {applied} checks applied, and at least {minimum} were asked for.")
     return examination.results
 
 
@@ -198,11 +227,11 @@ def parametrize_with_checks(
 
     Raises:
         UnknownHookError, HookConflictError: if no plugin has one of the names.
-        ValueError: for an unknown check in ``expected_failed_checks``.
+        HookOptionError: for settings that will not do, such as an unknown check in ``expected_failed_checks``.
     """
     import pytest
 
-    refuse_unknown(expected_failed_checks or {})
+    _refuse(hooks, nproc, where, expected_failed_checks)
     cases = []
     for hook in hooks:
         shared: dict[str, Examination] = {}

@@ -1,4 +1,4 @@
-"""The fork server: a process that has imported torch, never used it, and forks itself into ranks.
+"""The fork server: a process that has imported torch and the core, never used them, and forks itself into ranks.
 
 pytest's own process cannot be forked once torch has started threads there, and a spawned process imports
 torch for seconds. This one has a single thread, so its copies are sound, and a copy costs milliseconds. It

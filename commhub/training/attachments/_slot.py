@@ -72,7 +72,7 @@ class Slot:
             slot._name(parameters)
             return slot
         slot = cls(model, parameters)
-        model.register_comm_hook(slot, commhub_slot)
+        model.register_comm_hook(Entry(slot), commhub_slot)
         slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot
@@ -263,7 +263,28 @@ class Slot:
             )
 
 
-def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
+class Entry:
+    """What the reducer holds, a way to the slot that does not keep it alive.
+
+    Python sees no circle that goes through C++, and frees none; one would go from the reducer to the slot, to an
+    optimizer, to a hook of the user's on that, and to the model. So the model alone holds the slot.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = weakref.ref(slot)
+
+    def reduce(self, bucket: Any) -> Future[Tensor]:
+        """As the slot does."""
+        slot = self._slot()
+        if slot is None:
+            raise HookError("the model that this hook belongs to is gone.")
+        return slot.reduce(bucket)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())  # where a model must not be copied, its slot says so
+
+
+def commhub_slot(state: Entry, bucket: Any) -> Future[Tensor]:
     """What PyTorch keeps; at the top of a module, so that a model whose hook was removed can be pickled."""
     return state.reduce(bucket)
 

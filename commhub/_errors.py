@@ -34,7 +34,10 @@ class HookConflictError(CommhubError, LookupError):
 
 
 class HookOptionError(CommhubError, ValueError):
-    """A hook string or an option of a hook is malformed, unknown, of the wrong type or out of range."""
+    """What was given is malformed, unknown, of the wrong type or out of range.
+
+    A hook string, an option of a hook, a field of a spec, a schedule, a network, what is simulated or tested.
+    """
 
 
 class HookMismatchError(CommhubError, RuntimeError):

@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import weakref
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,29 @@ def test_descriptors_and_threads_are_as_many_after_many_hooks(ranks, change, npr
         assert end[1] <= threads + 1
         if EVERY:
             assert end[2] - half[2] < 4 * 2**20
+
+
+def captured(hook, how):
+    """Whether a model is freed that a user's hook on its optimizer refers to."""
+    model = DistributedDataParallel(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_, model=model: None)
+    registration = commhub.register(model, hook, optimizer=optimizer)
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        if not hook.startswith("optimizer"):
+            optimizer.step()
+    if how == "removed":
+        registration.remove()
+    elif how == "swapped":
+        registration.swap("fp16")
+    kept, held = weakref.ref(model), weakref.ref(optimizer)
+    del model, registration, optimizer
+    gc.collect()
+    return kept() is None and held() is None
+
+
+@pytest.mark.parametrize("how", ["dropped", "removed", "swapped"])
+@pytest.mark.parametrize("hook", ["allreduce", "periodic(period=1)", "optimizer_overlap"])
+def test_a_model_is_freed_that_a_hook_on_its_optimizer_refers_to(ranks, hook, how):
+    assert ranks(captured, 2, hook, how) == [True, True]

@@ -18,6 +18,7 @@ from commhub._errors import HookError, RegistrationError
 from commhub.protocol._bucket import Span, lay_out
 
 from ._ddp import SLOT
+from ._entry import Entry, commhub_slot
 from ._uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Slot:
             slot._name(parameters)
             return slot
         slot = cls(model, parameters)
-        model.register_comm_hook(slot, commhub_slot)
+        model.register_comm_hook(Entry(slot), commhub_slot)
         slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot
@@ -271,11 +272,3 @@ class Slot:
 def _queue(callback: Callable[[], None]) -> None:
     """Have it called when this backward has ended."""
     Variable._execution_engine.queue_callback(uncompiled(callback))
-
-
-def commhub_slot(state: Slot, bucket: Any) -> Future[Tensor]:
-    """What PyTorch keeps; at the top of a module, so that a model whose hook was removed can be pickled."""
-    return uncompiled(state.reduce)(bucket)
-
-
-commhub_slot.__annotations__ = {}  # as text they would not be what PyTorch compares them with

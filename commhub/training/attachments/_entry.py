@@ -5,33 +5,33 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.futures import Future
-
 from commhub._errors import HookError
 
 from ._uncompiled import uncompiled
 
 if TYPE_CHECKING:
-    from ._slot import Slot
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from torch.futures import Future
 
 
 class Entry:
-    """The way to a slot, which its model alone holds.
+    """The way to a slot's method, which its model alone holds.
 
     Python sees no circle that goes through C++, and frees none; one would go from the reducer to the slot, to an
     optimizer, to a hook of the user's on that, and to the model.
     """
 
-    def __init__(self, slot: Slot) -> None:
-        self._slot = weakref.ref(slot)
+    def __init__(self, reduce: Callable[[Any], Future[Tensor]]) -> None:
+        self._reduce = weakref.WeakMethod(reduce)
 
     def reduce(self, bucket: Any) -> Future[Tensor]:
         """As the slot does."""
-        slot = self._slot()
-        if slot is None:
+        reduce = self._reduce()
+        if reduce is None:
             raise HookError("the model that this hook belongs to is gone.")
-        return slot.reduce(bucket)
+        return reduce(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(None), ())  # where a model must not be copied, its slot says so

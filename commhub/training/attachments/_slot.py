@@ -74,7 +74,7 @@ class Slot:
             slot._name(parameters)
             return slot
         slot = cls(model, parameters)
-        model.register_comm_hook(Entry(slot), commhub_slot)
+        model.register_comm_hook(Entry(slot.reduce), commhub_slot)
         slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot

@@ -22,7 +22,7 @@ def properties(name):
     spec = spec_of(name)
     feedback = spec.option("error_feedback")
     agrees = getattr(spec, "agrees", None)
-    return (spec.kind, spec.needs, agrees is not False, feedback is not None and feedback.default)
+    return (spec.kind, bool(spec.needs), agrees is not False, feedback is not None and feedback.default)
 
 
 ONE_OF_EACH = list({properties(name): name for name in reversed(INSTALLED)}.values())

@@ -18,7 +18,7 @@ EACH = [
     for name in ("powersgd", "batched_powersgd")
     for options in ("rank=1", "rank=2", "rank=4", "rank=9", "rank=2, num_power_iterations=2")
 ] + [f"powersgd(start_step=0, min_compression_rate=0.1, rank={rank}, alternating=true)" for rank in (1, 3)]
-SOME = [EACH[1], EACH[6]]
+SOME = [EACH[1], EACH[2], EACH[6], EACH[-1]]
 SHAPES = ((40, 33), (65,), (24, 48), (17, 19))
 
 

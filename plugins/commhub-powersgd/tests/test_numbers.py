@@ -1,6 +1,7 @@
 """What must hold of the numbers: exact for low rank, finite again after Inf, every kind of parameter."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_residuals_stay_bounded_when_opposite_gradients_vary():
     def grads(rank, step):
         return [(1 - 2 * rank) * torch.randn(16, 24, generator=seeded(step))]
 
-    result = run(grads, ranks=2, steps=2000)
+    result = run(grads, ranks=2, steps=2000 if os.environ.get("COMMHUB_EVERY_CHECK") else 500)
     assert result.states[0].local("0")["residual"].norm() < 2 * 16 * math.sqrt(16 * 24)
 
 

@@ -39,9 +39,14 @@ _SEVERAL = 6
 _READ_BY_THEN = 30.0
 """Seconds after which nobody stays for who has not read it."""
 
+_FEW = 2
+"""Boards that may stay open before it is looked whether they have been read."""
+
 _owed: dict[FailureBoard, float] = {}
 """On which something new stands that peers may have yet to read, in a store that ends with this process; and since
 when."""
+_looking_after: list[Errand[None]] = []
+"""Looks whether they have read it."""
 
 
 @attrs.frozen
@@ -230,18 +235,35 @@ class FailureBoard:
                 if now - since > _READ_BY_THEN:
                     _owed.pop(board, None)
             _owed[self] = now
+            if len(_owed) > _FEW and all(errand.wait(0.0) for errand in _looking_after):
+                with contextlib.suppress(RuntimeError):  # no thread begins any more
+                    _looking_after[:] = [Errand(_forget_what_was_read)]
 
     def _stay(self, end: float) -> None:
         """Wait until every peer that is still there has read all this."""
         number = int(self._store.add("news", 0))
-        waited_for = [rank for rank in self._others() if rank not in self._gone]
-        while waited_for and time.monotonic() < end:
-            waited_for = [
-                rank
-                for rank in waited_for
-                if self._answer(rank, number) is None and peek(self._store, f"left/{rank}") is None
-            ]
+        while self._unread(number) and time.monotonic() < end:
             time.sleep(0.01)
+
+    def _unread(self, number: int) -> list[int]:
+        """The peers that are still there and have yet to read this number."""
+        return [
+            rank
+            for rank in self._others()
+            if rank not in self._gone
+            and self._answer(rank, number) is None
+            and peek(self._store, f"left/{rank}") is None
+        ]
+
+
+def _forget_what_was_read() -> None:
+    """Let go of the boards, and of their connections, that nobody has to stay for any more."""
+    for board, since in list(_owed.items()):
+        with contextlib.suppress(RuntimeError, ValueError):
+            if board._pid == os.getpid() and board._unread(int(board._store.add("news", 0))):
+                continue
+        if _owed.get(board) == since:
+            _owed.pop(board, None)
 
 
 def take_leave() -> None:

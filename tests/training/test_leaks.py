@@ -66,6 +66,26 @@ def test_descriptors_and_threads_are_as_many_after_many_hooks(ranks, change, npr
             assert end[2] - half[2] < 4 * 2**20
 
 
+def made_and_dropped():
+    """Descriptors and threads after the first models that came and went, and after the last."""
+    told = []
+    for number in range(TIMES):
+        model = DistributedDataParallel(mlp())
+        commhub.register(model, "fp16")
+        model(torch.ones(2, 8)).sum().backward()
+        del model
+        gc.collect()
+        if number in (9, TIMES - 1):
+            told.append(figures())
+    return told
+
+
+def test_descriptors_and_threads_are_as_many_after_many_models(ranks):
+    for (files, threads, _), end in ranks(made_and_dropped, 2, timeout=500, fresh=True):
+        assert end[0] <= files + SPARE
+        assert end[1] <= threads + 1
+
+
 def captured(hook, how):
     """Whether a model is freed that a user's hook on its optimizer refers to."""
     model = DistributedDataParallel(mlp())

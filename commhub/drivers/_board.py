@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub._errors import described
-
 from ._store import Errand, is_held_here, peek, told_lost, within
+from ._told import told_left
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
     from torch.distributed.distributed_c10d import Store
 
@@ -33,8 +32,6 @@ _ANSWERS_WITHIN = 0.05
 """Seconds in which the store answers; it takes less than one of them in a thousand where it is alive."""
 _PAUSE = 0.05
 """Seconds between two looks at who has answered a call."""
-_SEVERAL = 6
-"""So many ranks are told of one by one."""
 
 _READ_BY_THEN = 30.0
 """Seconds after which nobody stays for who has not read it."""
@@ -283,27 +280,3 @@ def _connecting() -> str:
 
 def _closed() -> str:
     return "has closed its registration"
-
-
-def told_left(left: dict[int, str]) -> str | None:
-    """What ranks said that take part no more, as one sentence; None where there are none."""
-    return told_first([f"rank {rank} {text}" for rank, text in sorted(left.items())]) or None
-
-
-def told_first(told: Sequence[str]) -> str:
-    """The first of some sentences, and how many there are more: errors stay short however many ranks there are."""
-    more = [f"and {len(told) - _SEVERAL} more"] if len(told) > _SEVERAL else []
-    return "; ".join([*told[:_SEVERAL], *more])
-
-
-def told_silent(silent: Sequence[int]) -> str:
-    """Who is gone, having said nothing in a roll call."""
-    names = ", ".join(map(str, silent))
-    which, are, have = ("rank", "is", "has") if len(silent) == 1 else ("ranks", "are", "have")
-    return f"{which} {names} {are} gone: a connection closed, and {which} {names} {have} said nothing for 2 s"
-
-
-def described_briefly(error: BaseException) -> str:
-    """An error in one line of at most 300 characters."""
-    text = " ".join(described(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -11,8 +11,8 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
 
 from commhub._errors import HookMismatchError, RegistrationError
 
-from ._board import told_silent
 from ._store import Errand, peek, told_lost, within
+from ._told import told_silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,11 +20,12 @@ import torch
 from commhub._errors import HookError, described
 
 from . import _graveyard
-from ._board import described_briefly, take_leave
+from ._board import take_leave
 from ._failure import Stopped
 from ._inbox import Inbox
 from ._link import emulate, network_of
 from ._pipeline import Pipeline
+from ._told import described_briefly
 from ._watch import SLICE, Watch
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from commhub._errors import HookError, HookTimeoutError
 
-from ._board import described_briefly, told_left, told_silent
 from ._failure import is_lost_connection, own_error, peer_error
 from ._notice import Notice
 from ._progress import Doing, Progress, told_behind
+from ._told import described_briefly, told_left, told_silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,8 +7,8 @@ import pytest
 
 from commhub import AllReduce, Broadcast
 from commhub.drivers._asked import Position
-from commhub.drivers._board import told_left
 from commhub.drivers._progress import Doing, Progress, told_behind
+from commhub.drivers._told import told_left
 from commhub.protocol._collectives import Subgroup
 
 

@@ -29,8 +29,8 @@ _TRIES = 3
 _CONNECTS_WITHIN = 0.5
 """Seconds in which a store is connected to, or another try begins."""
 
-_SLICE, _PAUSE = 0.1, 0.005
-"""Seconds of an uninterrupted wait, and after it, for others' questions over the same connection."""
+_SHORTEST, _LONGEST = 0.0005, 0.01
+"""Seconds between two questions whether something is there."""
 _RETURNS_WITHIN = 1.0
 """Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
 _RESTS = 0.06
@@ -160,20 +160,13 @@ def peek(store: Store, key: str) -> bytes | None:
 
 def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
     """Wait until all keys are there; whether they are. Meanwhile others may ask over the same connection."""
-    end = time.monotonic() + seconds
-    while keys:
+    end, pause = time.monotonic() + seconds, _SHORTEST
+    while keys and not store.check(list(keys)):
         go_on()
-        left = max(end - time.monotonic(), 0.01)
-        try:
-            store.wait(list(keys), timedelta(seconds=min(left, _SLICE)))
-        except RuntimeError as error:
-            if "wait timeout" not in str(error).lower():  # a lost connection, for instance
-                raise
-        else:
-            break
-        if left <= _SLICE:
-            return bool(store.check(list(keys)))  # this process may not have run for most of that time
-        time.sleep(_PAUSE)
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST)
     return True
 
 

@@ -29,8 +29,10 @@ _TRIES = 3
 _CONNECTS_WITHIN = 0.5
 """Seconds in which a store is connected to, or another try begins."""
 
-_SHORTEST, _LONGEST = 0.0005, 0.01
+_SHORTEST, _LONGEST = 0.0005, 0.25
 """Seconds between two questions whether something is there."""
+_SHARE = 0.04
+"""Of the time that something was waited for, how much passes before the next question."""
 _RETURNS_WITHIN = 1.0
 """Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
 _RESTS = 0.06
@@ -160,13 +162,16 @@ def peek(store: Store, key: str) -> bytes | None:
 
 def wait_for(store: Store, keys: Sequence[str], seconds: float) -> bool:
     """Wait until all keys are there; whether they are. Meanwhile others may ask over the same connection."""
-    end, pause = time.monotonic() + seconds, _SHORTEST
-    while keys and not store.check(list(keys)):
+    began = time.monotonic()
+    while keys:
         go_on()
-        if time.monotonic() > end:
+        waited = time.monotonic() - began  # before the look: a process that was stopped looks once more
+        if store.check(list(keys)):
+            break
+        if waited > seconds:
             return False
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
+        # The longer it has waited the more seldom it asks: a store may have a thousand ranks to answer.
+        _is_over.wait(min(max(_SHORTEST, _SHARE * waited), _LONGEST))
     return True
 
 

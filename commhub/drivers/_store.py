@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import threading
 import time
 import weakref
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ._deaf import deafen
+from ._frozen import freeze
 from ._threads import are_at_rest
 
 if TYPE_CHECKING:
@@ -34,13 +33,11 @@ _SHORTEST, _LONGEST = 0.0005, 0.25
 _SHARE = 0.04
 """Of the time that something was waited for, how much passes before the next question."""
 _RETURNS_WITHIN = 1.0
-"""Seconds that an errand has at exit before it gets no answer any more, and again to come to rest after that."""
+"""Seconds that an errand has at exit to end, and again to come to rest after that."""
 _RESTS = 0.06
 """Seconds in which who goes on at all would have run; nobody pauses for longer between two questions."""
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_places: dict[tuple[str, int], Errand[set[str]]] = {}
-"""The hosts and ports of the stores that were connected to, and the hosts' addresses."""
 _is_over = threading.Event()
 """Set when the interpreter ends and no errand may be under way any more."""
 
@@ -101,7 +98,6 @@ def own_connection(store: Store, seconds: float) -> Store:
     Raises:
         RuntimeError: if the store is gone.
     """
-    _note(store)
     tries: list[Errand[Store]] = []
     lives: Errand[bool] | None = None
     while True:
@@ -185,28 +181,15 @@ def go_on() -> None:
         raise RuntimeError("the interpreter ends")
 
 
-def _note(store: Store) -> None:
-    """Remember where a store is."""
-    bare = _bare(store)
-    place = str(getattr(bare, "host", "")), int(getattr(bare, "port", 0))
-    if place[1] and place not in _places:
-        _places[place] = Errand(lambda: {str(found[4][0]) for found in socket.getaddrinfo(*place)})
-
-
 @atexit.register
 def _let_them_return() -> None:
-    """Wait a moment for the errands; those that are left get no answer any more.
-
-    A thread that returns from torch's C++ while the interpreter ends aborts the process: Python ends the thread there,
-    which destructors of C++ do not allow.
-    """
+    """Wait a moment for the errands; those that are left do nothing more."""
     end = time.monotonic() + _RETURNS_WITHIN
     for thread in list(_threads):
         thread.join(max(0.0, end - time.monotonic()))
     _is_over.set()
-    left = {thread.native_id for thread in _threads if thread.is_alive()}
-    if left:
-        deafen({(each, port) for (_, port), found in _places.items() if found.wait(0.0) for each in found.result()})
     end = time.monotonic() + _RETURNS_WITHIN
-    while left and not are_at_rest(left, _RESTS) and time.monotonic() < end:
-        pass
+    while (left := [thread.native_id or 0 for thread in _threads if thread.is_alive()]) and time.monotonic() < end:
+        if are_at_rest(left, _RESTS):
+            freeze(left)
+            return

@@ -1,4 +1,4 @@
-"""A process ends as it should while it still asks a store that does not answer, whenever the answer comes."""
+"""A process ends as it should while a thread of commhub's waits in C++, whenever what it waits for comes."""
 
 import builtins
 import gc
@@ -64,6 +64,30 @@ def end_while_asking(what):
         stop(holder)
     here.set("asked", "")
     builtins.answered = Answered(holder)
+
+
+class Lasts:
+    """Keeps the interpreter that holds this from ending for a while."""
+
+    def __init__(self, seconds):
+        self._seconds, self._sleep = seconds, time.sleep
+        gc.freeze()
+
+    def __del__(self):
+        self._sleep(self._seconds)
+
+
+def end_while_connecting():
+    """What gives up in C++, with an error, when the interpreter has begun to end: some two seconds after the call."""
+    errand = Errand(lambda: dist.ProcessGroupGloo(dist.HashStore(), 0, 2, timedelta(seconds=3)))
+    assert not errand.wait(0.2)
+    builtins.lasts = Lasts(2.5)
+
+
+def test_a_group_that_cannot_connect_while_the_interpreter_ends_does_not_abort_it(ranks):
+    (result,) = ranks.fresh(end_while_connecting, 1, init=False, timeout=30, grace=30)
+    assert result.exitcode == 0, result.stderr
+    assert "terminate called" not in result.stderr
 
 
 @pytest.mark.parametrize("what", ["add", "wait", "again", "connect"])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ._deaf import deafen
-from ._threads import are_at_rest
+from ._threads import are_at_rest, to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -194,7 +194,6 @@ def _note(store: Store) -> None:
         _places[place] = Errand(lambda: {str(found[4][0]) for found in socket.getaddrinfo(*place)})
 
 
-@atexit.register
 def _let_them_return() -> None:
     """Wait a moment for the errands; those that are left get no answer any more.
 
@@ -211,3 +210,6 @@ def _let_them_return() -> None:
     end = time.monotonic() + _RETURNS_WITHIN
     while left and not are_at_rest(left, _RESTS) and time.monotonic() < end:
         pass
+
+
+atexit.register(to_its_end, _let_them_return)

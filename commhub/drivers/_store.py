@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ._frozen import freeze
-from ._threads import are_at_rest
+from ._threads import are_at_rest, to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -181,7 +181,6 @@ def go_on() -> None:
         raise RuntimeError("the interpreter ends")
 
 
-@atexit.register
 def _let_them_return() -> None:
     """Wait a moment for the errands; those that are left do nothing more."""
     end = time.monotonic() + _RETURNS_WITHIN
@@ -193,3 +192,6 @@ def _let_them_return() -> None:
         if are_at_rest(left, _RESTS):
             freeze(left)
             return
+
+
+atexit.register(to_its_end, _let_them_return)

@@ -25,6 +25,7 @@ from ._failure import Stopped
 from ._inbox import Inbox
 from ._link import emulate, network_of
 from ._pipeline import Pipeline
+from ._threads import to_its_end
 from ._told import described_briefly
 from ._watch import SLICE, Watch
 
@@ -276,7 +277,6 @@ class ThreadDriver:
             self._inbox.rest()
 
 
-@atexit.register
 def _close_all() -> None:
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     how = "has exited" if error is None else f"has exited: {described_briefly(error)}"
@@ -284,3 +284,6 @@ def _close_all() -> None:
         driver.close(how)
     take_leave()
     _graveyard.close_all()
+
+
+atexit.register(to_its_end, _close_all)

@@ -1,4 +1,4 @@
-"""What other threads of this process are doing, as the operating system tells it."""
+"""What other threads of this process are doing, as the operating system tells it; what is done for them at exit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 _TASKS = Path("/proc/self/task")
+
+
+def to_its_end(function: Callable[[], None]) -> None:
+    """Do what the interpreter must not end without: where another Ctrl-C ends the function early, it begins anew.
+
+    Args:
+        function: may be called again, and takes a few seconds at most.
+    """
+    is_over = False
+    while not is_over:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):  # which a handler of a signal raises
+            function()
+            is_over = True
 
 
 def are_at_rest(which: str | Collection[int | None], seconds: float) -> bool:

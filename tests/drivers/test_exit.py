@@ -1,5 +1,6 @@
 """A process ends as it should while a thread of commhub's waits in C++, whenever what it waits for comes."""
 
+import atexit
 import builtins
 import gc
 import os
@@ -10,8 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import commhub
+from commhub.drivers import _store, _thread
 from commhub.drivers._store import Errand, own_connection
 from commhub.testing import current
 
@@ -110,3 +115,54 @@ def refuse_errands():
 def test_no_errand_begins_after_the_last_was_waited_for(ranks):
     (result,) = ranks.fresh(refuse_errands, 1)
     assert (result.value, result.error) == ([], None)
+
+
+class Interrupted:
+    """Stands among what is waited for at exit; a Ctrl-C comes when its turn is there for the first time."""
+
+    native_id = None
+
+    def __init__(self):
+        self.times = 0
+
+    def join(self, seconds):
+        self.times += 1
+        if self.times == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def close(self, leaving):
+        self.join(None)
+
+    def is_alive(self):
+        return False
+
+
+def end_and_be_interrupted():
+    """Rank 0 holds a store and is stopped; rank 1 asks, ends, and is interrupted meanwhile."""
+    if current().rank == 1:
+        builtins.interrupted = Interrupted()
+        _store._threads.add(builtins.interrupted)
+    end_while_asking("add")
+
+
+def test_an_interrupt_at_exit_leaves_no_errand_that_an_answer_would_abort(ranks):
+    _, second = ranks.fresh(end_and_be_interrupted, 2, init=False, timeout=30, grace=30)
+    assert second.exitcode == 0, second.stderr
+    assert "terminate called" not in second.stderr
+
+
+def interrupt_while_drivers_close():
+    """How often the interrupted one was closed, and whether the other one's thread goes on."""
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    commhub.register(model, "allreduce", timeout=20)
+    model(torch.ones(2, 4)).sum().backward()
+    (real,), first = list(_thread._drivers), Interrupted()
+    thread = real._thread
+    _thread._drivers = [first, real]
+    atexit._run_exitfuncs()
+    return first.times, thread.is_alive()
+
+
+def test_an_interrupt_at_exit_leaves_no_driver_open(ranks):
+    (result,) = ranks.fresh(interrupt_while_drivers_close, 1, timeout=60, grace=30)
+    assert (result.value, result.error) == ((2, False), None)

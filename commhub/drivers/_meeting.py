@@ -187,4 +187,6 @@ def _blamed(board: FailureBoard | None, error: RuntimeError) -> str:
         return f"{roll.store}; the last that this rank knew: the ranks were being connected."
     if not roll.silent:
         return f"the ranks could not be connected, though all of them answer: {error}"
-    return board.decide(f"{told_silent(roll.silent)} while the ranks were being connected", roll.silent)
+    closed = any(word in str(error).lower() for word in ("closed", "reset", "refused"))
+    told = f"{told_silent(roll.silent, closed=closed)} while the ranks were being connected"
+    return board.decide(told, roll.silent)

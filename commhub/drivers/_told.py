@@ -24,11 +24,19 @@ def told_first(told: Sequence[str]) -> str:
     return "; ".join([*told[:_SEVERAL], *more])
 
 
-def told_silent(silent: Sequence[int]) -> str:
-    """Who is gone, having said nothing in a roll call."""
+def told_silent(silent: Sequence[int], *, closed: bool) -> str:
+    """Who is gone, having said nothing in a roll call.
+
+    Args:
+        silent: the ranks.
+        closed: whether a connection closed; if none was made, they may be stopped or stuck as well.
+    """
     names = ", ".join(map(str, silent))
     which, are, have = ("rank", "is", "has") if len(silent) == 1 else ("ranks", "are", "have")
-    return f"{which} {names} {are} gone: a connection closed, and {which} {names} {have} said nothing for 2 s"
+    how = "gone: a connection closed" if closed else "gone, stopped or stuck: they could not be connected"
+    if len(silent) == 1:
+        how = how.replace("they", "it")
+    return f"{which} {names} {are} {how}, and {which} {names} {have} said nothing for 2 s"
 
 
 def described_briefly(error: BaseException) -> str:

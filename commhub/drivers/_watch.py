@@ -178,7 +178,7 @@ class Watch:
         if roll.store:
             return left or f"{roll.store}; the last that this rank knew: a connection to a peer was lost"
         if roll.silent:
-            return told_silent(roll.silent)
+            return told_silent(roll.silent, closed=True)
         return left
 
     def _timed_out(self, task: Task, now: float, members: Sequence[int]) -> HookError:

@@ -140,8 +140,7 @@ def _absent(rendezvous: Rendezvous, topic: str, verdict: Verdict) -> str:
         return ""
     if rendezvous.rank in missing:
         return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
-    names = ", ".join(map(str, missing))
-    told = f"rank {names} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
+    told = f"{_ranks(missing)} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
     return told + _before(rendezvous)
 
 

@@ -89,7 +89,8 @@ def test_after_calls_of_some_ranks_alone_the_next_call_of_all_meets(ranks, tmp_p
         assert len(told) == (len(calls) if rank in who else 0)
         for call, (text, seconds) in zip(calls, told, strict=False):
             assert text.startswith(("RegistrationError: ", "CheckpointError: "))
-            assert f"rank {', '.join(map(str, missing))} did not come to {call} within 0.25 s" in text
+            names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            assert f"{names} did not come to {call} within 0.25 s" in text
             assert seconds < 5
 
 

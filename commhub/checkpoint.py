@@ -82,8 +82,8 @@ class HookState:
         Raises:
             CheckpointError: as ``Registration.load_state_dict``; nothing is changed then on this rank.
         """
-        local, saved_ranks = state.get("local"), state.get("world_size")
-        if self._nothing is not None and local == self._nothing and _is_count(saved_ranks):
+        saved_ranks = state.get("world_size") if isinstance(state, dict) else None
+        if _is_count(saved_ranks) and self._nothing is not None and state.get("local") == self._nothing:
             state = {**state, "local": {f"rank{rank}": {} for rank in range(saved_ranks)}}  # a load adds no keys
         self._registration.load_state_dict(state)
 

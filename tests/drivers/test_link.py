@@ -132,7 +132,7 @@ def test_all_else_goes_to_the_communicator_below():
 
 def test_without_a_network_nothing_stands_in_between_and_two_networks_do_not_add_up():
     bare = Bare()
-    driver = ThreadDriver(bare, Mock(), None, Meter(), timeout=1.0, label="none")
+    driver = ThreadDriver(bare, Mock(), Mock(), Meter(), timeout=1.0, label="none")
     try:
         assert (driver.communicator, driver.network) == (bare, None)
         driver.network = SLOW

@@ -138,7 +138,8 @@ def test_only_the_reserved_names_that_are_asked_for_may_stand_in_a_hook_string(s
     for text, reserved in (("some(wire=bf16)", ()), ("some(timeout=3)", ("wire",))):
         with pytest.raises(commhub.HookOptionError, match=r"some-dist 1\.0\): .* is an argument of commhub\.register"):
             resolve(text, reserved=reserved)
-    assert choose("some", dict.fromkeys(RESERVED, 1)).reserved.keys() == set(RESERVED)
+    taken = set(RESERVED) - {"state"}
+    assert choose("some", dict.fromkeys(taken, 1)).reserved.keys() == taken
 
 
 def test_a_recipe_changes_only_into_another_one(site):

@@ -50,16 +50,26 @@ def ask(what, store):
     return lambda: own_connection(store, 20.0)
 
 
+def hold(here):
+    """Hold a store until a peer has asked it."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    here.set("where", f"{store.port} {os.getpid()}")
+    here.wait(["asked"], timedelta(seconds=60))
+
+
+def found(here):
+    """A connection to that store, and the process that holds it."""
+    port, holder = map(int, here.get("where").split())
+    return dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False), holder
+
+
 def end_while_asking(what):
     """Rank 0 holds a store and is stopped; rank 1 asks, and ends."""
     rank, here = current().rank, current().store
     if rank == 0:
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        here.set("where", f"{store.port} {os.getpid()}")
-        here.wait(["asked"], timedelta(seconds=60))
+        hold(here)
         return
-    port, holder = map(int, here.get("where").split())
-    store = dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False)
+    store, holder = found(here)
     mine = own_connection(store, 20.0)
     if what != "again":
         stop(holder)
@@ -69,6 +79,33 @@ def end_while_asking(what):
         stop(holder)
     here.set("asked", "")
     builtins.answered = Answered(holder)
+
+
+def ask_afterwards():
+    """Rank 1's own question to the store, after commhub has ended there."""
+    import commhub.drivers._store as ours
+
+    rank, here = current().rank, current().store
+    if rank == 0:
+        hold(here)
+        return None
+    store, holder = found(here)
+    mine = own_connection(store, 20.0)
+    stop(holder)
+    errand = Errand(lambda: mine.add("questions", 1))
+    assert not errand.wait(0.2)
+    here.set("asked", "")
+    ours._let_them_return()
+    later = threading.Timer(0.2, os.kill, (holder, signal.SIGCONT))
+    later.start()
+    answer = store.add("of the user's own", 1)
+    later.join()
+    return answer, errand.wait(0.2)
+
+
+def test_a_handler_of_the_users_that_runs_later_has_its_questions_answered(ranks):
+    _, second = ranks.fresh(ask_afterwards, 2, init=False, timeout=30, grace=30)
+    assert (second.value, second.error, second.exitcode) == ((1, False), None, 0), second.stderr
 
 
 class Lasts:

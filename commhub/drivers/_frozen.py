@@ -42,17 +42,19 @@ def freeze(threads: Iterable[int]) -> bool:
     library = ctypes.pythonapi  # the C library too; it keeps the interpreter's lock, so that none of them can have it
     if sys.platform != "linux" or not hasattr(library, "tgkill"):
         return False
-    unused = [number for number in range(signal.SIGRTMAX, signal.SIGRTMIN, -1) if _is_unused(number)]
-    if not unused:
+    number = next((one for one in range(signal.SIGRTMAX, signal.SIGRTMIN, -1) if _is_unused(one)), None)
+    if number is None:
         return False
     action = _Action(handler=ctypes.cast(library.pause, ctypes.c_void_p).value)
     library.sigfillset(ctypes.byref(action.mask))
-    if library.sigaction(unused[0], ctypes.byref(action), None) != 0:
+    if library.sigaction(number, ctypes.byref(action), None) != 0:
         return False
     for thread in threads:
-        library.tgkill(os.getpid(), thread, unused[0])
+        library.tgkill(os.getpid(), thread, number)
     return True
 
 
 def _is_unused(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_DFL
+    """Whether nothing is done at a signal, by Python or by a library."""
+    action = _Action()
+    return ctypes.pythonapi.sigaction(number, None, ctypes.byref(action)) == 0 and not action.handler

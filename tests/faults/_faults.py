@@ -109,7 +109,7 @@ def fills_the_disk(here: Here, value: Any) -> Any:
 
 
 SILENT = r"did not come|has not returned|did not end within|(does|did) not answer|given up"
-BEHIND = r"is behind: it waits for AllReduce \d of bucket \d in .*, which has ended on rank"
+BEHIND = r"is behind: it waits for AllReduce (\d of bucket \d|of commhub's own) in .*, which has ended on rank"
 
 FAULTS = {
     "raise": Fault(strike=raises, words="ZeroDivisionError: planned"),

@@ -118,12 +118,13 @@ def _ranks_that_saved(checkpoint_id: str | os.PathLike[str], paths: Iterable[str
     except Exception as error:
         text = f"{os.fspath(checkpoint_id)}: no checkpoint of torch.distributed.checkpoint can be read there ({error})."
         raise CheckpointError(text) from error
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[str, set[int]] | None = None
     for path in paths:
         mine: dict[str, set[int]] = {}
         for under, rank in _found(names, path):
             mine.setdefault(under, set()).add(rank)
-        ranks = mine if not ranks else {under: ranks[under] & mine[under] for under in ranks.keys() & mine.keys()}
+        ranks = mine if ranks is None else {under: ranks[under] & mine[under] for under in ranks.keys() & mine.keys()}
+    ranks = ranks or {}
     counts = {len(found) for found in ranks.values()}
     if len(counts) > 1:
         under = ", ".join(sorted(name.rstrip(".") for name in ranks))

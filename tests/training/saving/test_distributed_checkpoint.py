@@ -7,7 +7,7 @@ import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.checkpoint import HookState
+from commhub.checkpoint import HookState, _ranks_that_saved
 
 
 class TopBits:
@@ -154,6 +154,18 @@ def two_models(path, saves):
 def test_two_models_in_one_checkpoint_find_their_own(ranks, tmp_path):
     assert ranks(two_models, 2, str(tmp_path), saves=True) == [[2, 2]] * 2
     assert ranks(two_models, 3, str(tmp_path), saves=False) == [[2, 2]] * 3
+
+
+def test_what_others_saved_piecemeal_is_not_this_registrations(tmp_path):
+    """Each of three tensors is there, but all three in no one place."""
+    one = {"residual": torch.zeros(1)}
+    places = {
+        "a": {"local": {"rank0": {"x": one}}},
+        "b": {"local": {"rank0": {"y": one, "z": one}, "rank1": {"y": one, "z": one}}},
+    }
+    dcp.save(places, checkpoint_id=tmp_path, no_dist=True)
+    assert _ranks_that_saved(tmp_path, ["y.residual", "z.residual"]) == 2
+    assert _ranks_that_saved(tmp_path, ["x.residual", "y.residual", "z.residual"]) is None
 
 
 def without_memory(path, saves):

@@ -3,15 +3,17 @@
 import gc
 import os
 import resource
+import time
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.testing import mlp
+from commhub.testing import current, mlp
 
 EVERY = "COMMHUB_EVERY_CHECK" in os.environ
 TIMES = 1000 if EVERY else 30
@@ -110,3 +112,51 @@ def captured(hook, how):
 @pytest.mark.parametrize("hook", ["allreduce", "periodic(period=1)", "optimizer_overlap"])
 def test_a_model_is_freed_that_a_hook_on_its_optimizer_refers_to(ranks, hook, how):
     assert ranks(captured, 2, hook, how) == [True, True]
+
+
+class FailsOnRank0:
+    def reduce(self, bucket):
+        if bucket.rank == 0:
+            raise ValueError("planned")
+        yield commhub.AllReduce(bucket.flat)
+
+
+def at_rest():
+    """Descriptors once they are no longer becoming fewer: the store's holder closes its ends of connections late."""
+    counted = [figures()[0]]
+    while len(counted) < 10 or counted[-1] < counted[-10]:
+        time.sleep(0.1)
+        counted.append(figures()[0])
+    return counted[-1]
+
+
+def failed_steps(store):
+    """Descriptors after steps that failed, each mended by a swap; rank 0 holds the store, as with ``torchrun``."""
+    rank = current().rank
+    if rank == 0:
+        held = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+        store.write_text(str(held.port))
+    while not (store.exists() and store.read_text()):
+        time.sleep(0.01)
+    joined = held if rank == 0 else dist.TCPStore("127.0.0.1", int(store.read_text()), 3, wait_for_workers=False)
+    dist.init_process_group("gloo", store=joined, rank=rank, world_size=3)
+    model = DistributedDataParallel(mlp())
+    registration = commhub.register(model, "allreduce")
+    told = []
+    for number in range(60 if EVERY else 9):
+        registration.swap(FailsOnRank0())
+        with pytest.raises(commhub.HookError, match="planned"):
+            model(torch.ones(2, 8)).sum().backward()
+        registration.swap("fp16")
+        model(torch.ones(2, 8)).sum().backward()
+        if number == 2:
+            told.append(at_rest())
+    told.append(at_rest())
+    dist.barrier()
+    dist.destroy_process_group()
+    return told
+
+
+def test_descriptors_are_as_many_after_many_failed_steps(ranks, tmp_path):
+    for before, after in ranks(failed_steps, 3, tmp_path / "port", init=False, fresh=True, timeout=300):
+        assert after <= before + 3

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from commhub.protocol._state import State
     from commhub.registry._documented_names import HookType
     from commhub.registry._loading import hookimpl
+    from commhub.registry._models import ModelSpec
     from commhub.registry._registry import HookInfo, hooks, info, installed
     from commhub.registry._spec import AveragerSpec, HookSpec, Option
     from commhub.training._manual import manual
@@ -68,6 +69,7 @@ __all__ = [
     "HookSpec",
     "HookTimeoutError",
     "HookType",
+    "ModelSpec",
     "Network",
     "Option",
     "PluginError",
@@ -112,6 +114,7 @@ _HOMES = {
     "HookSpec": "commhub.registry._spec",
     "HookTimeoutError": "commhub._errors",
     "HookType": "commhub.registry._enum",
+    "ModelSpec": "commhub.registry._models",
     "Network": "commhub.drivers._network",
     "Option": "commhub.registry._spec",
     "PluginError": "commhub._errors",

@@ -38,8 +38,12 @@ class Site:
         announce=None,
         fields="",
         where="",
+        models=None,
     ):
-        """Install a distribution; `source` replaces its spec module, `announce` its entry points' names."""
+        """Install a distribution; `source` replaces its spec module, `announce` its entry points' names.
+
+        `models` are the packages whose models its module `MODULE_models` knows, and that module's source.
+        """
         root = self.path / where
         module = f"{distribution.replace('-', '_')}_specs".lower()
         if source is None:
@@ -53,7 +57,14 @@ class Site:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needed}")
         points = "".join(f"{name} = {module}\n" for name in (hooks if announce is None else announce))
         means = "".join(f"{name} = {module}\n" for name in averagers)
-        (info / "entry_points.txt").write_text(f"[commhub.hooks.v1]\n{points}\n[commhub.averagers.v1]\n{means}")
+        held = ""
+        if models is not None:
+            packages, text = models
+            self.module(f"{module}_models", text)
+            held = "".join(f"{package} = {module}_models\n" for package in packages)
+        (info / "entry_points.txt").write_text(
+            f"[commhub.hooks.v1]\n{points}\n[commhub.averagers.v1]\n{means}\n[commhub.models.v1]\n{held}"
+        )
         _registry.refresh()
         return module
 

@@ -6,6 +6,7 @@ Nothing of a plugin is imported here. A distribution found twice on the path cou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -20,11 +21,11 @@ from ._hookstring import canonical_distribution, canonical_name
 from ._metadata import Metadata, installed_name, points
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from importlib_metadata import IDistribution
 
-__all__ = ["GROUPS", "Claim", "Kind", "claims", "refresh", "siblings"]
+__all__ = ["GROUPS", "Claim", "Kind", "Offer", "claims", "offers", "refresh", "siblings"]
 
 Kind = Literal["hook", "averager"]
 
@@ -66,10 +67,25 @@ class Claim:
         return self.distribution, self.module
 
 
+@attrs.frozen
+class Offer:
+    """An entry point of any other group of commhub's.
+
+    Attributes:
+        distribution: normalised.
+        point: its name.
+        value: what it leads to.
+    """
+
+    distribution: str
+    point: str
+    value: str
+
+
 def claims() -> tuple[Claim, ...]:
     """Every claim, sorted; read again whenever a directory on ``sys.path`` has changed."""
     with _lock:
-        paths = [path for path in _search_path() if isinstance(path, str) and "\0" not in path]
+        paths = _paths()
         key = tuple((path, _changed(path)) for path in paths)
         found = _cache.get(key)
         if found is None:
@@ -78,6 +94,17 @@ def claims() -> tuple[Claim, ...]:
             for claim in found:
                 _plugins[claim.plugin] = (*_plugins.get(claim.plugin, ()), claim)
         return found
+
+
+def offers(group: str) -> list[Offer]:
+    """Every entry point of a group, sorted by distribution and name. Reads all metadata anew."""
+    with _lock:
+        found = [
+            Offer(name, point, value)
+            for _, name, offered in _announced(_paths(), {group})
+            for _, point, value in offered
+        ]
+    return sorted(found, key=lambda offer: (offer.distribution, offer.point))
 
 
 def siblings(claim: Claim) -> tuple[Claim, ...]:
@@ -113,8 +140,21 @@ def _changed(path: str) -> int:
         return 0
 
 
+def _paths() -> list[str]:
+    return [path for path in _search_path() if isinstance(path, str) and "\0" not in path]
+
+
 def _read(paths: list[str]) -> Iterator[Claim]:
     why: Final = functools.lru_cache(functools.partial(_incompatible, core=_core_version()))
+    for found, name, offered in _announced(paths, GROUPS):
+        with contextlib.suppress(Exception):  # one package's damage is not the others'
+            yield from _claims_of(found, name, offered, why)
+
+
+def _announced(
+    paths: list[str], groups: Collection[str]
+) -> Iterator[tuple[IDistribution, str, list[tuple[str, str, str]]]]:
+    """Each distribution with entry points in these groups, its name, and group, name and value of each of them."""
     seen = set()
     for found in importlib_metadata.distributions(path=paths):
         try:
@@ -123,10 +163,11 @@ def _read(paths: list[str]) -> Iterator[Claim]:
                 continue
             seen.add(name)
             text = found.read_text("entry_points.txt") or ""
-            if any(group in text for group in GROUPS):
-                yield from _claims_of(found, name, points(text, GROUPS), why)
-        except Exception:  # noqa: BLE001, S112 - one package's damage is not the others'
+            offered = points(text, groups) if any(group in text for group in groups) else []
+        except Exception:  # noqa: BLE001, S112 - the same
             continue
+        if offered:
+            yield found, name, offered
 
 
 def _claims_of(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ._index import Claim
 
-__all__ = ["commhub_averagers", "commhub_hooks", "hookimpl", "load_specs"]
+__all__ = ["commhub_averagers", "commhub_hooks", "hookimpl", "load_specs", "put_back"]
 
 _PROJECT: Final = "commhub"
 _NAMED: Final = 10
@@ -71,7 +71,7 @@ def load_specs(claims: Iterable[Claim]) -> Mapping[str, HookSpec | AveragerSpec]
     claims = tuple(claims)
     one = claims[0]
     try:
-        with _put_back():
+        with put_back():
             answers = _ask(one.module)
             _compare(answers, claims)
             specs = {spec.name: spec for spec in map(_own, answers)}
@@ -95,7 +95,7 @@ class _Manager(pluggy.PluginManager):
 
 
 @contextlib.contextmanager
-def _put_back() -> Iterator[None]:
+def put_back() -> Iterator[None]:
     """Afterwards what stood on ``sys.path`` stands there again, and the working directory is what it was.
 
     Without them no other plugin could be imported. What a plugin adds to the path stays, after the rest.

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from commhub._errors import CommhubError, HookOptionError, HookOptionTypeError, RegistrationError
-from commhub._printable import shown
+from commhub._errors import (
+    CommhubError,
+    HookOptionError,
+    HookOptionTypeError,
+    PluginError,
+    RegistrationError,
+    described,
+)
+from commhub._printable import shown, type_name
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
+from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
-from commhub.training.attachments._ddp import check_devices, find, group_of, refuse
+from commhub.training.attachments._ddp import check_devices, find, group_of, inside, refuse
 from commhub.training.attachments._slot import Slot
 from commhub.training.attachments._wrapped import outside, wrapped
 
@@ -25,7 +33,7 @@ from ._start import start
 from ._target import Target, checked_timeout, usable_timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch.nn.parallel import DistributedDataParallel
 
@@ -199,8 +207,26 @@ def create(hook: object, **options: Any) -> InnerHook:
 def registration(model: object) -> Registration | None:
     """The registration at work on ``model``, if there is one.
 
+    Args:
+        model: a DDP model, what holds one, or what an installed adapter knows to hold models, such as a trainer.
+
     Raises:
-        RegistrationError: if ``model`` neither is nor holds one DDP model.
+        RegistrationError: if ``model`` neither is nor holds a DDP model, or several have a registration.
+        PluginError: if the adapter for its package cannot be loaded.
     """
-    slot = Slot.on(find(model))
-    return None if slot is None else slot.owner
+    spec = None if inside(model) else spec_of(model)
+    if spec is None or spec.models is None:
+        slot = Slot.on(find(model))
+        return None if slot is None else slot.owner
+    found = {id(one): one for held in _held(spec.models, model) if (one := registration(held)) is not None}
+    if len(found) > 1:
+        raise RegistrationError(f"{type_name(model)} holds {len(found)} models with a hook. Ask for each of them.")
+    return next(iter(found.values()), None)
+
+
+def _held(models: Callable[[Any], Iterable[object]], model: object) -> list[object]:
+    try:
+        held = list(models(model))
+    except Exception as error:
+        raise PluginError(f"which models {type_name(model)} holds cannot be told: {described(error)}") from error
+    return [one for one in held if one is not None and one is not model]

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commhub._errors import HookOptionTypeError, RegistrationError
 from commhub._printable import shown
+from commhub.registry._models import advice_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,25 +20,30 @@ SLOT = "_commhub_slot"
 """The attribute of a DDP model under which commhub's one entry into it is kept."""
 
 
+def inside(model: object) -> list[DistributedDataParallel]:
+    """The DDP models that it is or holds."""
+    if isinstance(model, DistributedDataParallel):
+        return [model]
+    if not isinstance(model, nn.Module):
+        return []
+    return [one for one in model.modules() if isinstance(one, DistributedDataParallel)]
+
+
 def find(model: object) -> DistributedDataParallel:
     """The DDP model in ``model``: itself, or the one that a wrapper holds (``torch.compile``, Fabric).
 
     Raises:
         RegistrationError: if there is none, or more than one.
     """
-    if isinstance(model, DistributedDataParallel):
-        return model
-    inside = (
-        [m for m in model.modules() if isinstance(m, DistributedDataParallel)] if isinstance(model, nn.Module) else []
+    found = inside(model)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RegistrationError(f"{type(model).__name__} holds {len(found)} DDP models. Register each of them.")
+    advice = advice_on(model) or (
+        "Wrap it in one, or use commhub.manual(module, hook) and call .average() after backward."
     )
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        raise RegistrationError(f"{type(model).__name__} holds {len(inside)} DDP models. Register each of them.")
-    raise RegistrationError(
-        f"{type(model).__name__} is no DistributedDataParallel model and holds none. Wrap it in one, or use "
-        "commhub.manual(module, hook) and call .average() after backward."
-    )
+    raise RegistrationError(f"{type(model).__name__} is no DistributedDataParallel model and holds none. {advice}")
 
 
 def refuse(model: DistributedDataParallel) -> None:

@@ -34,8 +34,8 @@ what stands here. Every hook is chosen by its name: `commhub.register(model, "NA
 The formulas give the bytes that one rank sends in a step for one parameter: p is the number of ranks, h that of the
 ranks on one host, `rows`, `cols` and `numel` are the gradient's sizes, `itemsize` its element's bytes, and other names
 are options. *Exact* means the mean up to rounding in the gradients'
-own dtype; *same on all ranks* means bit by bit. All hooks take `wire="fp16"` or `wire="bf16"` as well, which casts
-their floating payloads for the way.
+own dtype; *same on all ranks* means bit by bit. All hooks but `fp16` and `bf16` take `wire="fp16"` or `wire="bf16"` as
+well, which casts their floating payloads for the way.
 """
 
 

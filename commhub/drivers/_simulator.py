@@ -161,6 +161,7 @@ class _World:
                 rank=rank,
                 world_size=self.p,
                 hosts=hosts,
+                wire=self.wire,
                 state=state,
                 connect=self._connecting(rank),
                 after_step=self.after.append,

@@ -35,6 +35,8 @@ class Setup:
         rank: of this process in the group that averages.
         world_size: of that group.
         hosts: for each rank, the number of its host, counted from 0 in rank order.
+        wire: the dtype that ``register(wire=)`` asks for, if any: that of each payload for which the hook names none.
+            ``None`` for a hook inside another one.
         unused: whether backward may leave parameters out (``find_unused_parameters``, ``static_graph``).
         optimizers: those given to ``register``.
         scaler: the loss scaler given to ``register``, if any.
@@ -50,6 +52,7 @@ class Setup:
     rank: int
     world_size: int
     hosts: tuple[int, ...]
+    wire: torch.dtype | None = None
     unused: bool = False
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     scaler: Any = None
@@ -142,5 +145,5 @@ class Setup:
         )
 
     def inner(self, name: str) -> Setup:
-        """The setup of a hook inside another one: the same, with a memory of its own."""
-        return attrs.evolve(self, state=self.state.inner(name))
+        """The setup of a hook inside another one: the same, with a memory of its own and no say on ``wire=``."""
+        return attrs.evolve(self, state=self.state.inner(name), wire=None)

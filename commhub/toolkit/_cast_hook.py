@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from commhub._errors import HookOptionError
+from commhub.protocol._wire import short_dtype
+
 from ._cast_all_reduce import CastAllReduce
 from ._rules import Rules
 
@@ -43,9 +46,13 @@ class CastHook:
         """Choose what is not cast.
 
         Raises:
-            HookOptionError: if a rule's pattern matches no parameter.
+            HookOptionError: if a rule's pattern matches no parameter, or if ``wire=`` is given and all is cast here.
         """
-        self._average = CastAllReduce(self.wire, self._rules.dense(setup.names))
+        dense = self._rules.dense(setup.names)
+        if setup.wire is not None and not dense:
+            mine, given = short_dtype(self.wire), short_dtype(setup.wire)
+            raise HookOptionError(f"wire={given} changes nothing: all that this hook sends is cast to {mine} already.")
+        self._average = CastAllReduce(self.wire, dense)
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """One all-reduce of the bucket (any dtype), cast for the way; 16-bit gradients travel as they are."""

@@ -206,6 +206,7 @@ def _prepared(
             rank=rendezvous.rank,
             world_size=rendezvous.size,
             hosts=hosts,
+            wire=wire,
             unused=target.unused,
             optimizers=target.optimizers,
             scaler=target.scaler,

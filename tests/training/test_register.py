@@ -645,8 +645,8 @@ def logged():
     logger, log = logging.getLogger("commhub"), Log()
     logger.addHandler(log)
     logger.setLevel(logging.INFO)
-    registration = commhub.register(model(), "fp16", wire="bf16")
-    registration.swap("allreduce")
+    registration = commhub.register(model(), "allreduce", wire="bf16")
+    registration.swap("fp16")
     logger.removeHandler(log)
     return log.records
 
@@ -654,9 +654,9 @@ def logged():
 def test_one_line_on_rank_0_says_which_hook_was_registered_and_swapped(ranks):
     first, *others = ranks(logged, 4)
     assert [level for level, _ in first] == ["INFO", "INFO"]
-    assert "fp16(wire=bf16)" in first[0][1]
+    assert "allreduce(wire=bf16)" in first[0][1]
     assert "4 ranks" in first[0][1]
-    assert "allreduce" in first[1][1]
+    assert "fp16" in first[1][1]
     assert others == [[]] * 3
 
 

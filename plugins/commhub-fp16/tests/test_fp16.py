@@ -102,3 +102,24 @@ def test_an_option_that_it_does_not_have_is_refused():
     with pytest.raises(commhub.HookOptionError, match="fp16"):
         commhub.create("fp16", rank=2)
     assert commhub.info("FP16_COMPRESS").name == "fp16"
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_a_wire_that_would_change_nothing_is_refused(wire):
+    gradients = [[torch.ones(4)], [torch.ones(4)]]
+    with pytest.raises(commhub.HookOptionError, match=f"wire={wire} changes nothing: all .* is cast to fp16 already"):
+        commhub.simulate("fp16", gradients, wire=wire)
+
+
+def test_a_wire_is_for_what_rules_send_uncast():
+    gradients = [[torch.full((4,), 1 / 3), torch.full((4,), 1 / 3)]] * 2
+    result = commhub.simulate("fp16", gradients, wire="bf16", rules={"1": "dense"})
+    cast, dense = result.gradients[0]
+    assert bitwise_equal(cast, gradients[0][0].to(torch.float16).float())
+    assert bitwise_equal(dense, gradients[0][1].to(torch.bfloat16).float())
+
+
+def test_inside_another_hook_it_is_not_asked():
+    gradients = [[torch.ones(4)], [torch.ones(4)]]
+    result = commhub.simulate("optimizer_overlap(inner='fp16')", gradients, wire="bf16")
+    assert result.gradients[0][0].tolist() == [1.0] * 4

@@ -31,7 +31,9 @@ _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": to
 class OptimizerOverlap(Overlap):
     """Average gradients with another hook, and step each bucket's parameters as soon as they are averaged.
 
-    The user's ``optimizer.step()`` stays and does what is left. Parameters end up as they would without overlap.
+    The user's ``optimizer.step()`` stays and does what is left. Parameters end up as they would without overlap. With
+    ``step="auto"`` nobody has to call it: when backward has ended, what is left is stepped, and gradients are set to
+    ``None``.
 
     For 16-bit parameters, ``master=True`` keeps them in float32 as well, steps those with state in float32, and
     rounds (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1). ``reduce_dtype`` is what gradients are cast to
@@ -40,6 +42,7 @@ class OptimizerOverlap(Overlap):
 
     master: bool = False
     reduce_dtype: str | None = attrs.field(default=None, validator=attrs.validators.in_(_DTYPES))
+    step: str = attrs.field(default="user", validator=attrs.validators.in_(("user", "auto")))
     _optimizers: tuple[torch.optim.Optimizer, ...] = attrs.field(init=False, repr=False, default=())
     _members: Members | None = attrs.field(init=False, repr=False, default=None)
     _masters: Masters | None = attrs.field(init=False, repr=False, default=None)
@@ -53,6 +56,8 @@ class OptimizerOverlap(Overlap):
         """
         super().prepare(setup)
         self._optimizers = setup.optimizers
+        if self.step == "auto" and setup.parameters:
+            setup.after_step(self._end_step)
         self._members = Members(setup.optimizers)
         if self.master and setup.parameters:
             self._masters = Masters(setup)
@@ -89,6 +94,8 @@ class OptimizerOverlap(Overlap):
         super()._check(setup)
         if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in setup.optimizers):
             raise RegistrationError("ZeroRedundancyOptimizer also sends parameters. Register 'zero_overlap' for it.")
+        if self.step == "auto" and setup.scaler is not None and setup.scaler.is_enabled():
+            raise RegistrationError("a loss scaler decides whether to step. Leave out step='auto' and call its step().")
 
     def _needs_watches(self) -> bool:
         return self.master
@@ -103,6 +110,11 @@ class OptimizerOverlap(Overlap):
             bucket.flat.copy_(wide.flat)
         if self._watches:
             self._step(bucket, wide.gradients, used)
+
+    def _end_step(self, _step: int) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def _step(self, bucket: Bucket, exact: Sequence[Tensor], used: Sequence[bool]) -> None:
         assert self._members is not None

@@ -35,6 +35,13 @@ def commhub_hooks() -> list[HookSpec]:
                     help="The dtype in which the inner hook averages; none: the gradients' own.",
                     choices=("fp32", "bf16", "fp16"),
                 ),
+                Option(
+                    name="step",
+                    type=str,
+                    default="user",
+                    help="Who ends a step: optimizer.step(), or (auto) the hook, which clears gradients too.",
+                    choices=("user", "auto"),
+                ),
             ),
             needs=("optimizer",),
             exact=True,

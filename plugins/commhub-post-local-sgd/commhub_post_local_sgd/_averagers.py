@@ -81,6 +81,9 @@ class Hierarchical:
         periods: {period: size of the groups}. Each period is a multiple of the one before it, each size too, and
             the last size is the number of ranks.
         warmup_steps, buffers, optimizer_state: as for ``Periodic``.
+
+    PyTorch's averager of this name does not count from the warm-up's end: with a period of 4 and 10 steps of warm-up it
+    averages after 12, 16, 20, and this one after 10, 14, 18. ``commhub-compat`` has one that does as PyTorch's.
     """
 
     periods: Mapping[int, int] | None = None
@@ -92,6 +95,11 @@ class Hierarchical:
     def __attrs_post_init__(self) -> None:
         for problem in _problems(self.periods):
             raise ValueError(f"periods is {self.periods!r}: {problem}")
+
+    @property
+    def groups(self) -> dict[int, Subgroup | None]:
+        """By period, the group that this rank averages in; empty until it is registered."""
+        return dict(self._groups)
 
     def prepare(self, setup: Setup) -> None:
         """Make the communicators of every level."""

@@ -35,8 +35,13 @@ def commhub_hooks() -> list[HookSpec]:
                     name="local_gradients",
                     type=bool,
                     default=True,
-                    help="Average gradients within a host; otherwise each rank keeps its own.",
+                    help="Average gradients within a subgroup; otherwise each rank keeps its own.",
                     known_as=("post_local_gradient_allreduce",),
+                ),
+                Option(
+                    name="subgroup",
+                    type=int,
+                    help="Size of the subgroups of consecutive ranks; none: the ranks of each host are one.",
                 ),
                 Option(
                     name="averager",
@@ -48,7 +53,7 @@ def commhub_hooks() -> list[HookSpec]:
             needs=("optimizer",),
             exact=False,
             agrees=False,
-            sent_bytes="2 * (h-1)/h * numel * itemsize if local_gradients else 0",
+            sent_bytes="2 * (1 - 1/(h if subgroup == None else subgroup)) * numel * itemsize if local_gradients else 0",
             reference=_POST_LOCAL,
         )
     ]

@@ -44,6 +44,19 @@ def test_hierarchical_lets_the_longest_period_that_divides_decide():
     assert found == [(5, quad), (7, pair), (9, pair), (11, pair), (13, quad), (15, pair)]
 
 
+def test_hierarchical_counts_from_the_end_of_the_warm_up():
+    assert [step for step, _ in met("hierarchical(periods={4: 2}, warmup_steps=10)", 2, 20)] == [10, 14, 18]
+
+
+def test_the_groups_of_each_period_are_public():
+    def groups_of(rank):
+        averager = commhub.simulate("hierarchical(periods={2: 2, 4: 4})", [[torch.zeros(1)]] * 4).hooks[rank]
+        return {period: group.ranks for period, group in averager.groups.items()}
+
+    assert groups_of(0) == {2: (0, 1), 4: (0, 1, 2, 3)}
+    assert groups_of(3) == {2: (2, 3), 4: (0, 1, 2, 3)}
+
+
 def test_groups_are_consecutive_ranks():
     run = commhub.simulate(
         "hierarchical(periods={1: 2, 2: 4})", [[torch.tensor([float(r)])] for r in range(4)], steps=2

@@ -125,13 +125,14 @@ class Seen:
 START, PERIOD, STEPS = 2, 3, 10
 
 
-def as_published(hosts, cap):
+def as_published(hosts, cap, subgroup=None):
+    """`hosts` says who averages gradients; with subgroups of a size the ranks are said to be on one host."""
     p, rank = dist.get_world_size(), dist.get_rank()
-    hook = f"post_local_sgd(start_step={START}, period={PERIOD})"
+    hook = f"post_local_sgd(start_step={START}, period={PERIOD}, subgroup={subgroup})"
     mates = [r for r in range(p) if hosts[r] == hosts[rank]]
     h = len(mates)
     with Seen() as seen:
-        model, optimizer, registration = registered(hook, hosts, layered(), bucket_cap_mb=cap)
+        model, optimizer, registration = registered(hook, [0] * p if subgroup else hosts, layered(), bucket_cap_mb=cap)
         size = sum(q.nbytes for q in model.parameters())
         for number, expected in enumerate(reference(layered(), hosts, STEPS, START, every(PERIOD, START, p))):
             step(model, optimizer, number)
@@ -163,6 +164,23 @@ if os.environ.get("COMMHUB_EVERY_CHECK"):
 @pytest.mark.parametrize(("hosts", "cap"), HOSTS)
 def test_gradients_stay_on_the_host_and_parameters_meet_every_period(ranks, hosts, cap):
     assert ranks(as_published, len(hosts), hosts, cap) == [STEPS] * len(hosts)
+
+
+def test_gradients_stay_in_subgroups_of_a_given_size(ranks):
+    assert ranks(as_published, 4, (0, 0, 1, 1), MANY, 2) == [STEPS] * 4
+
+
+def test_subgroups_divide_the_ranks_and_all_in_one_save_nothing(caplog):
+    gradients = [[torch.tensor([float(rank)])] for rank in range(4)]
+    for size, told in ((1, 0), (2, 0), (4, 1)):
+        caplog.clear()
+        run = commhub.simulate(f"post_local_sgd(start_step=0, subgroup={size})", gradients, hosts=(0, 1, 2, 3))
+        assert len([r for r in caplog.records if "all ranks are in one subgroup" in r.getMessage()]) == told
+        means = [sum(range(r - r % size, r - r % size + size)) / size for r in range(4)]
+        assert [float(mine[0]) for mine in run.gradients] == means
+        assert run.sent_bytes == (2 * (size - 1) / size * 4,) * 4
+    with pytest.raises(commhub.HookOptionError, match="4 ranks are not made of groups of 3"):
+        commhub.simulate("post_local_sgd(subgroup=3)", gradients)
 
 
 def by_hierarchy():
@@ -206,6 +224,8 @@ def test_an_averager_s_warm_up_follows_start_step_unless_it_says_otherwise():
 WRONG = {
     "post_local_sgd(start_step=-1)": "start_step is -1",
     "post_local_sgd(period=0)": "period is 0",
+    "post_local_sgd(subgroup=0)": "subgroup is 0",
+    "post_local_sgd(subgroup=2, local_gradients=false)": "subgroup is given beside",
     "post_local_sgd(period=8, averager=periodic(period=2))": "period is given beside",
     "post_local_sgd(buffers=true, averager=periodic(period=2))": "buffers is given beside",
     "post_local_sgd(optimizer_state=true, averager=periodic(period=2))": "optimizer_state is given beside",

@@ -22,6 +22,16 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s
 
 CONTENTS = {
     "Use": ["registration", "choosing", "hooks", "averagers", "machines", "convergence", "migration"],
+    "Frameworks": [
+        "frameworks",
+        "frameworks-lightning",
+        "frameworks-fabric",
+        "frameworks-accelerate",
+        "frameworks-transformers",
+        "frameworks-ignite",
+        "frameworks-ray",
+        "frameworks-logging",
+    ],
     "Publish": ["tutorial", "writing-a-hook", "conformance", "publishing", "compatibility"],
     "Reference": ["api", "extension-points", "drivers", "changelog", "contributing"],
 }

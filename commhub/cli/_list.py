@@ -21,6 +21,10 @@ def list_(pattern: str | None, as_json: bool) -> None:
 
     PATTERN selects names and packages: part of one, or a glob such as 'quantize*'; case and dashes do not
     matter.
+
+    A name is all that a training script or a framework's configuration needs: commhub.register(model, NAME).
+    docs/frameworks.md has a guide each to torchrun, Lightning, Fabric, Accelerate, Transformers and PEFT, Ignite,
+    Ray Train, Slurm, Kubernetes, and TensorBoard or any other logger.
     """
     rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]
     if as_json:

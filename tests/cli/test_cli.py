@@ -301,3 +301,10 @@ def test_report_the_cpu_time_of_list(capsys):
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     with capsys.disabled():
         print(f"\ncommhub list: {spent * 1000:.0f} ms of CPU time")
+
+
+def test_the_help_of_list_names_the_guides_to_frameworks():
+    told = " ".join(CliRunner().invoke(main, ["list", "--help"]).stdout.split())
+    assert "docs/frameworks.md" in told
+    for name in ("Lightning", "Accelerate", "Transformers", "Ignite", "Ray Train", "Slurm"):
+        assert name in told

@@ -59,7 +59,7 @@ def attach(accelerator: Any, hook: object, **options: Any) -> Attached:
     if not isinstance(accelerator, kind):
         raise RegistrationError(f"{type(accelerator).__name__} is no accelerate.Accelerator.")
     if KEY in vars(accelerator):
-        raise RegistrationError("this accelerator has a hook attached already. Call detach() on what attach() returned.")
+        raise RegistrationError("this accelerator has a hook already. Call detach() on what attach() returned.")
     refuse_accelerator(accelerator)
     return Attached(accelerator, hook, options)
 
@@ -151,9 +151,7 @@ class Attached:
 
     def _register(self, model: DistributedDataParallel, optimizers: Sequence[Any]) -> Registration:
         scaler = self._accelerator.scaler
-        return commhub.register(
-            model, self._hook, optimizer=list(optimizers) or None, scaler=scaler, **self._options
-        )
+        return commhub.register(model, self._hook, optimizer=list(optimizers) or None, scaler=scaler, **self._options)
 
     def _save(self, _models: object, _weights: object, directory: str) -> None:
         for served in self._served:

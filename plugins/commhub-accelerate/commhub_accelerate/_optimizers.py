@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def unwrapped(optimizers: Iterable[Any]) -> tuple[Any, ...]:
     """The optimizers in the ``AcceleratedOptimizer`` objects, which have no step hooks of their own."""
     wrapper = require("accelerate").optimizer.AcceleratedOptimizer
-    found = []
+    found: list[Any] = []
     for optimizer in optimizers:
         inner = optimizer
         while isinstance(inner, wrapper):

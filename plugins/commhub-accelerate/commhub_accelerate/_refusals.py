@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
+
+import torch.distributed as dist
 
 from commhub import HookOptionError, RegistrationError
 
@@ -36,12 +39,26 @@ def refuse_accelerator(accelerator: Any) -> None:
             f"this accelerator {reason}. commhub serves models in DistributedDataParallel: configure Accelerate for "
             "MULTI_GPU or MULTI_CPU."
         )
+    _refuse_ranks_apart(accelerator)
     if accelerator._models:
         raise RegistrationError(
             f"this accelerator has prepared {len(accelerator._models)} model(s) already, which would train on without "
             "the hook. Call attach() before prepare(), and before evaluating."
         )
     _refuse_other_hook(accelerator.ddp_handler)
+
+
+def _refuse_ranks_apart(accelerator: Any) -> None:
+    """Raise where several processes were started that Accelerate takes for one each, as it does without a GPU."""
+    group = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    told = os.environ.get("WORLD_SIZE", "1")
+    started = max(group, int(told) if told.isdigit() else 1)
+    if accelerator.num_processes == 1 and started > 1:
+        raise RegistrationError(
+            f"{started} processes were started, and Accelerate takes each of them for the only one: every rank would "
+            "train alone. Without a GPU it wants to be told: Accelerator(cpu=True), TrainingArguments(use_cpu=True), "
+            "or accelerate launch --cpu."
+        )
 
 
 def _refuse_other_hook(handler: Any) -> None:

@@ -28,8 +28,8 @@ def _of_trainer(trainer: Any) -> tuple[object, ...]:
 MODELS: Final = (
     ModelSpec(
         type="accelerate.accelerator.Accelerator",
-        advice="Call commhub_accelerate.attach(accelerator, hook) before accelerator.prepare(): every model it prepares "
-        "gets the hook, and its checkpoints carry the hook's state.",
+        advice="Call commhub_accelerate.attach(accelerator, hook) before accelerator.prepare(): every model that it "
+        "prepares gets the hook, and its checkpoints carry the hook's state.",
         models=_of_accelerator,
     ),
     ModelSpec(
@@ -42,8 +42,8 @@ MODELS: Final = (
     ModelSpec(type="peft.peft_model.PeftModel", advice=_UNWRAPPED, models=None),
     ModelSpec(
         type="deepspeed.runtime.engine.DeepSpeedEngine",
-        advice="DeepSpeed averages gradients itself and has no place for a hook; its own compressed optimizers are what "
-        "it offers. Train with DistributedDataParallel to use commhub.",
+        advice="DeepSpeed averages gradients itself and has no place for a hook; it offers compressed optimizers of "
+        "its own. Train with DistributedDataParallel to use commhub.",
         models=None,
     ),
 )

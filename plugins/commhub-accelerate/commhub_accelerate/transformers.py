@@ -1,7 +1,8 @@
 """commhub's hooks in the Trainer of Transformers: ``attach(trainer, "powersgd_rank2")`` before ``train``.
 
-The Trainer holds an accelerator, to which the hook is attached. Its callbacks are not told where a checkpoint is written,
-nor from which one it resumes; two of its methods are, on every rank, and are called by way of ``TrainerAttached``.
+The Trainer holds an accelerator, to which the hook is attached. Its callbacks are not told where a checkpoint is
+written, nor from which one it resumes; two of its methods are, on every rank, and are called by way of
+``TrainerAttached``.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class TrainerAttached:
 
 
 def _grad_norm(method: Callable[..., Any], model: Any, grad_norm: Any = None) -> Any:
-    """The norm for the log. The Trainer's own way multiplies gradients by 1, and the hook sees that they were changed."""
+    """The norm for the log. The Trainer's own way multiplies the gradients by 1, which to the hook is a change."""
     if grad_norm is not None:
         return method(model, grad_norm=grad_norm)
     import torch

@@ -3,14 +3,15 @@
 import gc
 import weakref
 
+import commhub_accelerate
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
+from main import fresh
 from torch import nn
 
 import commhub
-import commhub_accelerate
 
 STEPS = 8
 HOOKS = {
@@ -52,6 +53,7 @@ def sgd(model):
 
 def start(hook=None, *, seed=0, **more):
     """An accelerator with a hook, and a prepared model and optimizer."""
+    fresh()
     accel = accelerator(**more)
     attached = None if hook is None else commhub_accelerate.attach(accel, hook)
     model = net(seed)
@@ -92,8 +94,13 @@ def allreduce(me):
     assert commhub.registration(model) is registration
     calls = counted(registration)
     train(accel, model, optimizer, range(STEPS))
-    kwargs = {"cap": model.bucket_bytes_cap / 2**20, "steps": registration.step}
-    return {**kwargs, "weights": weights(accel.unwrap_model(model)), "calls": calls, "said": me.said()}
+    found = {"weights": weights(accel.unwrap_model(model)), "calls": calls, "buckets": buckets(model)}
+    return {**found, "steps": registration.step}
+
+
+def buckets(model):
+    """How many buckets DDP has, as it says itself."""
+    return len(model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
 
 
 def accumulation(me):
@@ -102,7 +109,7 @@ def accumulation(me):
         accel, attached, model, optimizer = start("fp16", gradient_accumulation_steps=every)
         calls = counted(attached.registrations[0])
         train(accel, model, optimizer, range(2, 2 + STEPS))
-        found[every] = (attached.registrations[0].step, len({step for step, _ in calls}), len(calls))
+        found[every] = (attached.registrations[0].step, len(calls), buckets(model))
     return found
 
 
@@ -140,7 +147,7 @@ def without_state(me):
     accel, _, model, optimizer = start()
     train(accel, model, optimizer, range(2))
     accel.save_state(str(me.folder / "bare"))
-    accel, attached, model, optimizer = start("fp16")
+    accel, _, model, optimizer = start("fp16")
     me.said()
     accel.load_state(str(me.folder / "bare"))
     said = me.said()
@@ -158,17 +165,20 @@ def two_models(me):
     attached = commhub_accelerate.attach(accel, hook)
     ours, theirs = net(1), net(2)
     ours, second, theirs, first = accel.prepare(ours, sgd(theirs), theirs, sgd(ours))
-    train(accel, ours, first, range(4))
+    train(accel, ours, first, range(5))
     train(accel, theirs, second, range(3))
+    averaged = [weights(ours), weights(theirs)]
+    train(accel, ours, first, range(5, 6))
+    train(accel, theirs, second, range(3, 4))
+    apart = [weights(ours), weights(theirs)]
     steps = [registration.step for registration in attached.registrations]
     accel.save_state(str(me.folder / "two"))
     for registration in attached.registrations:
         registration.load_state_dict({**registration.state_dict(), "step": 0})
     accel.load_state(str(me.folder / "two"))
     again = [registration.step for registration in attached.registrations]
-    train(accel, theirs, second, range(3, 4))
     folders = sorted(path.name for path in (me.folder / "two").iterdir() if path.is_dir())
-    return {"weights": [weights(ours), weights(theirs)], "steps": steps, "again": again, "folders": folders}
+    return {"averaged": averaged, "apart": apart, "steps": steps, "again": again, "folders": folders}
 
 
 def one_after_the_other(me):
@@ -178,12 +188,14 @@ def one_after_the_other(me):
     attached = commhub_accelerate.attach(accel, "post_local_sgd(start_step=0, period=2)")
     model = accel.prepare(net())
     found["model alone"] = len(attached.registrations)
-    halves = [list(part.parameters()) for part in (model.module.first, nn.Sequential(model.module.blocks, model.module.last))]
+    halves = [
+        list(part.parameters()) for part in (model.module.first, nn.Sequential(model.module.blocks, model.module.last))
+    ]
     first = accel.prepare(torch.optim.SGD(halves[0], lr=0.1))
     found["half"] = len(attached.registrations)
     second = accel.prepare(torch.optim.SGD(halves[1], lr=0.1))
     found["all"] = len(attached.registrations)
-    for step in range(2):
+    for _ in range(2):
         first.zero_grad(), second.zero_grad()
         accel.backward(model(torch.full((2, 8), float(me.rank))).square().mean())
         first.step(), second.step()
@@ -261,7 +273,7 @@ def compiled_and_late(me):
 
 
 def overlap(me):
-    accel, attached, model, optimizer = start("optimizer_overlap")
+    accel, _, model, optimizer = start("optimizer_overlap")
     train(accel, model, optimizer, range(STEPS))
     return weights(accel.unwrap_model(model))
 
@@ -296,6 +308,10 @@ def refusals(me):
     commhub_accelerate.attach(accel, "fp16")
     model = accel.prepare_model(net(), evaluation_mode=True)
     tried("evaluated", lambda: accel.prepare(model))
+    fresh()
+    accel = Accelerator()
+    tried("ranks apart", lambda: commhub_accelerate.attach(accel, "fp16"))
+    fresh()
     accel = accelerator()
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         before = accel.state.distributed_type
@@ -308,7 +324,7 @@ def refusals(me):
 def found_by_the_core(me):
     if not hasattr(commhub, "ModelSpec"):
         return "no table"
-    accel, attached, model, _ = start("fp16")
+    accel, attached, *_ = start("fp16")
     bare = accelerator()
     try:
         commhub.register(bare, "fp16")

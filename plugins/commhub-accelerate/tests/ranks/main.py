@@ -36,6 +36,8 @@ def fresh():
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:
+        del os.environ[name]  # TrainingArguments leave it there
     torch.manual_seed(0)
 
 
@@ -44,6 +46,7 @@ def main():
     logging.getLogger("commhub").addHandler(logging.StreamHandler(LOG))
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    sys.modules["main"] = sys.modules["__main__"]
     import accelerate_runs
     import docs_runs
     import transformers_runs

@@ -1,14 +1,15 @@
 """What is done with the Trainer on each rank."""
 
 import shutil
+import unittest.mock
 
+import commhub_accelerate.transformers
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import commhub
-import commhub_accelerate.transformers
 
 STEPS = 8
 HOOKS = {
@@ -73,7 +74,13 @@ def trainer_allreduce(me):
     calls = []
     _observe(made, lambda bucket, _: calls.append((bucket.step, bucket.index)))
     made.train()
-    return {"weights": weights(made), "calls": calls, "steps": attached.registration.step, "before": before}
+    found = {"weights": weights(made), "calls": calls, "buckets": buckets(made)}
+    return {**found, "steps": attached.registration.step, "before": before}
+
+
+def buckets(made):
+    """How many buckets DDP has, as it says itself."""
+    return len(made.model_wrapped._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
 
 
 def _observe(made, call):
@@ -93,11 +100,11 @@ def trainer_accumulation(me):
     for every in (1, 2):
         made = trainer(me.folder / "t-acc", max_steps=STEPS // every, gradient_accumulation_steps=every)
         attached = commhub_accelerate.transformers.attach(made, "fp16")
-        micro, calls = [], []
-        made.training_step = lambda *args, do=made.training_step, **more: micro.append(1) or do(*args, **more)
+        calls = []
+        made.training_step = unittest.mock.Mock(side_effect=made.training_step)
         _observe(made, lambda bucket, _, calls=calls: calls.append(bucket.index))
         made.train()
-        found[every] = (len(micro), attached.registration.step, len(calls))
+        found[every] = (made.training_step.call_count, attached.registration.step, len(calls), buckets(made))
     return found
 
 
@@ -156,6 +163,18 @@ def trainer_overlap(me):
         made.train()
         found[hook] = weights(made)
     return found
+
+
+def trainer_compiled(me):
+    found = []
+    for hook in (None, "allreduce"):
+        settings = {"torch_compile": True, "torch_compile_backend": "eager", "ddp_bucket_cap_mb": 25}
+        made = trainer(me.folder / "t-compiled", max_steps=3, **settings)
+        attached = None if hook is None else commhub_accelerate.transformers.attach(made, hook)
+        made.train()
+        found.append(weights(made))
+        torch.compiler.reset()
+    return (*found, type(made.model_wrapped).__name__, attached.registration.step)
 
 
 def trainer_twice(me):
@@ -241,6 +260,7 @@ first = (
     trainer_uninterrupted,
     trainer_lora,
     trainer_overlap,
+    trainer_compiled,
     trainer_twice,
     trainer_new_accelerator,
     trainer_refusals,

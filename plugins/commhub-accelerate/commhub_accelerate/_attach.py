@@ -146,8 +146,11 @@ class Attached:
         self._served = [served for served in self._served if served.model is not None]
         for served in self._served:
             released = served.number(self._accelerator._models) is None
+            served.wait(self._settle_late)  # first: if registering fails, no forward in training goes without
             served.settle(optimizers, now=now and not released)
-            served.wait(lambda one: one.settle(unwrapped(self._accelerator._optimizers), now=True))
+
+    def _settle_late(self, served: Served) -> None:
+        served.settle(unwrapped(self._accelerator._optimizers), now=True)
 
     def _register(self, model: DistributedDataParallel, optimizers: Sequence[Any]) -> Registration:
         scaler = self._accelerator.scaler

@@ -134,6 +134,8 @@ def test_optimizer_overlap_ends_where_allreduce_does(results, same):
         ("kwargs fp16", "RegistrationError", "comm_hook='fp16'"),
         ("kwargs bf16", "RegistrationError", "comm_hook='bf16'"),
         ("evaluated", "RegistrationError", "every rank would train alone"),
+        ("one object", "RegistrationError", "Mean"),
+        ("one object, later", "RegistrationError", "Mean"),
         ("ranks apart", "RegistrationError", "Accelerator(cpu=True)"),
         ("FSDP", "RegistrationError", "shards the model with FSDP"),
         ("DEEPSPEED", "RegistrationError", "hands the model to DeepSpeed"),

@@ -67,6 +67,10 @@ def test_a_second_train_goes_on_and_a_new_model_gets_a_hook_of_its_own(results):
     assert results("trainer_twice") == [(True, 4, False, 2)] * 2
 
 
+def test_an_optimizer_of_some_parameters_makes_no_difference_to_resuming(results):
+    assert results("trainer_partial") == [[4, 4]] * 2
+
+
 def test_a_new_accelerator_gets_the_hook_too(results):
     assert results("trainer_new_accelerator") == [2, 2]
 

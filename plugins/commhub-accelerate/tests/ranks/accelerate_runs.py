@@ -20,6 +20,13 @@ HOOKS = {
 }
 
 
+class Mean:
+    """A hook object."""
+
+    def reduce(self, bucket):
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
 class Net(nn.Module):
     """A few layers, some of them alike, and a dropout so that random numbers matter."""
 
@@ -308,6 +315,12 @@ def refusals(me):
     commhub_accelerate.attach(accel, "fp16")
     model = accel.prepare_model(net(), evaluation_mode=True)
     tried("evaluated", lambda: accel.prepare(model))
+    accel = accelerator()
+    commhub_accelerate.attach(accel, Mean())
+    first, second = net(1), net(2)
+    accel.prepare(first, sgd(first))
+    tried("one object", lambda: accel.prepare(second, sgd(second)))
+    tried("one object, later", lambda: accel.prepare(sgd(second)))
     fresh()
     accel = Accelerator()
     tried("ranks apart", lambda: commhub_accelerate.attach(accel, "fp16"))

@@ -190,6 +190,18 @@ def trainer_twice(me):
     return (*same, attached.registration is first, attached.registration.step)
 
 
+def trainer_partial(me):
+    """An optimizer that holds some of the parameters: the hook is registered late, and yet before its state is read."""
+    steps = []
+    for resume in (None, str(me.folder / "t-partial/checkpoint-2")):
+        made = trainer(me.folder / "t-partial", max_steps=4, save_strategy="steps", save_steps=2)
+        made.optimizer = torch.optim.SGD(made.model.classifier.parameters(), lr=0.1)
+        attached = commhub_accelerate.transformers.attach(made, "fp16")
+        made.train(resume_from_checkpoint=resume)
+        steps.append(attached.registration.step)
+    return steps
+
+
 def trainer_new_accelerator(me):
     """As each trial of a search of hyperparameters makes one."""
     made = trainer(me.folder / "t-new", max_steps=2)
@@ -261,6 +273,7 @@ first = (
     trainer_overlap,
     trainer_compiled,
     trainer_twice,
+    trainer_partial,
     trainer_new_accelerator,
     trainer_refusals,
     trainer_found_by_the_core,

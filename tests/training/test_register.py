@@ -386,6 +386,20 @@ def test_errors_before_any_group_name_what_to_do():
         commhub.create("allreduce(wire=fp16)")
 
 
+def test_what_register_would_be_given_is_checked_without_a_model():
+    assert commhub.checked("PowerSGD(wire=bf16)", rank=3, timeout=5.0, verify=False).made[1].rank == 3
+    mine = Mean()
+    assert commhub.checked(mine, wire="fp16").made == ("Mean", mine)
+    with pytest.raises(UnknownHookError, match="Did you mean 'powersgd'"):
+        commhub.checked("powersdg")
+    with pytest.raises(HookOptionError, match="rank is 0"):
+        commhub.checked("powersgd", rank=0)
+    with pytest.raises(HookOptionError, match="wire is 'int3'"):
+        commhub.checked("fp16", wire="int3")
+    with pytest.raises(HookOptionError, match="'timeout' cannot stand in a hook string"):
+        commhub.checked("allreduce(timeout=3)")
+
+
 # A registration's life.
 
 

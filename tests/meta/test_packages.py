@@ -45,13 +45,37 @@ def imports(path):
             yield from ((node.module, alias.name) for alias in node.names)
 
 
-def test_all_installs_the_folders_of_plugins_and_nothing_else():
+def serve_hooks():
+    """The folders of plugins that offer hooks; the others are adapters for frameworks and for PyTorch's own names."""
+    return [folder for folder in PLUGINS if claims(folder)]
+
+
+def test_all_installs_the_hooks_of_plugins_and_nothing_else():
     extra = project(ROOT)["optional-dependencies"]["all"]
-    assert sorted(Requirement(line).name for line in extra) == [folder.name for folder in PLUGINS]
+    assert sorted(Requirement(line).name for line in extra) == [folder.name for folder in serve_hooks()]
+
+
+def test_every_adapter_has_extras_that_install_it_with_its_framework():
+    extras = project(ROOT)["optional-dependencies"]
+    named = {name: [Requirement(line) for line in lines] for name, lines in extras.items()}
+    for folder in (folder for folder in PLUGINS if not claims(folder)):
+        its = project(folder).get("optional-dependencies", {})
+        wanted = sorted(its.keys() - {"test"}) or [folder.name.removeprefix("commhub-")]
+        for extra in wanted:
+            (required,) = named[extra]
+            assert (required.name, str(required.specifier)) == (folder.name, "<1,>=0.1")
+            assert required.extras == ({extra} if extra in its else set())
+
+
+def test_a_framework_that_an_adapter_works_with_has_an_upper_bound():
+    for folder in PLUGINS:
+        for extra, lines in project(folder).get("optional-dependencies", {}).items():
+            for required in map(Requirement, lines):
+                assert extra == "test" or re.search("<", str(required.specifier)), f"{folder.name}: {required}"
 
 
 def test_a_folder_of_plugins_holds_documented_names_only():
-    for folder in PLUGINS:
+    for folder in serve_hooks():
         assert folder.name in {*HOOKS.values(), *AVERAGERS.values()}
         owned = {n for n, owner in [*HOOKS.items(), *AVERAGERS.items()] if owner == folder.name}
         assert {name for _, name in claims(folder)} == owned
@@ -127,8 +151,10 @@ def test_a_package_requires_what_it_imports(folder):
 
 @EVERY
 def test_a_spec_module_loads_no_torch(folder):
-    modules = sorted(set(claims(folder).values()))
-    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    models = project(folder).get("entry-points", {}).get("commhub.models.v1", {})
+    modules = sorted({*claims(folder).values(), *models.values()})
+    frameworks = ["torch", *models]
+    code = f"import {', '.join(['sys', *modules])}; sys.exit(any(name in sys.modules for name in {frameworks}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

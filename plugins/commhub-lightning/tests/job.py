@@ -13,6 +13,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -36,10 +37,10 @@ for name in (PACKAGE, "lightning.pytorch", "lightning.fabric"):
 class Net(PL.LightningModule):
     """Learns noise; what each of its steps found is kept."""
 
-    def __init__(self, momentum=0.9, manual=False):
+    def __init__(self, manual=False):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 16))
-        self.momentum, self.automatic_optimization = momentum, not manual
+        self.automatic_optimization = not manual
 
     def training_step(self, batch, index):
         loss = self.layers(batch[0]).sub(batch[1]).square().mean()
@@ -52,7 +53,7 @@ class Net(PL.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
 class Look(PL.Callback):
@@ -107,14 +108,14 @@ def data():
     return DataLoader(whole, batch_size=4, shuffle=False)
 
 
-def fit(strategy, *callbacks, module=None, path=None, **options):
+def fit(strategy, *callbacks, manual=False, path=None, weights_only=None, **options):
     """Fit from the same beginning each time; what came of it, and the trainer."""
     torch.manual_seed(0)
-    module = Net() if module is None else module
+    module = Net(manual)
     trainer = trainer_of(strategy, *callbacks, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, data(), ckpt_path=path)
+        trainer.fit(module, data(), ckpt_path=path, weights_only=weights_only)
     registration = commhub_of(trainer)
     told = [str(one.message) for one in caught if "CommHub" in str(one.message)]
     result = {"bits": bits(module), "global_step": trainer.global_step, "warnings": told}
@@ -148,18 +149,34 @@ def scene(story):
     return added
 
 
-COMPRESSED = {"powersgd": "powersgd_rank2(start_step=2)", "quantize": "quantize_per_tensor(error_feedback=true)"}
+POWERSGD = {"start_step": 2}
+QUANTIZE = "quantize_per_tensor(error_feedback=true)"
+
+
+def powersgd_strategy(**options):
+    return OURS.CommHubDDPStrategy("powersgd_rank2", POWERSGD, **CAP, **options)
+
+
+# The first story.
 
 
 @scene("first")
 def plain():
-    return fit(PL.strategies.DDPStrategy(**CAP))[0]
+    return fit(PL.strategies.DDPStrategy(**CAP), keep("plain", save_top_k=-1, filename="{epoch}"))[0]
 
 
 @scene("first")
 def allreduce():
     look = Look()
-    result, trainer = fit(OURS.CommHubDDPStrategy("allreduce", **CAP), look)
+    result, _ = fit(OURS.CommHubDDPStrategy("allreduce", **CAP), look)
+    return result | {"asked": len(look.asked), "buckets": look.buckets}
+
+
+@scene("first")
+def allreduce_callback():
+    look = Look()
+    callback = OURS.CommHubCallback(commhub.HookType.ALLREDUCE)
+    result, _ = fit(PL.strategies.DDPStrategy(**CAP), callback, look)
     return result | {"asked": len(look.asked), "buckets": look.buckets}
 
 
@@ -171,20 +188,35 @@ def accumulated():
 
 
 @scene("first")
-def powersgd():
-    """The whole way, with a checkpoint halfway, and a copy of the last one."""
-    strategy = OURS.CommHubDDPStrategy("powersgd_rank2", {"start_step": 2}, **CAP)
-    result, _ = fit(strategy, keep("powersgd", save_top_k=-1, filename="{epoch}", save_last=True))
-    return result
+def accumulated_plain():
+    return fit(PL.strategies.DDPStrategy(**CAP), accumulate_grad_batches=2)[0]
 
 
 @scene("first")
-def quantize():
-    """With the callback, and a link to the last checkpoint."""
-    callback = OURS.CommHubCallback(COMPRESSED["quantize"])
-    strategy = PL.strategies.DDPStrategy(**CAP)
-    result, _ = fit(strategy, callback, keep("quantize", save_top_k=-1, filename="{epoch}", save_last="link"))
-    return result
+def manual():
+    return fit(OURS.CommHubDDPStrategy("allreduce", **CAP), manual=True)[0]
+
+
+@scene("first")
+def manual_plain():
+    return fit(PL.strategies.DDPStrategy(**CAP), manual=True)[0]
+
+
+@scene("first")
+def overlapped():
+    return fit(OURS.CommHubDDPStrategy("optimizer_overlap", **CAP))[0]
+
+
+@scene("first")
+def local_steps():
+    """An averager needs the optimizers, and works on them: the ranks end alike though they stepped apart."""
+    hook = "post_local_sgd(start_step=2, period=4, local_gradients=false)"
+    return fit(OURS.CommHubDDPStrategy(hook, **CAP), epochs=2, max_steps=7)[0]
+
+
+@scene("first")
+def an_object():
+    return fit(OURS.CommHubDDPStrategy(commhub.create("fp16"), **CAP), max_steps=2)[0]
 
 
 @scene("first")
@@ -192,9 +224,187 @@ def named():
     return fit("ddp_commhub_fp16", max_steps=2)[0]
 
 
+@scene("first")
+def powersgd():
+    """All of it, with a checkpoint halfway."""
+    return fit(powersgd_strategy(), keep("powersgd", save_top_k=-1, filename="{epoch}"))[0]
+
+
+@scene("first")
+def powersgd_half():
+    """Half of it, with a copy as the last checkpoint, and one that is written after the fit."""
+    result, trainer = fit(powersgd_strategy(), keep("half", filename="{epoch}", save_last=True), epochs=1)
+    trainer.save_checkpoint(FOLDER / "half" / "afterwards.ckpt")
+    trainer.save_checkpoint(FOLDER / "half" / "weights.ckpt", weights_only=True)
+    return result
+
+
+@scene("first")
+def quantize():
+    return fit(PL.strategies.DDPStrategy(**CAP), OURS.CommHubCallback(QUANTIZE))[0]
+
+
+@scene("first")
+def quantize_half():
+    """Half of it, with a link as the last checkpoint."""
+    callback = OURS.CommHubCallback(QUANTIZE)
+    return fit(PL.strategies.DDPStrategy(**CAP), callback, keep("link", filename="{epoch}", save_last="link"), epochs=1)[0]
+
+
+@scene("first")
+def pruned():
+    """The best two of four checkpoints stay."""
+    callback = keep("pruned", monitor="loss", save_top_k=2, filename="{epoch}")
+    return fit(powersgd_strategy(), callback, epochs=4)[0]
+
+
+@scene("first")
+def twice():
+    """A second fit of the same trainer begins with a hook of its own."""
+    strategy = powersgd_strategy()
+    _, trainer = fit(strategy, epochs=1)
+    earlier = strategy.registration
+    torch.manual_seed(0)
+    trainer.fit(Net(), data())  # no epoch is left: it registers, and ends
+    return {"another": strategy.registration is not earlier, "step": strategy.registration.step}
+
+
+@scene("first")
+def clipped():
+    return refusal(lambda: fit(OURS.CommHubDDPStrategy("optimizer_overlap", **CAP), gradient_clip_val=1.0))
+
+
+@scene("first")
+def clipped_callback():
+    callback = OURS.CommHubCallback("optimizer_overlap(inner=fp16)")
+    return refusal(lambda: fit(PL.strategies.DDPStrategy(), callback, gradient_clip_val=1.0))
+
+
+@scene("first")
+def clipped_compressed():
+    return fit(OURS.CommHubDDPStrategy("fp16", **CAP), gradient_clip_val=1.0, max_steps=2)[0]
+
+
+@scene("first")
+def both():
+    return refusal(lambda: fit(OURS.CommHubDDPStrategy("fp16"), OURS.CommHubCallback("fp16")))
+
+
+@scene("first")
+def two_callbacks():
+    return refusal(lambda: fit("ddp", OURS.CommHubCallback("fp16"), OURS.CommHubCallback("bf16")))
+
+
+@scene("first")
+def foreign_hook():
+    strategy = PL.strategies.DDPStrategy(ddp_comm_hook=print)
+    return refusal(lambda: fit(strategy, OURS.CommHubCallback("fp16")))
+
+
+# The second, in new processes.
+
+
+@scene("second")
+def powersgd_moved():
+    return fit(powersgd_strategy(), path=FOLDER / "elsewhere" / "moved.ckpt")[0]
+
+
+@scene("second")
+def powersgd_last():
+    return fit(powersgd_strategy(), path=FOLDER / "half" / "last.ckpt")[0]
+
+
+@scene("second")
+def powersgd_afterwards():
+    return fit(powersgd_strategy(), path=FOLDER / "half" / "afterwards.ckpt", weights_only=True)[0]
+
+
+@scene("second")
+def powersgd_callback():
+    """What the strategy saved, the callback takes up."""
+    callback = OURS.CommHubCallback("powersgd_rank2", POWERSGD)
+    return fit(PL.strategies.DDPStrategy(**CAP), callback, path=FOLDER / "elsewhere" / "moved.ckpt")[0]
+
+
+@scene("second")
+def quantize_link():
+    callback = OURS.CommHubCallback(QUANTIZE)
+    return fit(PL.strategies.DDPStrategy(**CAP), callback, path=FOLDER / "link" / "last.ckpt")[0]
+
+
+@scene("second")
+def stateless():
+    return fit(powersgd_strategy(), path=FOLDER / "plain" / "epoch=0.ckpt")[0]
+
+
+@scene("second")
+def anew():
+    return fit(powersgd_strategy(load_state=False), path=FOLDER / "elsewhere" / "moved.ckpt")[0]
+
+
+@scene("second")
+def unsaved():
+    callback = keep("unsaved", filename="{epoch}")
+    return fit(powersgd_strategy(save_state=False), callback, epochs=1)[0]
+
+
+@scene("second")
+def other_hook():
+    path = FOLDER / "elsewhere" / "moved.ckpt"
+    return refusal(lambda: fit(OURS.CommHubDDPStrategy("quantize_per_tensor", **CAP), path=path))
+
+
+@scene("second")
+def other_trainer():
+    """Without a hook, what a run with one has saved loads as ever."""
+    return fit(PL.strategies.DDPStrategy(**CAP), path=FOLDER / "elsewhere" / "moved.ckpt")[0]
+
+
+# One process alone.
+
+
+@scene("alone")
+def one_process():
+    return fit(powersgd_strategy(), path=FOLDER / "half" / "last.ckpt")[0]
+
+
+@scene("alone")
+def single_device():
+    return fit("auto", OURS.CommHubCallback("powersgd_rank2"), path=FOLDER / "half" / "last.ckpt")[0]
+
+
+@scene("alone")
+def sharded():
+    """Lightning takes the strategy on a GPU only; the callback looks at its type."""
+    callback = OURS.CommHubCallback("fp16")
+    trainer = SimpleNamespace(strategy=PL.strategies.FSDPStrategy(), callbacks=[callback])
+    return refusal(lambda: callback.setup(trainer, None, "fit"))
+
+
+# A few of both, for the other package.
+
+
+@scene("smoke")
+def smoke():
+    return fit(powersgd_strategy(), keep("smoke", save_top_k=-1, filename="{epoch}"))[0]
+
+
+@scene("smoke")
+def smoke_named():
+    return fit("ddp_commhub_fp16", max_steps=2)[0]
+
+
+@scene("smoke")
+def smoke_resumed():
+    callback = OURS.CommHubCallback("powersgd_rank2", POWERSGD)
+    return fit(PL.strategies.DDPStrategy(**CAP), callback, path=FOLDER / "smoke" / "epoch=0.ckpt")[0]
+
+
 def main():
     results = {}
     for name, play in SCENES[STORY].items():
+        if sys.argv[4:] and name not in sys.argv[4:]:
+            continue
         results[name] = play()
     path = FOLDER / f"{STORY}-rank{RANK}.json"
     path.with_suffix(".new").write_text(json.dumps(results, indent=1))

@@ -80,7 +80,7 @@ class HookedCallback:
 
     def on_save_checkpoint(self, trainer: Any, pl_module: object, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Add every rank's hook state; collective."""
-        self._commhub.put(checkpoint, trainer.strategy)
+        self._commhub.put(checkpoint, trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: object, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Remember the hook state in it until the model is wrapped."""

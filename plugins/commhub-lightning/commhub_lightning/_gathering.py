@@ -6,6 +6,7 @@ Nothing is unpickled that comes from another rank but plain tensors, numbers and
 from __future__ import annotations
 
 import io
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+PATIENCE = 30.0
+"""Seconds for which ranks wait for each other where some may have failed alone."""
+
 PIECE = 64 * 2**20
 """Bytes that travel at once, so that a device holds no more of the states than that."""
+
+
+def all_come() -> bool:
+    """Whether every rank calls this within ``PATIENCE``; on NCCL, which cannot tell, it takes that for granted."""
+    if not dist.is_initialized() or "gloo" not in dist.get_backend():
+        return True
+    try:
+        dist.monitored_barrier(timeout=timedelta(seconds=PATIENCE))
+    except RuntimeError:
+        return False
+    return True
 
 
 def gather(state: Callable[[], dict[str, Any]], device: torch.device) -> list[dict[str, Any]] | None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhub
 from commhub import CheckpointError, HookOptionError, RegistrationError
 
-from ._gathering import gather
+from ._gathering import all_come, gather
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,8 +127,10 @@ class Hooked:
         elif ranks is not None:  # a search for a learning rate puts the run back to where it was
             self._restore(ranks, strategy)
 
-    def put(self, checkpoint: dict[str, Any], strategy: Any) -> None:
+    def put(self, checkpoint: dict[str, Any], trainer: Any) -> None:
         """Add every rank's state to the checkpoint that rank 0 is about to write; collective.
+
+        After an exception that not all ranks had, the checkpoint is left without it, so that it can be written.
 
         Raises:
             CheckpointError: on all ranks, if any rank's state cannot be had.
@@ -136,10 +138,13 @@ class Hooked:
         registration = self.registration
         if not self._save_state:
             return
-        if registration is not None:
-            ranks = gather(registration.state_dict, strategy.root_device)
-        else:
+        if registration is None:
             ranks = self._ranks  # it was read, and waits for the model
+        elif trainer.interrupted and not all_come():
+            say(trainer, f"{self.owner}: not all ranks save, so this checkpoint has no hook state.")
+            return
+        else:
+            ranks = gather(registration.state_dict, trainer.strategy.root_device)
         if ranks is not None:
             checkpoint[KEY] = {"ranks": ranks}
 

@@ -108,10 +108,10 @@ def data():
     return DataLoader(whole, batch_size=4, shuffle=False)
 
 
-def fit(strategy, *callbacks, manual=False, path=None, weights_only=None, **options):
+def fit(strategy, *callbacks, manual=False, kind=Net, path=None, weights_only=None, **options):
     """Fit from the same beginning each time; what came of it, and the trainer."""
     torch.manual_seed(0)
-    module = Net(manual)
+    module = kind(manual)
     trainer = trainer_of(strategy, *callbacks, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -138,7 +138,7 @@ def keep(folder, **options):
     return PL.callbacks.ModelCheckpoint(dirpath=FOLDER / folder, save_on_train_epoch_end=True, **options)
 
 
-SCENES = {"first": {}, "second": {}, "alone": {}, "smoke": {}}
+SCENES = {"first": {}, "second": {}, "alone": {}, "smoke": {}, "left": {}}
 
 
 def scene(story):
@@ -280,9 +280,19 @@ def clipped_callback():
     return refusal(lambda: fit(PL.strategies.DDPStrategy(), callback, gradient_clip_val=1.0))
 
 
+class Clipping(Net):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 0.01, "norm")
+
+
+@scene("first")
+def clipped_by_module():
+    return refusal(lambda: fit(OURS.CommHubDDPStrategy("optimizer_overlap", **CAP), kind=Clipping))
+
+
 @scene("first")
 def clipped_compressed():
-    return fit(OURS.CommHubDDPStrategy("fp16", **CAP), gradient_clip_val=1.0, max_steps=2)[0]
+    return fit(OURS.CommHubDDPStrategy("fp16", **CAP), gradient_clip_val=0.01, max_steps=2)[0]
 
 
 @scene("first")
@@ -299,6 +309,38 @@ def two_callbacks():
 def foreign_hook():
     strategy = PL.strategies.DDPStrategy(ddp_comm_hook=print)
     return refusal(lambda: fit(strategy, OURS.CommHubCallback("fp16")))
+
+
+class Fails(PL.Callback):
+    """An exception in the sixth step, on some ranks."""
+
+    def __init__(self, *ranks):
+        self.ranks = ranks
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 5 and RANK in self.ranks:
+            raise KeyError("a mistake of the user's")
+
+
+def interrupted(*ranks):
+    """Where Lightning saves on an exception, and what it then has."""
+    saver = PL.callbacks.OnExceptionCheckpoint(FOLDER / "interrupted", filename=f"ranks{len(ranks)}")
+    try:
+        fit(powersgd_strategy(), Fails(*ranks), saver)
+    except KeyError:
+        return {"raised": True}
+    return {"raised": False}
+
+
+@scene("first")
+def interrupted_everywhere():
+    return interrupted(0, 1)
+
+
+@scene("left")
+def interrupted_on_one():
+    import_module("commhub_lightning._gathering").PATIENCE = 2.0
+    return interrupted(0)  # it waits for ever in Lightning's own barrier after the file is there
 
 
 # The second, in new processes.

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from commhub.registry._registry import HookInfo, hooks, info, installed
     from commhub.registry._spec import AveragerSpec, HookSpec, Option
     from commhub.training._manual import manual
-    from commhub.training._register import check, create, register, registration
+    from commhub.training._register import create, register, registration
     from commhub.training._registration import Registration
 
 __all__ = [
@@ -78,7 +78,6 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
-    "check",
     "create",
     "hookimpl",
     "hooks",
@@ -123,7 +122,6 @@ _HOMES = {
     "State": "commhub.protocol._state",
     "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",
-    "check": "commhub.training._register",
     "create": "commhub.training._register",
     "hookimpl": "commhub.registry._loading",
     "hooks": "commhub.registry._registry",

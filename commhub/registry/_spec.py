@@ -261,8 +261,7 @@ class HookSpec(_Spec):
         factory: ``"package.module:Class"``; imported at the first use, called with the options as keywords.
         options: what it takes, each an ``Option``.
         preset: options that this name fixes (``powersgd_rank2`` presets ``rank=2``); users cannot override them.
-        needs: what must be given at register besides the model, such as ``"optimizer"``; and what must hold:
-            ``"unclipped_gradients"`` where gradients are used in backward already, and clipping them comes too late.
+        needs: what must be given at register besides the model, such as ``"optimizer"``.
         devices: where its tensors may live.
         sent_bytes: the bytes that one rank sends per step for the gradient of one parameter, as a formula: Python
             arithmetic with ``min``, ``max``, ``ceil``, ``sqrt``, ``log2`` over ``p`` (ranks), ``h`` (ranks on one

@@ -13,7 +13,6 @@ from commhub._errors import CommhubError, HookOptionError, HookOptionTypeError, 
 from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
-from commhub.protocol._wire import wire_dtype
 from commhub.registry._recipe import Recipe, choose
 from commhub.training.attachments._ddp import check_devices, find, group_of, refuse
 from commhub.training.attachments._slot import Slot
@@ -195,29 +194,6 @@ def create(hook: object, **options: Any) -> InnerHook:
             f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one."
         )
     return InnerHook(chosen.make(), chosen.name)
-
-
-def check(hook: object, **options: Any) -> str:
-    """Look at what ``register`` would be given, before there is a model: for whoever passes it on.
-
-    The hook is made once and dropped.
-
-    Args:
-        hook, options: as for ``register``, whose own options may stand among them.
-
-    Returns:
-        The hook string that it amounts to.
-
-    Raises:
-        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
-
-    >>> commhub.check("PowerSGD(rank=4)", wire="bfloat16")
-    'powersgd(rank=4, wire=bf16)'
-    """
-    chosen = choose(hook, options)
-    wire_dtype(chosen.reserved.get("wire"))
-    chosen.make()
-    return str(chosen)
 
 
 def registration(model: object) -> Registration | None:

@@ -42,7 +42,6 @@ ALONE = {
     "State.local": (commhub.State(("w",)).local, {}),
     "State.shared": (commhub.State(("w",)).shared, {}),
     "Subgroup": (commhub.Subgroup, {"ranks": (0,)}),
-    "check": (commhub.check, {"hook": "allreduce"}),
     "create": (commhub.create, {"hook": "allreduce"}),
     "hooks": (commhub.hooks, {}),
     "info": (commhub.info, {}),

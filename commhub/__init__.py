@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from commhub.registry._registry import HookInfo, hooks, info, installed
     from commhub.registry._spec import AveragerSpec, HookSpec, Option
     from commhub.training._manual import manual
-    from commhub.training._register import create, register, registration
+    from commhub.training._register import checked, create, register, registration
     from commhub.training._registration import Registration
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
+    "checked",
     "create",
     "hookimpl",
     "hooks",
@@ -122,6 +123,7 @@ _HOMES = {
     "State": "commhub.protocol._state",
     "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",
+    "checked": "commhub.training._register",
     "create": "commhub.training._register",
     "hookimpl": "commhub.registry._loading",
     "hooks": "commhub.registry._registry",

@@ -13,6 +13,7 @@ from commhub._errors import CommhubError, HookOptionError, HookOptionTypeError, 
 from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
+from commhub.protocol._wire import wire_dtype
 from commhub.registry._recipe import Recipe, choose
 from commhub.training.attachments._ddp import check_devices, find, group_of, refuse
 from commhub.training.attachments._slot import Slot
@@ -193,6 +194,25 @@ def create(hook: object, **options: Any) -> InnerHook:
         raise HookOptionError(
             f"{sorted(chosen.reserved)[0]!r} belongs to register(), not to a hook inside another one."
         )
+    return InnerHook(chosen.make(), chosen.name)
+
+
+def checked(hook: object, **options: Any) -> InnerHook:
+    """Make what ``register`` would be given, and register nothing: what is wrong with it is raised here already.
+
+    For whoever takes a hook before there is a model to register it on, as frameworks' adapters do.
+
+    Args:
+        hook, options: as for ``register``; ``wire`` and the other arguments of its own may stand among the options.
+
+    Raises:
+        UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+    """
+    chosen = choose(hook, options)
+    strange = sorted(chosen.reserved.keys() - options.keys() - {"wire"})
+    if strange:
+        raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
+    wire_dtype(chosen.reserved.get("wire"))
     return InnerHook(chosen.make(), chosen.name)
 
 

@@ -49,10 +49,15 @@ class Hooked:
         self.owner, self.hook, self.options = owner, hook, dict(options or {})
         if passed := [name for name in _PASSED if name in self.options]:
             raise HookOptionError(f"{owner} passes {passed[0]}= by itself, as the trainer has it. Leave it out.")
-        self.text = commhub.check(hook, **self.options)
+        self._made = commhub.checked(hook, **self.options)
         self.registration: commhub.Registration | None = None
         self._save_state, self._load_state = save_state, load_state
         self._ranks: list[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """The hook's name."""
+        return self._made.made[0]
 
     def __getstate__(self) -> dict[str, Any]:
         # A launcher that starts processes pickles its strategy and trainer; registrations stay in their process.
@@ -74,16 +79,11 @@ class Hooked:
         Raises:
             RegistrationError: if the trainer would change gradients after the hook has stepped the optimizer with them.
         """
-        if trainer.gradient_clip_val and "unclipped_gradients" in self._needs():
+        if trainer.gradient_clip_val and getattr(self._made, "steps_optimizer", False):
             raise RegistrationError(
-                f"{self.text} steps the optimizer within backward, before Trainer(gradient_clip_val="
+                f"{self.name} steps the optimizer within backward, before Trainer(gradient_clip_val="
                 f"{trainer.gradient_clip_val}) could clip the gradients. Leave one of them out."
             )
-
-    def _needs(self) -> tuple[str, ...]:
-        name = self.hook if isinstance(self.hook, str) else getattr(self.hook, "made", ("", None))[0]
-        spec = commhub.info(str(getattr(name, "value", name))).spec if name else None
-        return () if spec is None else spec.needs
 
     def attach(self, trainer: Any) -> None:
         """Register on the DDP model of a fit that is about to begin, and take up a checkpoint's state; collective.
@@ -102,14 +102,14 @@ class Hooked:
             **self.options,
         )
         if trainer.world_size == 1:
-            say(trainer, f"{self.owner}: one process, so {self.text} runs and there is nothing to communicate.")
+            say(trainer, f"{self.owner}: one process, so {self.registration} runs and there is nothing to communicate.")
         ranks, self._ranks = self._ranks, None
         if ranks is not None:
             self._restore(ranks, trainer.strategy)
         elif self._load_state and trainer.ckpt_path is not None:
             say(
                 trainer,
-                f"{self.owner}: the checkpoint {trainer.ckpt_path} holds no hook state, so {self.text} begins anew, "
+                f"{self.owner}: the checkpoint {trainer.ckpt_path} holds no hook state, so {self.registration} begins anew, "
                 "with its warm-up and an empty memory.",
             )
 

@@ -146,7 +146,7 @@ def test_another_fit_of_the_same_trainer_registers_anew(first):
     ("scene", "told"),
     [
         ("clipped", r"optimizer_overlap steps the optimizer within backward, before Trainer(gradient_clip_val=1.0)"),
-        ("clipped_callback", r"optimizer_overlap(inner=fp16) steps the optimizer within backward"),
+        ("clipped_callback", r"optimizer_overlap steps the optimizer within backward"),
         ("both", "CommHubCallback and a commhub strategy"),
         ("two_callbacks", "several CommHubCallbacks"),
         ("foreign_hook", "DDPStrategy has ddp_comm_hook="),

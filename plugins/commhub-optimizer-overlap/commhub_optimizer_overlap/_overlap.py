@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -28,7 +28,14 @@ logger = logging.getLogger("commhub")
 
 @attrs.define(eq=False, kw_only=True, slots=False)
 class Overlap:
-    """The base of the hooks: averages with an inner hook and knows when to step early."""
+    """The base of the hooks: averages with an inner hook and knows when to step early.
+
+    Attributes:
+        steps_optimizer: gradients have been used when backward ends, so that clipping them comes too late; for those
+            who run the loop and clip, as frameworks do.
+    """
+
+    steps_optimizer: ClassVar[bool] = True
 
     inner: str = "allreduce"
     undo: bool = True

@@ -37,6 +37,7 @@ class Hooked:
         load_state: whether it is taken from a checkpoint that a fit begins with.
 
     Attributes:
+        name: the hook's.
         registration: of the last fit; ``None`` before it, and where there is nothing to register on.
 
     Raises:
@@ -49,15 +50,11 @@ class Hooked:
         self.owner, self.hook, self.options = owner, hook, dict(options or {})
         if passed := [name for name in _PASSED if name in self.options]:
             raise HookOptionError(f"{owner} passes {passed[0]}= by itself, as the trainer has it. Leave it out.")
-        self._made = commhub.checked(hook, **self.options)
+        made = commhub.checked(hook, **self.options)
+        self.name, self._steps_optimizer = made.made[0], bool(getattr(made, "steps_optimizer", False))
         self.registration: commhub.Registration | None = None
         self._save_state, self._load_state = save_state, load_state
         self._ranks: list[Any] | None = None
-
-    @property
-    def name(self) -> str:
-        """The hook's name."""
-        return self._made.made[0]
 
     def __getstate__(self) -> dict[str, Any]:
         # A launcher that starts processes pickles its strategy and trainer; registrations stay in their process.
@@ -79,7 +76,7 @@ class Hooked:
         Raises:
             RegistrationError: if the trainer would change gradients after the hook has stepped the optimizer with them.
         """
-        if trainer.gradient_clip_val and getattr(self._made, "steps_optimizer", False):
+        if trainer.gradient_clip_val and self._steps_optimizer:
             raise RegistrationError(
                 f"{self.name} steps the optimizer within backward, before Trainer(gradient_clip_val="
                 f"{trainer.gradient_clip_val}) could clip the gradients. Leave one of them out."

@@ -26,7 +26,7 @@ def start(script, *arguments, ranks, logs):
     kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS": str(ranks), "OMP_NUM_THREADS": "1"}
     running = []
     for rank in range(ranks):
-        with (logs / f"{'-'.join(map(str, arguments[:2])).replace('/', '_')}-{rank}.log").open("w") as log:
+        with (logs / f"{Path(script).stem}-{'-'.join(map(str, arguments[:2])).replace('/', '_')[-60:]}-{rank}.log").open("w") as log:
             command = [sys.executable, str(HERE / script), *map(str, arguments)]
             process = subprocess.Popen(command, env=kept | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
             running.append((process, Path(log.name)))
@@ -71,13 +71,6 @@ class Stories:
                     shutil.rmtree(folder / "powersgd")
         assert all(file.exists() for file in files), (folder / f"{story}.ended").read_text()
         return [json.loads(file.read_text()) for file in files]
-
-    def left(self, package):
-        """Play a story whose ranks end badly."""
-        folder = self.folder / package
-        folder.mkdir(exist_ok=True)
-        start("job.py", package, "left", folder, ranks=2, logs=folder)
-        return folder
 
 
 @pytest.fixture(scope="session")

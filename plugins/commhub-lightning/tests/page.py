@@ -1,23 +1,32 @@
-"""What one rank does: ``page.py PAGE FOLDER`` runs the Python blocks of a page, one after the other, as one script."""
+"""What one rank does: ``page.py FOLDER PAGE...`` runs the Python blocks of each page, one after the other, as one script."""
 
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
-PAGE, FOLDER = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+FOLDER, PAGES = Path(sys.argv[1]), [Path(page).resolve() for page in sys.argv[2:]]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 
+def run(page):
+    """How many blocks there were; or what went wrong."""
+    text, namespace, count = page.read_text(encoding="utf-8"), {"__name__": "__main__"}, 0
+    try:
+        for count, match in enumerate(BLOCK.finditer(text), 1):
+            line = text[: match.start(1)].count("\n")
+            exec(compile("\n" * line + match[1], page.name, "exec"), namespace)
+    except Exception:
+        return traceback.format_exc()
+    return str(count)
+
+
 def main():
-    text = PAGE.read_text(encoding="utf-8")
     FOLDER.mkdir(exist_ok=True)
     os.chdir(FOLDER)
-    namespace, count = {"__name__": "__main__"}, 0
-    for count, match in enumerate(BLOCK.finditer(text), 1):
-        line = text[: match.start(1)].count("\n")
-        exec(compile("\n" * line + match[1], PAGE.name, "exec"), namespace)
-    Path(f"{PAGE.stem}-rank{os.environ['LOCAL_RANK']}.done").write_text(str(count))
+    for page in PAGES:
+        Path(f"{page.parent.name}-{page.stem}-rank{os.environ['LOCAL_RANK']}.told").write_text(run(page))
 
 
 if __name__ == "__main__":

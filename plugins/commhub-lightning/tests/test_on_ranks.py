@@ -173,8 +173,8 @@ def test_on_an_exception_of_all_ranks_the_checkpoint_has_their_state(folder, fir
     assert [one["step"] for one in found["commhub"]["ranks"]] == [5, 5]
 
 
-def test_on_an_exception_of_one_rank_the_checkpoint_is_written_without_state(stories):
-    folder = stories.left(LIGHTNING)
+def test_on_an_exception_of_one_rank_the_checkpoint_is_written_without_state(folder, second):
+    assert second
     found = torch.load(folder / "interrupted" / "ranks1.ckpt", weights_only=True)
     assert found["global_step"] == 5
     assert "commhub" not in found
@@ -209,3 +209,11 @@ def test_the_other_package_trains_and_resumes_bit_by_bit(stories):
     assert one["smoke_resumed"]["bits"] == one["smoke"]["bits"]
     assert (one["smoke_resumed"]["step"], one["smoke_resumed"]["stats_steps"]) == (8, 4)
     assert one["smoke_named"]["hook"] == "fp16"
+
+
+@pytest.mark.parametrize(("package", "story"), [("lightning", "first"), ("pytorch_lightning", "smoke")])
+def test_in_training_the_core_finds_the_registration_on_trainer_and_module(stories, package, story):
+    if util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed here")
+    for rank in stories.scenes(package, story):
+        assert rank["found"] == {"error": None, "found": [True, True]}

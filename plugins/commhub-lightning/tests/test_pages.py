@@ -10,10 +10,11 @@ PAGES = ["docs/frameworks-lightning.md", "docs/frameworks-fabric.md", "plugins/c
 
 
 @pytest.mark.skipif(util.find_spec("lightning") is None, reason="lightning is not installed here")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(tmp_path, start, page):
-    ended = start("page.py", ROOT / page, tmp_path / "run", ranks=2, logs=tmp_path)
-    assert [code for code, _ in ended] == [0, 0], ended
-    blocks = (ROOT / page).read_text(encoding="utf-8").count("```python\n")
-    counts = [(tmp_path / "run" / f"{Path(page).stem}-rank{rank}.done").read_text() for rank in range(2)]
-    assert counts == [str(blocks)] * 2
+def test_the_blocks_of_the_pages_run(tmp_path, start):
+    pages = [ROOT / page for page in PAGES]
+    ended = start("page.py", tmp_path / "run", *pages, ranks=2, logs=tmp_path)
+    for page in pages:
+        blocks = page.read_text(encoding="utf-8").count("```python\n")
+        files = [tmp_path / "run" / f"{page.parent.name}-{page.stem}-rank{rank}.told" for rank in range(2)]
+        assert all(file.exists() for file in files), ended
+        assert [file.read_text() for file in files] == [str(blocks)] * 2

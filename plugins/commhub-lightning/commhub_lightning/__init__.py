@@ -13,7 +13,7 @@ from commhub import PluginError
 from ._classes import NAMES, classes, register_names
 from ._framework import is_installed
 
-__all__ = ["CommHubCallback", "CommHubDDPStrategy"]  # noqa: F822 - __getattr__ has them
+__all__ = ["CommHubCallback", "CommHubDDPStrategy"]
 
 
 def __getattr__(name: str) -> object:

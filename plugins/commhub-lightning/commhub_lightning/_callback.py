@@ -68,7 +68,10 @@ class HookedCallback:
         self._commhub.forget()
         self._check(trainer)
         if isinstance(trainer.strategy, self._single):
-            say(trainer, f"{type(self).__name__}: a single device has nothing to communicate; {self._commhub.name} rests.")
+            say(
+                trainer,
+                f"{type(self).__name__}: a single device has nothing to communicate; {self._commhub.name} rests.",
+            )
             return
         self._commhub.refuse(trainer)
         self._serves = True

@@ -26,7 +26,9 @@ def start(script, *arguments, ranks, logs):
     kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS": str(ranks), "OMP_NUM_THREADS": "1"}
     running = []
     for rank in range(ranks):
-        with (logs / f"{Path(script).stem}-{'-'.join(map(str, arguments[:2])).replace('/', '_')[-60:]}-{rank}.log").open("w") as log:
+        with (
+            logs / f"{Path(script).stem}-{'-'.join(map(str, arguments[:2])).replace('/', '_')[-60:]}-{rank}.log"
+        ).open("w") as log:
             command = [sys.executable, str(HERE / script), *map(str, arguments)]
             process = subprocess.Popen(command, env=kept | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
             running.append((process, Path(log.name)))

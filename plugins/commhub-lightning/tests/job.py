@@ -88,7 +88,10 @@ def bits(module):
 
 
 def trainer_of(strategy, *callbacks, epochs=EPOCHS, **options):
-    options = {"logger": False, "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks)} | options
+    options = {
+        "logger": False,
+        "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks),
+    } | options
     return PL.Trainer(
         accelerator="cpu",
         devices=RANKS,
@@ -248,7 +251,9 @@ def quantize():
 def quantize_half():
     """Half of it, with a link as the last checkpoint."""
     callback = OURS.CommHubCallback(QUANTIZE)
-    return fit(PL.strategies.DDPStrategy(**CAP), callback, keep("link", filename="{epoch}", save_last="link"), epochs=1)[0]
+    return fit(
+        PL.strategies.DDPStrategy(**CAP), callback, keep("link", filename="{epoch}", save_last="link"), epochs=1
+    )[0]
 
 
 @scene("first")

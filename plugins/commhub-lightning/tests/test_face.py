@@ -8,11 +8,11 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+from commhub_lightning import _framework
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import commhub
-from commhub_lightning import _framework
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["lightning", "pytorch_lightning"]

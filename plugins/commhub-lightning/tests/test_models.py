@@ -34,9 +34,7 @@ def test_every_type_of_the_table_is_under_its_package_s_entry_point():
     import commhub_lightning_models
 
     points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
-    assert {spec.type.partition(".")[0] for spec in commhub_lightning_models.MODELS} == set(
-        points["commhub.models.v1"]
-    )
+    assert {spec.type.partition(".")[0] for spec in commhub_lightning_models.MODELS} == set(points["commhub.models.v1"])
 
 
 def test_a_trainer_is_told_what_serves_it(package):

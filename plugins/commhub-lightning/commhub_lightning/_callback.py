@@ -99,7 +99,8 @@ class HookedCallback:
         if isinstance(strategy, self._ddp):
             if given := [name for name in OWN_HOOK if getattr(strategy, f"_{name}", None) is not None]:
                 raise RegistrationError(
-                    f"the trainer's {type(strategy).__name__} has {given[0]}=, and a model takes one hook. Leave it out."
+                    f"the trainer's {type(strategy).__name__} has {given[0]}=, and a model takes one hook. "
+                    "Leave it out."
                 )
             return
         if not isinstance(strategy, self._single):

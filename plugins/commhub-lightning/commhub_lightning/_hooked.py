@@ -2,8 +2,8 @@
 
 It knows a trainer by what both packages' trainers have, and imports neither package.
 
-Hook state lies in the ``.ckpt`` file itself, under ``"commhub"``, every rank's: so the file can be copied, moved, linked
-to and removed like any other, and is all that a run needs to go on.
+Hook state lies in the ``.ckpt`` file itself, under ``"commhub"``, every rank's: so the file can be copied, moved,
+linked to and removed like any other, and is all that a run needs to go on.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Hooked:
         elif self._load_state and trainer.ckpt_path is not None:
             say(
                 trainer,
-                f"{self.owner}: the checkpoint {trainer.ckpt_path} holds no hook state, so {self.registration} begins anew, "
-                "with its warm-up and an empty memory.",
+                f"{self.owner}: the checkpoint {trainer.ckpt_path} holds no hook state, so {self.registration} begins "
+                "anew, with its warm-up and an empty memory.",
             )
 
     def take(self, checkpoint: Mapping[str, Any], strategy: Any) -> None:

@@ -1,4 +1,4 @@
-"""What one rank does: ``page.py FOLDER PAGE...`` runs the Python blocks of each page, one after the other, as one script."""
+"""What one rank does: ``page.py FOLDER PAGE...`` runs the Python blocks of each page in their order, as one script."""
 
 import os
 import re
@@ -12,14 +12,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 def run(page):
     """How many blocks there were; or what went wrong."""
-    text, namespace, count = page.read_text(encoding="utf-8"), {"__name__": "__main__"}, 0
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    found = list(BLOCK.finditer(text))
     try:
-        for count, match in enumerate(BLOCK.finditer(text), 1):
+        for match in found:
             line = text[: match.start(1)].count("\n")
             exec(compile("\n" * line + match[1], page.name, "exec"), namespace)
     except Exception:
         return traceback.format_exc()
-    return str(count)
+    return str(len(found))
 
 
 def main():

@@ -114,7 +114,7 @@ def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch):
 def test_a_version_out_of_bounds_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(_framework.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_framework.metadata, "version", lambda name: "2.7.0")
-    with pytest.raises(commhub.PluginError, match="lightning >=2.6,<2.7, and 2.7.0 is installed"):
+    with pytest.raises(commhub.PluginError, match=r"lightning >=2\.6,<2\.7, and 2\.7\.0 is installed"):
         _framework.load("lightning")
 
 

@@ -56,7 +56,7 @@ def test_fabric_is_told_to_give_the_module():
     if util.find_spec("lightning") is None:
         pytest.skip("lightning is not installed here")
     fabric = import_module("lightning.fabric").Fabric(accelerator="cpu", devices=1)
-    with pytest.raises(commhub.RegistrationError, match="fabric.setup"):
+    with pytest.raises(commhub.RegistrationError, match=r"fabric\.setup"):
         commhub.register(fabric, "fp16")
 
 

@@ -214,7 +214,29 @@ def overlapped():
 def local_steps():
     """An averager needs the optimizers, and works on them: the ranks end alike though they stepped apart."""
     hook = "post_local_sgd(start_step=2, period=4, local_gradients=false)"
-    return fit(OURS.CommHubDDPStrategy(hook, **CAP), epochs=2, max_steps=7)[0]
+    result, trainer = fit(OURS.CommHubDDPStrategy(hook, **CAP), max_steps=7)
+    trainer.save_checkpoint(FOLDER / "local.ckpt")
+    return result
+
+
+class Scaled(PL.Callback):
+    """Whether the hook was given what the precision plugin scales the loss with, and the optimizers of the trainer."""
+
+    seen = None
+
+    def on_train_start(self, trainer, module):
+        target = commhub_of(trainer)._session.target
+        same = [a is b for a, b in zip(target.optimizers, trainer.optimizers, strict=True)]
+        self.seen = {"scaler": target.scaler is trainer.precision_plugin.scaler, "optimizers": same}
+
+
+@scene("first")
+def scaled():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    plugin = PL.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    look = Scaled()
+    result, _ = fit(powersgd_strategy(), look, plugins=[plugin])
+    return result | look.seen
 
 
 @scene("first")
@@ -265,8 +287,8 @@ def pruned():
 
 @scene("first")
 def twice():
-    """A second fit of the same trainer begins with a hook of its own."""
-    strategy = powersgd_strategy()
+    """A second fit of the same trainer begins anew, with a hook object too, which serves one model at a time."""
+    strategy = OURS.CommHubDDPStrategy(commhub.create("powersgd_rank2", **POWERSGD), **CAP)
     _, trainer = fit(strategy, epochs=1)
     earlier = strategy.registration
     torch.manual_seed(0)

@@ -63,6 +63,16 @@ def test_an_averager_is_given_the_optimizers_and_lets_ranks_meet(stories):
     assert one["sent"] < 7 * stories.scenes(LIGHTNING, "first")[0]["allreduce"]["sent"] / 8
 
 
+def test_an_averager_s_state_is_saved_after_the_fit(folder):
+    found = torch.load(folder / "local.ckpt", weights_only=True)["commhub"]["ranks"]
+    assert [one["step"] for one in found] == [7, 7]
+
+
+def test_the_hook_is_given_the_loss_scaler_and_the_optimizers_themselves(first):
+    assert (first["scaled"]["scaler"], first["scaled"]["optimizers"]) == (True, [True])
+    assert first["scaled"]["step"] == first["scaled"]["global_step"] == 8
+
+
 def test_a_name_and_an_object_register_the_same_hook(first):
     assert first["named"]["hook"] == first["an_object"]["hook"] == "fp16"
     assert first["named"]["bits"] == first["an_object"]["bits"]

@@ -45,6 +45,13 @@ def start(script, *arguments, ranks, logs):
     return [(process.returncode, log.read_text()[-4000:]) for process, log in running]
 
 
+class Scene(dict):
+    """What came of one; that it failed is shown where a test asks for something that it lacks."""
+
+    def __missing__(self, key):
+        raise AssertionError(f"there is no {key!r}: {self.get('failed', 'the scene did not say')}")
+
+
 class Stories:
     """What the stories came to, by scene.
 
@@ -72,7 +79,7 @@ class Stories:
                     shutil.move(folder / "powersgd" / "epoch=0.ckpt", folder / "elsewhere" / "moved.ckpt")
                     shutil.rmtree(folder / "powersgd")
         assert all(file.exists() for file in files), (folder / f"{story}.ended").read_text()
-        return [json.loads(file.read_text()) for file in files]
+        return [json.loads(file.read_text(), object_hook=Scene) for file in files]
 
 
 @pytest.fixture(scope="session")

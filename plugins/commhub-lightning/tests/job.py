@@ -40,6 +40,7 @@ class Net(PL.LightningModule):
 
     def __init__(self, manual=False):
         super().__init__()
+        self.lr = 0.05
         self.layers = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 16))
         self.automatic_optimization = not manual
 
@@ -54,7 +55,7 @@ class Net(PL.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class Look(PL.Callback):
@@ -306,6 +307,31 @@ def clipped():
 def clipped_callback():
     callback = OURS.CommHubCallback("optimizer_overlap(inner=fp16)")
     return refusal(lambda: fit(PL.strategies.DDPStrategy(), callback, gradient_clip_val=1.0))
+
+
+@scene("first")
+def searched():
+    """A search for a learning rate trains, and puts everything back before the fit begins."""
+    search = PL.callbacks.LearningRateFinder(num_training_steps=3, update_attr=False, attr_name="lr")
+    return fit(powersgd_strategy(), search, default_root_dir=FOLDER)[0]
+
+
+@scene("first")
+def gathered():
+    """States that travel in pieces; and one that cannot be had."""
+    gathering = import_module("commhub_lightning._gathering")
+    before, gathering.PIECE = gathering.PIECE, 1000
+    found = gathering.gather(lambda: {"own": torch.arange(1000) + RANK, "same": torch.ones(9)}, torch.device("cpu"))
+    gathering.PIECE = before
+
+    def state():
+        if RANK == 1:
+            raise OSError("the disk is gone")
+        return {}
+
+    failed = refusal(lambda: gathering.gather(state, torch.device("cpu")))
+    sums = None if found is None else [int(one["own"].sum()) for one in found]
+    return failed | {"sums": sums, "shared": found is not None and found[0]["same"] is found[1]["same"]}
 
 
 class Clipping(Net):

@@ -149,6 +149,19 @@ def test_pruning_leaves_nothing_behind(folder):
     ]
 
 
+def test_a_search_for_a_learning_rate_leaves_no_trace_in_the_hook(first):
+    assert first["searched"]["step"] == first["searched"]["global_step"] == 8
+    assert first["searched"]["bits"] == first["powersgd"]["bits"]
+
+
+def test_states_travel_whole_and_one_that_fails_fails_everywhere(stories):
+    one, other = (rank["gathered"] for rank in stories.scenes(LIGHTNING, "first"))
+    assert (one["sums"], one["shared"], other["sums"]) == ([499500, 500500], True, None)
+    assert (one["error"], other["error"]) == ("CheckpointError", "CheckpointError")
+    assert one["text"] == "the hook's state on rank 1 cannot be saved."
+    assert other["text"] == "the hook's state on rank 1 cannot be saved: the disk is gone"
+
+
 def test_another_fit_of_the_same_trainer_registers_anew(first):
     assert first["twice"] == {"another": True, "step": 0}
 

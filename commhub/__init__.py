@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from commhub.training._manual import manual
     from commhub.training._register import create, register, registration
     from commhub.training._registration import Registration
+    from commhub.training.attachments._comm_hook import comm_hook
 
 __all__ = [
     "AllGather",
@@ -78,6 +79,7 @@ __all__ = [
     "State",
     "Subgroup",
     "UnknownHookError",
+    "comm_hook",
     "create",
     "hookimpl",
     "hooks",
@@ -122,6 +124,7 @@ _HOMES = {
     "State": "commhub.protocol._state",
     "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",
+    "comm_hook": "commhub.training.attachments._comm_hook",
     "create": "commhub.training._register",
     "hookimpl": "commhub.registry._loading",
     "hooks": "commhub.registry._registry",

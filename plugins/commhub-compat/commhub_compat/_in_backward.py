@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from commhub import Bucket, Exchange, Setup
 
 _optimizers: Any = WeakIdKeyDictionary()
-"""By parameter: its optimizers, in the order in which they were applied."""
-_unclaimed: dict[torch.optim.Optimizer, list[Any]] = {}
-"""By optimizer: the handles on its parameters, as long as no DDP model steps it."""
+"""By parameter: its optimizers, as weak references, in the order in which they were applied."""
+_unclaimed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+"""By optimizer: the handles on its parameters, which hold it as long as no DDP model steps it."""
 _watching: list[Any] = []
 """The handle on all modules' forward, while there is an optimizer that a DDP model may claim."""
 
@@ -54,9 +54,8 @@ def _apply_optimizer_in_backward(
     optimizer = optimizer_class(parameters, **optimizer_kwargs)
     handles = []
     for parameter in parameters:
-        _optimizers[parameter] = (*_optimizers.get(parameter, ()), optimizer)
-        if register_hook:
-            handles.append(parameter.register_post_accumulate_grad_hook(_step_alone(optimizer)))
+        _optimizers[parameter] = (*_optimizers.get(parameter, ()), weakref.ref(optimizer))
+        handles.append(parameter.register_post_accumulate_grad_hook(_step_alone(optimizer, register_hook)))
     _unclaimed[optimizer] = handles
     if not _watching:
         _watching.append(register_module_forward_pre_hook(_claim))
@@ -64,17 +63,20 @@ def _apply_optimizer_in_backward(
 
 def _get_in_backward_optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of a module's parameters that step in backward, to save and load them; each once."""
-    return list(dict.fromkeys(one for p in module.parameters() for one in _optimizers.get(p, ())))
+    return list(dict.fromkeys(one for p in module.parameters() for one in _optimizers_of(p)))
 
 
-def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
-    held = weakref.ref(optimizer)
+def _optimizers_of(parameter: Tensor) -> list[torch.optim.Optimizer]:
+    return [one for reference in _optimizers.get(parameter, ()) if (one := reference()) is not None]
+
+
+def _step_alone(optimizer: torch.optim.Optimizer, steps: bool) -> Any:
+    """What is called when a parameter of no DDP model has its gradient. It holds the optimizer in any case."""
 
     def step(parameter: Tensor) -> None:
-        mine = held()
-        if mine is not None:
-            mine.step()
-            if mine is _optimizers[parameter][-1]:
+        if steps:
+            optimizer.step()  # of this parameter alone, as the others have no gradient now
+            if optimizer is _optimizers_of(parameter)[-1]:
                 parameter.grad = None
 
     return step
@@ -82,16 +84,14 @@ def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
 
 def _claim(module: nn.Module, _inputs: object) -> None:
     """Before a module's forward: if it is a DDP model that holds parameters of ours, register the hook on it."""
-    if not isinstance(module, DistributedDataParallel):
-        return
-    held = {one for p in module._module_parameters for one in _optimizers.get(p, ())}
-    mine = [one for one in _unclaimed if one in held]
-    if not mine:
-        return
-    commhub.register(module, StepsByItself(), optimizer=mine)
-    for optimizer in mine:
-        for handle in _unclaimed.pop(optimizer):
-            handle.remove()
+    if isinstance(module, DistributedDataParallel):
+        held = {one for p in module._module_parameters for one in _optimizers_of(p)}
+        mine = [one for one in _unclaimed if one in held]
+        if mine:
+            commhub.register(module, StepsByItself(), optimizer=mine)
+        for optimizer in mine:
+            for handle in _unclaimed.pop(optimizer):
+                handle.remove()
     if not _unclaimed and _watching:
         _watching.pop().remove()
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
 import commhub
 
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
     from commhub import Bucket, Exchange, Setup
 
-_optimizers: Any = WeakIdKeyDictionary()
-"""By parameter: its optimizers, as weak references, in the order in which they were applied."""
+_HELD = "_commhub_in_backward"
+"""The attribute of a parameter that holds its optimizers. PyTorch's own would make DDP take the model's one hook."""
 _unclaimed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
-"""By optimizer: the handles on its parameters, which hold it as long as no DDP model steps it."""
+"""By optimizer: the handles on its parameters, as long as no DDP model steps it."""
 _watching: list[Any] = []
 """The handle on all modules' forward, while there is an optimizer that a DDP model may claim."""
 
@@ -54,8 +53,9 @@ def _apply_optimizer_in_backward(
     optimizer = optimizer_class(parameters, **optimizer_kwargs)
     handles = []
     for parameter in parameters:
-        _optimizers[parameter] = (*_optimizers.get(parameter, ()), weakref.ref(optimizer))
-        handles.append(parameter.register_post_accumulate_grad_hook(_step_alone(optimizer, register_hook)))
+        setattr(parameter, _HELD, Held([*_optimizers_of(parameter), optimizer]))
+        if register_hook:
+            handles.append(parameter.register_post_accumulate_grad_hook(_step_alone(optimizer)))
     _unclaimed[optimizer] = handles
     if not _watching:
         _watching.append(register_module_forward_pre_hook(_claim))
@@ -66,17 +66,26 @@ def _get_in_backward_optimizers(module: nn.Module) -> list[torch.optim.Optimizer
     return list(dict.fromkeys(one for p in module.parameters() for one in _optimizers_of(p)))
 
 
+class Held(list[torch.optim.Optimizer]):
+    """A parameter's optimizers, in the order in which they were applied. Whoever saves the parameter saves none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+
 def _optimizers_of(parameter: Tensor) -> list[torch.optim.Optimizer]:
-    return [one for reference in _optimizers.get(parameter, ()) if (one := reference()) is not None]
+    return getattr(parameter, _HELD, None) or []
 
 
-def _step_alone(optimizer: torch.optim.Optimizer, steps: bool) -> Any:
-    """What is called when a parameter of no DDP model has its gradient. It holds the optimizer in any case."""
+def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
+    """What is called when a parameter of no DDP model has its gradient; it holds nothing, as nobody sees what it holds."""
+    held = weakref.ref(optimizer)
 
     def step(parameter: Tensor) -> None:
-        if steps:
-            optimizer.step()  # of this parameter alone, as the others have no gradient now
-            if optimizer is _optimizers_of(parameter)[-1]:
+        mine = held()
+        if mine is not None:
+            mine.step()  # of this parameter alone, as the others have no gradient now
+            if mine is _optimizers_of(parameter)[-1]:
                 parameter.grad = None
 
     return step

@@ -15,9 +15,6 @@ import commhub
 
 
 def test_arguments_and_their_defaults_are_pytorch_s():
-    assert str(inspect.signature(compat.PowerSGDState).replace(return_annotation=inspect.Signature.empty)).replace(
-        "'", ""
-    ).count("=") == str(inspect.signature(theirs.PowerSGDState)).count("=")
     mine = inspect.signature(compat.PowerSGDState).parameters
     other = inspect.signature(theirs.PowerSGDState).parameters
     assert {name: p.default for name, p in mine.items()} == {name: p.default for name, p in other.items()}

@@ -50,7 +50,7 @@ def foreign(state: Any, hook: Callable[[Any, Any], Any]) -> Foreign:
         raise commhub.HookOptionError(
             f"{name} is commhub's already. Register it by its name, or with model.register_comm_hook."
         )
-    return Foreign(function=f"{getattr(hook, '__module__', '')}.{name}", state=state, hook=hook)
+    return Foreign(function=f"{getattr(hook, '__module__', '')}.{name}", called=(hook, state))
 
 
 @attrs.define(eq=False)
@@ -62,23 +62,23 @@ class Foreign:
     """
 
     function: str
-    _state: Any = attrs.field(repr=False)
-    _hook: Callable[[Any, Any], Any] = attrs.field(repr=False)
+    _called: tuple[Callable[[Any, Any], Any], Any] = attrs.field(repr=False)  # a state of its own is not compared
     _parameters: int = attrs.field(init=False, repr=False, default=0)
     _seen: int = attrs.field(init=False, repr=False, default=0)
     _given: Any = attrs.field(init=False, repr=False, default=None)
 
     def prepare(self, setup: Setup) -> None:
         """Make a process group for the function, where it takes one."""
-        self._parameters, self._given = len(setup.names), self._state
-        if not setup.parameters or not (self._state is None or isinstance(self._state, dist.ProcessGroup)):
+        state = self._called[1]
+        self._parameters, self._given = len(setup.names), state
+        if not setup.parameters or not (state is None or isinstance(state, dist.ProcessGroup)):
             return
-        if self._state is None and setup.world_size != dist.get_world_size():
+        if state is None and setup.world_size != dist.get_world_size():
             raise commhub.RegistrationError(
                 f"{self.function} has no process group, and would average over all {dist.get_world_size()} ranks, not "
                 f"over the {setup.world_size} of the model. Give the group as the state."
             )
-        group: Any = dist.group.WORLD if self._state is None else self._state
+        group: Any = dist.group.WORLD if state is None else state
         ranks = dist.get_process_group_ranks(group)
         given = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=True)
         self._given = given
@@ -93,8 +93,8 @@ class Foreign:
         """Call the function and wait for its result; yield nothing."""
         yield from ()
         self._seen = len(bucket.parameters) + (0 if bucket.index == 0 else self._seen)
-        future = self._hook(self._given, GradBucket(bucket, is_last=self._seen >= self._parameters))
-        if not isinstance(future, torch.futures.Future):
+        future = self._called[0](self._given, GradBucket(bucket, is_last=self._seen >= self._parameters))
+        if not isinstance(future, torch._C.Future):
             raise commhub.HookError(f"{self.function} returned {type(future).__name__}; return a torch.futures.Future.")
         value: Any = future.wait()
         if isinstance(value, list | tuple) and len(value) == 1:

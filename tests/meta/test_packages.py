@@ -47,11 +47,11 @@ def imports(path):
 
 def test_all_installs_the_folders_of_plugins_and_nothing_else():
     extra = project(ROOT)["optional-dependencies"]["all"]
-    assert sorted(Requirement(line).name for line in extra) == [folder.name for folder in PLUGINS]
+    assert sorted(Requirement(line).name for line in extra) == [folder.name for folder in PLUGINS if claims(folder)]
 
 
 def test_a_folder_of_plugins_holds_documented_names_only():
-    for folder in PLUGINS:
+    for folder in filter(claims, PLUGINS):  # one that claims no name adapts commhub to another package
         assert folder.name in {*HOOKS.values(), *AVERAGERS.values()}
         owned = {n for n, owner in [*HOOKS.items(), *AVERAGERS.items()] if owner == folder.name}
         assert {name for _, name in claims(folder)} == owned
@@ -127,7 +127,7 @@ def test_a_package_requires_what_it_imports(folder):
 
 @EVERY
 def test_a_spec_module_loads_no_torch(folder):
-    modules = sorted(set(claims(folder).values()))
+    modules = sorted(set(claims(folder).values())) or [package(folder).name]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -86,13 +86,13 @@ def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, 
         model = _model_of(function, state, bucket.parameters())
         if model.static_graph and model.skip_all_reduce_unused_params and Slot.on(model) is None:
             raise RegistrationError(
-                "with static_graph and skip_all_reduce_unused_params nobody knows which bucket of the first step is its "
-                "last. Call commhub.register(model, ...) before training."
+                "with static_graph and skip_all_reduce_unused_params nobody knows which bucket of the first step is "
+                "its last. Call commhub.register(model, ...) before training."
             )
     except RegistrationError as error:
         if not in_backward:
             raise
-        _tell_after_backward(error)
+        _tell_after_backward(error.with_traceback(None))
         return _as_it_is(bucket)
     slot = Slot.on(model)
     if slot is None and in_backward:
@@ -164,7 +164,7 @@ def _begin(
         raise RegistrationError(f"{getattr(begin, '__name__', 'the function')} has registered no hook on the model.")
     if torch.distributed.get_rank(model.process_group) == 0:
         logger.info(
-            "%s came by register_comm_hook: ranks have compared their hooks in the first backward, not before training. "
+            "%s came by register_comm_hook: ranks have compared their hooks in the first backward, not before it. "
             "commhub.register compares them at once.",
             slot.owner,
         )
@@ -179,9 +179,6 @@ def _model_of(function: object, state: Any, parameters: list[Tensor]) -> Distrib
     """
     found = _matching(_known(parameters[0]), function, state)
     if len(found) != 1:
-        if len(found) > 1:
-            gc.collect()  # models that are garbage already
-        del found
         _look(parameters)
         found = _matching(_known(parameters[0]), function, state)
     if len(found) == 1:
@@ -189,9 +186,11 @@ def _model_of(function: object, state: Any, parameters: list[Tensor]) -> Distrib
     name = getattr(function, "__name__", "a hook")
     if not found:
         raise RegistrationError(f"{name} was given buckets of no DDP model. Call commhub.register(model, ...).")
+    count = len(found)
+    del found  # or the error would keep them
     raise RegistrationError(
-        f"{len(found)} DDP models hold the parameters that {name} was given, with the same state. Give each a state of "
-        "its own, or call commhub.register(model, ...)."
+        f"{count} DDP models hold the parameters that {name} was given, with the same state. Give each a state of its "
+        "own, or call commhub.register(model, ...). Garbage is collected now: if one is left of a former model, go on."
     )
 
 
@@ -222,6 +221,7 @@ def _tell_after_backward(error: BaseException) -> None:
     """Raise ``error`` after DDP's own callback, which is queued with the last bucket."""
 
     def tell() -> NoReturn:
+        gc.collect()  # it may come of models that are garbage; while their reducers' hooks run they must not be freed
         raise error
 
     queue(lambda: queue(tell))

@@ -78,7 +78,7 @@ def _optimizers_of(parameter: Tensor) -> list[torch.optim.Optimizer]:
 
 
 def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
-    """What is called when a parameter of no DDP model has its gradient; it holds nothing, as nobody sees what it holds."""
+    """What is called when a parameter of no DDP model has its gradient. It holds nothing, which no collector would see."""
     held = weakref.ref(optimizer)
 
     def step(parameter: Tensor) -> None:

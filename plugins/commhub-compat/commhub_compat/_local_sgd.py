@@ -1,6 +1,6 @@
-"""Post-local SGD's gradients: averaged among all ranks, then within a group or not at all. Parameters are the averager's.
+"""Post-local SGD's gradients: averaged among all ranks, then within a group or not at all.
 
-commhub's ``post_local_sgd`` does both; PyTorch's hook leaves the parameters to an averager that the script calls.
+commhub's ``post_local_sgd`` averages parameters too; PyTorch's hook leaves these to an averager that the script calls.
 """
 
 from __future__ import annotations

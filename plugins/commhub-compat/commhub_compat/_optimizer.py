@@ -1,4 +1,4 @@
-"""``PostLocalSGDOptimizer`` with PyTorch's signature: the one of commhub-post-local-sgd, given an averager of PyTorch's."""
+"""``PostLocalSGDOptimizer`` with PyTorch's signature: the one of commhub-post-local-sgd, with an averager of this package."""
 
 from __future__ import annotations
 

@@ -104,15 +104,15 @@ class PowerSGDState:
     def __getattr__(self, name: str) -> NoReturn:
         if name in _INTERNAL:
             raise AttributeError(
-                f"{name!r} is within commhub: commhub.registration(model).state_dict() has what the hook remembers, and "
-                ".stats the figures."
+                f"{name!r} is within commhub: commhub.registration(model).state_dict() has what the hook remembers, "
+                "and .stats the figures."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __reduce__(self) -> NoReturn:
         raise commhub.RegistrationError(
-            "a PowerSGDState is not saved: it has no memory of its own. Save commhub.registration(model).state_dict() on "
-            "every rank, or all of them with .save(directory), and load that after a new state was registered."
+            "a PowerSGDState is not saved: it has no memory of its own. Save commhub.registration(model).state_dict() "
+            "on every rank, or all of them with .save(directory), and load that after a new state was registered."
         )
 
 
@@ -126,7 +126,7 @@ def _order(state: Any, hook: str) -> Order:
 
 @as_comm_hook
 def powerSGD_hook(state: Any) -> Order:  # noqa: N802 - PyTorch's name
-    """Low-rank gradients, commhub's ``powersgd``: for ``model.register_comm_hook(PowerSGDState(...), powerSGD_hook)``."""
+    """Low-rank gradients, commhub's ``powersgd``: ``model.register_comm_hook(PowerSGDState(...), powerSGD_hook)``."""
     return _order(state, "powersgd")
 
 

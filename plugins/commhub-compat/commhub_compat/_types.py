@@ -35,7 +35,7 @@ def _register_powersgd(
     *,
     comm_hook: CommHook,
     matrix_approximation_rank: int,
-    start_powerSGD_iter: int = 1000,
+    start_powerSGD_iter: int = 1000,  # noqa: N803 - PyTorch's name
 ) -> None:
     made = PowerSGDState(state, matrix_approximation_rank, start_powerSGD_iter)
     _register(model, made, comm_hook=comm_hook)

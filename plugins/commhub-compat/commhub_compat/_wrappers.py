@@ -47,7 +47,7 @@ def _wrapped(hook: CommHook, wire: str, dtype: torch.dtype) -> CommHook:
 
 def _cast_around(hook: CommHook, dtype: torch.dtype) -> CommHook:
     def compressed(state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
-        whole = bucket.buffer()
+        whole: Tensor = bucket.buffer()
         bucket.set_buffer(whole.to(dtype))
 
         def back(future: torch.futures.Future[Any]) -> Tensor:

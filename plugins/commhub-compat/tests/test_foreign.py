@@ -9,7 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.testing import batches, bitwise_equal
+from commhub.testing import batches
 
 
 def layers(count=4):
@@ -148,7 +148,9 @@ def test_in_a_group_it_averages_over_that(ranks):
 def refused():
     model = wrapped()
     for function in (default_hooks.allreduce_hook, compat.allreduce_hook):
-        with pytest.raises(commhub.HookOptionError, match=r"allreduce_hook is a function of \(state, bucket\).*foreign"):
+        with pytest.raises(
+            commhub.HookOptionError, match=r"allreduce_hook is a function of \(state, bucket\).*foreign"
+        ):
             commhub.register(model, function)
     with pytest.raises(commhub.HookOptionError, match="is commhub's already"):
         compat.foreign(None, compat.allreduce_hook)

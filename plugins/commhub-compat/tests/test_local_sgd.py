@@ -199,8 +199,9 @@ def test_wrong_numbers_are_errors_where_they_are_written(ranks):
 
 def optimizer_as_theirs(hierarchical):
     nets = mlp(), mlp()
-    made = (compat.HierarchicalModelAverager if hierarchical else compat.PeriodicModelAverager), (
-        TheirHierarchical if hierarchical else theirs.PeriodicModelAverager
+    made = (
+        (compat.HierarchicalModelAverager if hierarchical else compat.PeriodicModelAverager),
+        (TheirHierarchical if hierarchical else theirs.PeriodicModelAverager),
     )
     arguments = (OrderedDict([(2, 2), (4, 4)]), 4) if hierarchical else (3, 2)
     averagers = [one(*arguments) for one in made]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal
+from commhub.testing import batches, bitwise_equal
 
 
 def layers():
@@ -47,7 +47,7 @@ HOOKS = {
     "bf16_compress_hook": (lambda: dist.group.WORLD, "bf16"),
     "quantization_pertensor_hook": (lambda: None, "quantize_per_tensor"),
     "quantization_perchannel_hook": (lambda: None, "quantize_per_channel(group_size=512)"),
-    "noop_hook": (lambda: {}, "noop"),
+    "noop_hook": (dict, "noop"),
     "powerSGD_hook": (powersgd, "powersgd(rank=1, start_step=2)"),
     "batched_powerSGD_hook": (lambda: powersgd(matrix_approximation_rank=2), "batched_powersgd(rank=2, start_step=2)"),
 }

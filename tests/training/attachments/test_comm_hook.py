@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 import logging
 import os
 import pickle
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
-from commhub.testing import Branches, assert_equal_across_ranks, batches, bitwise_equal, mlp
+from commhub.testing import Branches, batches, bitwise_equal
 
 EVERY = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 ONE, MANY = 25, 0.0005  # bucket caps in MiB
@@ -81,21 +80,213 @@ def test_it_is_bit_equal_to_no_hook_from_the_first_step_on(ranks, modes):
     ranks(as_without_a_hook, 2, {**modes, "bucket_cap_mb": MANY}, layers)
 
 
-def unused_branches(modes):
-    model, other = (DistributedDataParallel(Branches(), **modes) for _ in range(2))
+class Sees:
+    """Averages, and notes which parameters this rank's backward has reached."""
+
+    def __init__(self):
+        self.seen = []
+
+    def reduce(self, bucket):
+        self.seen += [(bucket.step, name, used) for name, used in zip(bucket.names, bucket.used, strict=True)]
+        bucket.flat.copy_((yield commhub.AllReduce(bucket.flat)))
+
+
+def which_were_reached(modes):
+    """In the first step as in the second, where a hook watches."""
+    model, rank = DistributedDataParallel(Branches(8), **modes), dist.get_rank()
+    sees = Sees()
+    model.register_comm_hook(sees, chosen)
+    for number in range(3):
+        model.zero_grad()
+        model(batches(8)(rank, number)[0]).square().mean().backward()
+    steps = [{name: used for step, name, used in sees.seen if step == number} for number in range(3)]
+    assert steps[0] == steps[2]
+    assert set(steps[0].values()) == {True, False}
+
+
+@pytest.mark.parametrize("modes", [{"find_unused_parameters": True}, {"static_graph": True}], ids=["unused", "static"])
+def test_the_first_step_knows_which_parameters_backward_has_reached(ranks, modes):
+    ranks(which_were_reached, 2, modes)
+
+
+def in_any_order(kind):
+    reference = trained(DistributedDataParallel(layers()))
+    model = DistributedDataParallel(layers())
     model.register_comm_hook(None, plain)
-    make, rank = batches(8), dist.get_rank()
-    for number in range(4):
-        for one in (model, other):
-            one(make(rank, number)[0]).square().mean().backward()
-        assert equal(
-            [{n: p.grad for n, p in model.named_parameters() if p.grad is not None}],
-            [{n: p.grad for n, p in other.named_parameters() if p.grad is not None}],
-        )
-    return [flags for flags in seen_used]
+    if kind == "no_sync":
+        with model.no_sync():
+            model(batches(8)(dist.get_rank(), 9)[0]).square().mean().backward()
+        assert commhub.registration(model) is None
+    elif kind == "registered before":
+        commhub.register(model, "allreduce(wire=bf16)")
+        commhub.register(model, "allreduce")
+    gradients = trained(model)
+    assert equal(gradients, reference)
+    registration = commhub.registration(model)
+    registration.swap("fp16")
+    assert not equal(trained(model), trained(DistributedDataParallel(copy.deepcopy(model.module))))
+    registration.remove()
+    other = DistributedDataParallel(copy.deepcopy(model.module))
+    assert equal(trained(model), trained(other))
 
 
-seen_used = []
+@pytest.mark.parametrize("kind", ["", "no_sync", "registered before"])
+def test_it_registers_at_the_end_of_the_first_synchronised_backward(ranks, kind):
+    ranks(in_any_order, 2, kind)
+
+
+def uneven(divides):
+    """A rank without any input of its own begins with another's."""
+    gradients = []
+    for hook in (None, plain):
+        model = DistributedDataParallel(layers(), bucket_cap_mb=MANY)
+        if hook is not None:
+            model.register_comm_hook(None, hook)
+        with model.join(divide_by_initial_world_size=divides):
+            for number in range(3 * dist.get_rank()):
+                model(batches(8)(dist.get_rank(), number)[0]).square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert equal(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("divides", [True, False])
+def test_it_registers_among_ranks_that_have_joined(ranks, divides):
+    ranks(uneven, 2, divides)
+
+
+def the_ranks_differ(modes):
+    model = DistributedDataParallel(layers(), bucket_cap_mb=MANY, **modes)
+    model.register_comm_hook(("allreduce", "fp16")[dist.get_rank()], chosen)
+    for _ in range(2):  # the next backward tries again
+        with pytest.raises(commhub.HookMismatchError, match="fp16"):
+            trained(model, 1)
+        assert commhub.registration(model) is None
+    commhub.register(model, "allreduce")
+    assert equal(trained(model, 2), trained(DistributedDataParallel(copy.deepcopy(layers())), 2))
+
+
+@pytest.mark.parametrize("modes", [{}, {"static_graph": True}], ids=["plain", "static"])
+def test_ranks_that_differ_all_hear_of_it_when_their_first_backward_has_ended(ranks, modes):
+    ranks(the_ranks_differ, 2, modes)
+
+
+def one_fails():
+    model = DistributedDataParallel(layers())
+    model.register_comm_hook("allreduce" if dist.get_rank() else "no such hook", chosen)
+    with pytest.raises(commhub.CommhubError, match="no such hook"):
+        trained(model, 1)
+
+
+def test_what_one_rank_cannot_register_all_hear_of(ranks):
+    ranks(one_fails, 2)
+
+
+@commhub.comm_hook
+def idle(model, state):
+    """Registers nothing."""
+
+
+def nothing_registered():
+    model = DistributedDataParallel(layers())
+    model.register_comm_hook(None, idle)
+    with pytest.raises(commhub.RegistrationError, match="idle has registered no hook"):
+        trained(model, 1)
+
+
+def test_a_function_that_registers_nothing_is_told_so(ranks):
+    ranks(nothing_registered, 1)
+
+
+def which_model():
+    net = layers()
+    models = [DistributedDataParallel(net) for _ in range(2)]
+    for model, state in zip(models, ("allreduce", "fp16"), strict=True):
+        model.register_comm_hook(state, chosen)
+    for model, name in zip(models, ("allreduce", "fp16"), strict=True):
+        trained(model, 2)
+        assert commhub.registration(model).name == name  # the state tells them apart
+    twins = [DistributedDataParallel(layers()) for _ in range(2)]
+    twins.append(DistributedDataParallel(twins[0].module))
+    for model in twins:
+        model.register_comm_hook(None, plain)
+    trained(twins[1], 1)
+    assert commhub.registration(twins[1]).name == "allreduce"
+    with pytest.raises(commhub.RegistrationError, match="2 DDP models hold the parameters"):
+        trained(twins[0], 1)
+    del twins[2], model
+    gc.collect()
+    trained(twins[0], 1)
+    assert commhub.registration(twins[0]).name == "allreduce"
+
+
+def test_models_that_share_parameters_are_told_apart_by_their_state(ranks):
+    ranks(which_model, 1)
+
+
+def own_function(state, bucket):
+    return plain(state, bucket).then(lambda future: future.value() * 2)
+
+
+def called_by_another():
+    model, other = (DistributedDataParallel(layers(), bucket_cap_mb=MANY) for _ in range(2))
+    model.register_comm_hook(None, own_function)
+    for doubled, once in zip(trained(model, 1), trained(other, 1), strict=True):
+        assert all(torch.equal(doubled[name], 2 * once[name]) for name in once)
+    registration = commhub.registration(model)
+    fresh = DistributedDataParallel(layers())
+    fresh.register_comm_hook(None, own_function)
+    with pytest.raises(commhub.RegistrationError, match="own_function"):  # nobody knows yet what it calls
+        commhub.register(fresh, "allreduce")
+    registration.remove()
+
+
+def test_a_function_of_the_user_s_own_may_call_it(ranks):
+    ranks(called_by_another, 2)
+
+
+def log_and_memory():
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("commhub")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = DistributedDataParallel(layers())
+    model.register_comm_hook(None, plain)
+    trained(model, 3)
+    logger.removeHandler(handler)
+    said = [record for record in records if "register_comm_hook" in record.getMessage()]
+    assert len(said) == (dist.get_rank() == 0)
+    assert model._get_ddp_logging_data()["comm_hook"] == "allreduce"
+    kept = weakref.ref(model), weakref.ref(commhub.registration(model))
+    del model, said
+    records.clear()  # they hold what they tell of
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
+
+
+def test_one_line_in_the_log_says_how_it_came_and_the_model_is_freed(ranks):
+    ranks(log_and_memory, 2)
+
+
+def saved():
+    model = DistributedDataParallel(layers())
+    model.register_comm_hook(None, plain)
+    trained(model, 1)
+    with pytest.raises(commhub.RegistrationError, match="cannot be copied or pickled"):
+        pickle.dumps(model)
+    commhub.registration(model).remove()
+    assert pickle.loads(pickle.dumps(plain)) is plain
+
+
+def test_the_function_can_be_saved_and_a_model_with_a_hook_cannot(ranks):
+    ranks(saved, 1)
+
+
+def test_it_has_the_name_and_the_text_of_what_registers():
+    assert (plain.__name__, plain.__qualname__, plain.__doc__) == ("plain", "plain", "Registers the plain average.")
+    with pytest.raises(commhub.HookOptionError, match="give a function"):
+        commhub.comm_hook("allreduce")
 
 
 @pytest.mark.skipif(not EVERY, reason="COMMHUB_EVERY_CHECK")

@@ -78,7 +78,7 @@ def _optimizers_of(parameter: Tensor) -> list[torch.optim.Optimizer]:
 
 
 def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
-    """What is called when a parameter of no DDP model has its gradient. It holds nothing, which no collector would see."""
+    """What is called when a parameter has its gradient. It holds nothing, since no garbage collector looks in there."""
     held = weakref.ref(optimizer)
 
     def step(parameter: Tensor) -> None:

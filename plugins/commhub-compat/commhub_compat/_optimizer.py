@@ -1,4 +1,4 @@
-"""``PostLocalSGDOptimizer`` with PyTorch's signature: the one of commhub-post-local-sgd, with an averager of this package."""
+"""``PostLocalSGDOptimizer`` with PyTorch's signature: commhub-post-local-sgd's, with an averager of this package."""
 
 from __future__ import annotations
 

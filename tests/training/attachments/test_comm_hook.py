@@ -1,6 +1,7 @@
 """Functions for DDP's own ``register_comm_hook`` that pass their buckets on: they register in the first backward."""
 
 import copy
+import datetime
 import gc
 import logging
 import os
@@ -289,8 +290,56 @@ def test_it_has_the_name_and_the_text_of_what_registers():
         commhub.comm_hook("allreduce")
 
 
+def with_buffers():
+    """Buffers that DDP sends in every forward, and parameters that no rank uses."""
+    torch.manual_seed(1)
+    net = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(8, 8), nn.BatchNorm1d(8))])
+    net.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    return net
+
+
 @pytest.mark.skipif(not EVERY, reason="COMMHUB_EVERY_CHECK")
 @pytest.mark.parametrize("nproc", [2, 3, 4])
-@pytest.mark.parametrize("cap", [ONE, MANY], ids=["one bucket", "twelve buckets"])
-def test_it_is_so_a_hundred_times(ranks, nproc, cap):
-    ranks(as_without_a_hook, nproc, {"bucket_cap_mb": cap}, layers, 100, timeout=400)
+@pytest.mark.parametrize(
+    ("modes", "make"),
+    [
+        ({"bucket_cap_mb": ONE}, layers),
+        ({"bucket_cap_mb": MANY}, layers),
+        ({"bucket_cap_mb": MANY, "find_unused_parameters": True}, with_buffers),
+        ({"bucket_cap_mb": MANY, "static_graph": True}, with_buffers),
+    ],
+    ids=["one bucket", "twelve buckets", "buffers and unused", "buffers and static"],
+)
+def test_it_is_so_a_hundred_times(ranks, nproc, modes, make):
+    ranks(as_without_a_hook, nproc, modes, make, 100, timeout=400)
+
+
+def only_some():
+    """Nobody can tell the ranks; but the wait ends with the process group's timeout, on all of them."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3))
+    model = DistributedDataParallel(layers(), process_group=group)
+    if dist.get_rank() == 0:
+        model.register_comm_hook(None, plain)
+    with pytest.raises(commhub.CommhubError if dist.get_rank() == 0 else RuntimeError):
+        trained(model, 1)
+
+
+@pytest.mark.skipif(not EVERY, reason="COMMHUB_EVERY_CHECK")
+def test_where_only_some_ranks_have_a_hook_the_wait_ends(ranks):
+    ranks(only_some, 2)
+
+
+def in_a_compiled_step():
+    model, other = DistributedDataParallel(layers(), bucket_cap_mb=MANY), DistributedDataParallel(layers())
+    model.register_comm_hook(None, plain)
+    compiled = torch.compile(model, backend="eager")
+    make, rank = batches(8), dist.get_rank()
+    for number in range(3):
+        compiled(make(rank, number)[0]).square().mean().backward()
+        other(make(rank, number)[0]).square().mean().backward()
+    assert equal([{n: p.grad for n, p in model.named_parameters()}], [{n: p.grad for n, p in other.named_parameters()}])
+    assert commhub.registration(compiled).step == 3
+
+
+def test_a_compiled_model_registers_too(ranks):
+    ranks(in_a_compiled_step, 2, timeout=120)

@@ -1,4 +1,4 @@
-"""What stays different from PyTorch by decision: each row of the table in docs/migration.md that no other test holds."""
+"""What stays different from PyTorch by decision: rows of the table in docs/migration.md that no other test holds."""
 
 import commhub_compat as compat
 import pytest

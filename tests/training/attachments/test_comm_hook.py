@@ -330,7 +330,7 @@ def test_where_only_some_ranks_have_a_hook_the_wait_ends(ranks):
 
 
 def in_a_compiled_step():
-    model, other = DistributedDataParallel(layers(), bucket_cap_mb=MANY), DistributedDataParallel(layers())
+    model, other = DistributedDataParallel(layers()), DistributedDataParallel(layers())
     model.register_comm_hook(None, plain)
     compiled = torch.compile(model, backend="eager")
     make, rank = batches(8), dist.get_rank()

@@ -80,12 +80,16 @@ class Foreign:
             )
         group: Any = dist.group.WORLD if state is None else state
         ranks = dist.get_process_group_ranks(group)
-        given = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=True)
+        # Made by some ranks alone, a group is named by its ranks and how many groups there are. If it were destroyed,
+        # the next would have its name, and find its addresses in the store.
+        alone = len(ranks) < dist.get_world_size()
+        given = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=alone)
         self._given = given
 
         def end() -> None:
             self._given = None
-            dist.destroy_process_group(given)
+            if not alone:
+                dist.destroy_process_group(given)
 
         setup.at_end(end)
 

@@ -42,6 +42,7 @@ ALONE = {
     "State.local": (commhub.State(("w",)).local, {}),
     "State.shared": (commhub.State(("w",)).shared, {}),
     "Subgroup": (commhub.Subgroup, {"ranks": (0,)}),
+    "comm_hook": (commhub.comm_hook, {"begin": commhub.register}),
     "create": (commhub.create, {"hook": "allreduce"}),
     "hooks": (commhub.hooks, {}),
     "info": (commhub.info, {}),

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from commhub.training._manual import manual
     from commhub.training._register import checked, create, register, registration
     from commhub.training._registration import Registration
+    from commhub.training.attachments._comm_hook import comm_hook
 
 __all__ = [
     "AllGather",
@@ -81,6 +82,7 @@ __all__ = [
     "Subgroup",
     "UnknownHookError",
     "checked",
+    "comm_hook",
     "create",
     "hookimpl",
     "hooks",
@@ -127,6 +129,7 @@ _HOMES = {
     "Subgroup": "commhub.protocol._collectives",
     "UnknownHookError": "commhub._errors",
     "checked": "commhub.training._register",
+    "comm_hook": "commhub.training.attachments._comm_hook",
     "create": "commhub.training._register",
     "hookimpl": "commhub.registry._loading",
     "hooks": "commhub.registry._registry",

@@ -6,6 +6,7 @@ a plugin's own code, so its failures get a name here. Nothing here loads torch.
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -235,6 +236,12 @@ def _refuse_state(options: Mapping[str, object]) -> None:
 
 
 def _of_object(hook: object, options: Mapping[str, Any]) -> Recipe:
+    if _is_pytorch_s(hook):
+        raise HookOptionTypeError(
+            f"{getattr(hook, '__name__', 'the function')} is a function of (state, bucket), as PyTorch's hooks are. "
+            "commhub_compat.foreign(state, function), of commhub-compat, makes a hook of one that communicates by "
+            "itself; those that commhub-compat offers go into model.register_comm_hook(state, function)."
+        )
     if isinstance(hook, type) or not callable(getattr(hook, "reduce", None)):
         shown = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
         raise HookOptionTypeError(
@@ -247,6 +254,16 @@ def _of_object(hook: object, options: Mapping[str, Any]) -> Recipe:
     if extra:
         raise HookOptionError(f"{name}: a hook object takes no options here, but {extra[0]!r} was given.")
     return Recipe(name=name, options=_plain_fields(inside), reserved=reserved, instance=hook)
+
+
+def _is_pytorch_s(hook: object) -> bool:
+    """Whether it is a function such as ``DistributedDataParallel.register_comm_hook`` takes."""
+    if not callable(hook) or isinstance(hook, type) or hasattr(hook, "reduce"):
+        return False
+    try:
+        return list(inspect.signature(hook).parameters)[1:2] == ["bucket"]
+    except (TypeError, ValueError):  # it says nothing of its arguments
+        return False
 
 
 def _plain_fields(hook: object) -> dict[str, object]:

@@ -43,6 +43,7 @@ ALONE = {
     "State.shared": (commhub.State(("w",)).shared, {}),
     "Subgroup": (commhub.Subgroup, {"ranks": (0,)}),
     "checked": (commhub.checked, {"hook": "allreduce"}),
+    "comm_hook": (commhub.comm_hook, {"begin": commhub.register}),
     "create": (commhub.create, {"hook": "allreduce"}),
     "hooks": (commhub.hooks, {}),
     "info": (commhub.info, {}),

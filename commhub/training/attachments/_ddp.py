@@ -13,6 +13,8 @@ from commhub._errors import HookOptionTypeError, RegistrationError
 from commhub._printable import shown
 from commhub.registry._models import advice_on
 
+from ._way_in import has_way_in
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -61,7 +63,7 @@ def refuse(model: DistributedDataParallel) -> None:
         )
     if model._delay_all_reduce_all_params:
         raise RegistrationError("the model reduces no gradients by hook: all its parameters are delayed.")
-    if SLOT in model.__dict__:
+    if SLOT in model.__dict__ or has_way_in(model):
         return
     logged = "" if model._comm_hooks else model._get_ddp_logging_data().get("comm_hook", "")
     if model._comm_hooks or logged:

@@ -20,6 +20,7 @@ from commhub.protocol._bucket import Span, lay_out
 from ._ddp import SLOT
 from ._entry import Entry, commhub_slot
 from ._uncompiled import uncompiled
+from ._way_in import has_way_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,14 +68,16 @@ class Slot:
     def install(cls, model: DistributedDataParallel, parameters: Sequence[Named]) -> Slot:
         """The model's slot, made and handed to the reducer where there was none.
 
-        ``parameters`` are those that the reducer holds. They stay the same; their names are the present ones.
+        ``parameters`` are those that the reducer holds. They stay the same; their names are the present ones. What
+        the reducer calls already may pass its buckets on to the slot; then that stays.
         """
         slot = cls.on(model)
         if slot is not None:
             slot._name(parameters)
             return slot
         slot = cls(model, parameters)
-        model.register_comm_hook(Entry(slot.reduce), commhub_slot)
+        if not has_way_in(model):
+            model.register_comm_hook(Entry(slot.reduce), commhub_slot)
         slot._watch_use(parameters)
         model.__dict__[SLOT] = slot
         return slot
@@ -114,6 +117,11 @@ class Slot:
                 handle = parameter.register_post_accumulate_grad_hook(uncompiled(mark))
                 parameter.requires_grad_(not frozen)
                 self._handles.append(handle)
+
+    def note_used(self) -> None:
+        """Take what has a gradient for what the backward under way has reached; it was not watched from its start."""
+        if self._flags:
+            self._used.update(id(p) for _, p in self._parameters if p.grad is not None)
 
     def reduce(self, grad_bucket: Any) -> Future[Tensor]:
         """Start averaging one of the reducer's buckets.
@@ -201,7 +209,7 @@ class Slot:
                 if slot is not None:
                     slot._after_backward()
 
-            _queue(after_backward)
+            queue(after_backward)
 
     def _after_backward(self) -> None:
         engine, model = self._engine, self._model()
@@ -215,7 +223,7 @@ class Slot:
             def tell_error() -> NoReturn:
                 raise error
 
-            _queue(tell_error)
+            queue(tell_error)
             return
         if engine is None or model is None or not engine.in_step:
             return
@@ -235,9 +243,9 @@ class Slot:
             def tell(failure: BaseException = failure) -> NoReturn:
                 raise failure
 
-            _queue(tell)
+            queue(tell)
         elif self.after is not None or engine.acts_after_steps:
-            _queue(self._afterwards)
+            queue(self._afterwards)
 
     def _afterwards(self) -> None:
         """What follows a step, after DDP's own callback, which puts the averages where the user reads them."""
@@ -269,6 +277,6 @@ class Slot:
             )
 
 
-def _queue(callback: Callable[[], None]) -> None:
+def queue(callback: Callable[[], None]) -> None:
     """Have it called when this backward has ended."""
     Variable._execution_engine.queue_callback(uncompiled(callback))

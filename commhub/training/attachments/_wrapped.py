@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from commhub.training._trained import named
 
+from ._way_in import known_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -33,10 +35,7 @@ def wrapped(model: DistributedDataParallel) -> tuple[Named, ...]:
 
     One that the module no longer holds comes last, named after its place among those that were wrapped.
     """
-    nothing: Any = _Nothing
-    with torch.inference_mode(), nothing():  # the reducer names them beside zeros of the gradients' size
-        buckets = model.reducer._get_zeros_like_grad_buckets()
-    reduced = {id(p): p for bucket in buckets for p in bucket.parameters()}
+    reduced = {id(p): p for p in known_parameters(model) or _asked(model)}
     held = [(name, p) for name, p in named(model, ignored=True) if reduced.pop(id(p), None) is not None]
     taken = {name for name, _ in held}
     places = {id(p): place for place, p in enumerate(model._module_parameters)}
@@ -47,6 +46,13 @@ def wrapped(model: DistributedDataParallel) -> tuple[Named, ...]:
         taken.add(name)
         held.append((name, cast("nn.Parameter", parameter)))
     return tuple(held)
+
+
+def _asked(model: DistributedDataParallel) -> list[Tensor]:
+    nothing: Any = _Nothing
+    with torch.inference_mode(), nothing():  # the reducer names them beside zeros of the gradients' size
+        buckets = model.reducer._get_zeros_like_grad_buckets()
+    return [p for bucket in buckets for p in bucket.parameters()]
 
 
 def outside(model: DistributedDataParallel, reduced: Sequence[Named], *, gradients: bool) -> str:

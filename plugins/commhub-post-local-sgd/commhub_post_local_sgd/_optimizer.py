@@ -90,6 +90,17 @@ class PostLocalSGDOptimizer(torch.optim.Optimizer):
         return f"{self.optim!r}\n{self.averager!r} at step {self._steps}"
 
     @property
+    def steps(self) -> int:
+        """Steps so far, warm-up included: what the averager goes by. It may be set, on all ranks alike."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = steps
+        if self._registration is not None:
+            self._count_from(self._registration)
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Those of the wrapped optimizer."""
         return self.optim.param_groups

@@ -1,0 +1,233 @@
+"""Functions for DDP's own ``model.register_comm_hook(state, function)`` that pass their buckets on to a model's slot.
+
+Such a function is given a state and a bucket and no model. It looks for the model once, and registers when the
+first backward has ended: only then are all ranks at one place, with nothing of the reducer's locked and none of DDP's
+own collectives between them. The buckets of this backward wait until then, and are reduced one after another.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from commhub._errors import HookOptionTypeError, RegistrationError
+from commhub._printable import shown
+
+from ._slot import Slot, queue
+from ._uncompiled import uncompiled
+from ._way_in import PASSES_ON, passing_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+Future = torch.futures.Future
+
+logger = logging.getLogger("commhub")
+
+_models: Any = WeakIdKeyDictionary()
+"""By parameter: the DDP models that hold it, as weak references, as far as it was looked for."""
+_openings: weakref.WeakKeyDictionary[DistributedDataParallel, Opening] = weakref.WeakKeyDictionary()
+"""By model: the buckets of a backward after which a hook is registered."""
+
+
+def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Future[Tensor]]:
+    """A function for ``model.register_comm_hook(state, function)``, which registers a commhub hook by itself.
+
+    For packages that offer PyTorch's own way to register. The model's first backward with gradients to average calls
+    ``begin(model, state)`` when it ends, on every rank; that is to call ``commhub.register(model, ...)``, and gets what
+    DDP was given. The buckets of this backward are reduced then, those of later ones as they come. A function of the
+    user's own may be given to DDP instead, and call this one.
+
+    What ranks disagree about they learn at the end of that backward, from an error on all of them, and not before
+    training. The gradients are each rank's own then, and the next backward tries again. Ranks that were given no
+    such function wait for these and cannot be told.
+
+    A hook that is registered before, with ``commhub.register``, runs instead, and ``begin`` is not called.
+
+    Args:
+        begin: has the name and the text that the function is to have.
+
+    Returns:
+        a function of ``(state, bucket)``, as PyTorch wants it.
+
+    Raises:
+        HookOptionTypeError: if ``begin`` cannot be called.
+
+    >>> @commhub.comm_hook
+    ... def half(model, process_group):
+    ...     commhub.register(model, "fp16", process_group=process_group)
+    >>> model.register_comm_hook(None, half)  # doctest: +SKIP
+    """
+    if not callable(begin):
+        raise HookOptionTypeError(f"comm_hook({shown(begin)}): give a function of (model, state).")
+
+    def passing(state: Any, bucket: Any) -> Future[Tensor]:
+        return uncompiled(_pass_on)(passing, begin, state, bucket)
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        if (value := getattr(begin, name, None)) is not None:
+            setattr(passing, name, value)
+    passing.__annotations__ = {}  # as text they would not be what PyTorch compares them with
+    setattr(passing, PASSES_ON, True)
+    return passing
+
+
+def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, bucket: Any) -> Future[Tensor]:
+    in_backward = torch._C._current_graph_task_id() != -1
+    try:
+        model = _model_of(function, state, bucket.parameters())
+        if model.static_graph and model.skip_all_reduce_unused_params and Slot.on(model) is None:
+            raise RegistrationError(
+                "with static_graph and skip_all_reduce_unused_params nobody knows which bucket of the first step is "
+                "its last. Call commhub.register(model, ...) before training."
+            )
+    except RegistrationError as error:
+        if not in_backward:
+            raise
+        _tell_after_backward(error.with_traceback(None))
+        return _as_it_is(bucket)
+    slot = Slot.on(model)
+    if slot is None and in_backward:
+        return Opening.of(model, begin, state).add(bucket)
+    if slot is None:  # a joined rank's: no backward is under way, and the reducer is not the caller
+        slot = _begin(model, begin, state)
+    return slot.reduce(bucket)
+
+
+class Opening:
+    """The buckets of a backward that wait for a hook to be registered, until it has ended.
+
+    In static_graph's first step all buckets come after backward, and DDP waits for them at once: there the last of
+    them is the end.
+    """
+
+    def __init__(self, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any) -> None:
+        self._model, self._begin, self._state = weakref.ref(model), begin, state
+        self._task = torch._C._current_graph_task_id()
+        self._waiting: list[tuple[Any, Future[Tensor]]] = []
+        self._is_late = torch._C._current_autograd_node() is None
+        if not self._is_late:
+            queue(self._open)
+
+    @classmethod
+    def of(cls, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any) -> Opening:
+        """That of the backward under way; one that another backward has left over is forgotten."""
+        opening = _openings.get(model)
+        if opening is None or opening._task != torch._C._current_graph_task_id():
+            opening = _openings[model] = cls(model, begin, state)
+        return opening
+
+    def add(self, bucket: Any) -> Future[Tensor]:
+        """Have a bucket wait."""
+        device = bucket.buffer().device
+        future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
+        self._waiting.append((bucket, future))
+        if self._is_late and bucket.is_last():
+            self._open()
+        return future
+
+    def _open(self) -> None:
+        """Register, and reduce what has waited; raise what goes wrong when DDP has ended this backward."""
+        model = self._model()
+        if model is None or _openings.get(model) is not self:
+            return
+        del _openings[model]
+        waiting, self._waiting = self._waiting, []
+        known = [p for bucket, _ in waiting for p in bucket.parameters()] if self._is_late else ()
+        try:
+            slot = _begin(model, self._begin, self._state, known)
+            slot.note_used()
+            for bucket, future in waiting:
+                future.set_result(slot.reduce(bucket).wait())
+        except BaseException as error:  # noqa: BLE001 - it is raised again; DDP waits for the futures first
+            for bucket, future in waiting:
+                if not future.done():
+                    future.set_result(bucket.buffer())
+            _tell_after_backward(error)
+
+
+def _begin(
+    model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, known: Sequence[Tensor] = ()
+) -> Slot:
+    with passing_on(model, known):
+        begin(model, state)
+    slot = Slot.on(model)
+    if slot is None:
+        raise RegistrationError(f"{getattr(begin, '__name__', 'the function')} has registered no hook on the model.")
+    if torch.distributed.get_rank(model.process_group) == 0:
+        logger.info(
+            "%s came by register_comm_hook: ranks have compared their hooks in the first backward, not before it. "
+            "commhub.register compares them at once.",
+            slot.owner,
+        )
+    return slot
+
+
+def _model_of(function: object, state: Any, parameters: list[Tensor]) -> DistributedDataParallel:
+    """The one DDP model whose reducer has called ``function`` with these parameters.
+
+    Raises:
+        RegistrationError: if it cannot be told.
+    """
+    found = _matching(_known(parameters[0]), function, state)
+    if len(found) != 1:
+        _look(parameters)
+        found = _matching(_known(parameters[0]), function, state)
+    if len(found) == 1:
+        return found[0]
+    name = getattr(function, "__name__", "a hook")
+    if not found:
+        raise RegistrationError(f"{name} was given buckets of no DDP model. Call commhub.register(model, ...).")
+    count = len(found)
+    del found  # or the error would keep them
+    raise RegistrationError(
+        f"{count} DDP models hold the parameters that {name} was given, with the same state. Give each a state of its "
+        "own, or call commhub.register(model, ...). Garbage is collected now: if one is left of a former model, go on."
+    )
+
+
+def _known(parameter: Tensor) -> list[DistributedDataParallel]:
+    models = [reference() for reference in _models.get(parameter, ())]
+    return [model for model in models if model is not None]
+
+
+def _matching(models: list[DistributedDataParallel], function: object, state: Any) -> list[DistributedDataParallel]:
+    """Those that were given this very function and state; else those that were given any, which may call it."""
+    hooked = [model for model in models if model._comm_hooks]
+    exact = [model for model in hooked if any(h is function and s is state for h, s in model._comm_hooks)]
+    return exact or hooked
+
+
+def _look(parameters: list[Tensor]) -> None:
+    """Find the models of these parameters among all objects; it takes some milliseconds."""
+    models = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    for parameter in parameters:
+        _models[parameter] = tuple(
+            weakref.ref(model)
+            for model in models
+            if any(parameter is held for held in model.__dict__.get("_module_parameters", ()))
+        )
+
+
+def _tell_after_backward(error: BaseException) -> None:
+    """Raise ``error`` after DDP's own callback, which is queued with the last bucket."""
+
+    def tell() -> NoReturn:
+        gc.collect()  # it may come of models that are garbage; while their reducers' hooks run they must not be freed
+        raise error
+
+    queue(lambda: queue(tell))
+
+
+def _as_it_is(bucket: Any) -> Future[Tensor]:
+    future: Future[Tensor] = Future()
+    future.set_result(bucket.buffer())
+    return future

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from commhub import Bucket, Exchange, Setup
-
 _HELD = "_commhub_in_backward"
 """The attribute of a parameter that holds its optimizers. PyTorch's own would make DDP take the model's one hook."""
 _unclaimed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
@@ -97,34 +95,9 @@ def _claim(module: nn.Module, _inputs: object) -> None:
         held = {one for p in module._module_parameters for one in _optimizers_of(p)}
         mine = [one for one in _unclaimed if one in held]
         if mine:
-            commhub.register(module, StepsByItself(), optimizer=mine)
+            commhub.register(module, "optimizer_overlap", step="auto", optimizer=mine)
         for optimizer in mine:
             for handle in _unclaimed.pop(optimizer):
                 handle.remove()
     if not _unclaimed and _watching:
         _watching.pop().remove()
-
-
-class StepsByItself:
-    """``optimizer_overlap`` where nobody calls ``step()``: after each backward what is left is stepped here."""
-
-    def __init__(self) -> None:
-        self._overlap = commhub.create("optimizer_overlap")
-        self._of: tuple[weakref.ref[torch.optim.Optimizer], ...] = ()
-
-    def prepare(self, setup: Setup) -> None:
-        """Prepare the hook; end each step."""
-        self._of = tuple(map(weakref.ref, setup.optimizers))
-        self._overlap.prepare(setup)
-        setup.after_step(self._end)
-
-    def reduce(self, bucket: Bucket) -> Exchange:
-        """As the hook does."""
-        return self._overlap.reduce(bucket)
-
-    def _end(self, _step: int) -> None:
-        for reference in self._of:
-            optimizer = reference()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)

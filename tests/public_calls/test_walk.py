@@ -39,6 +39,7 @@ ALONE = {
     "Network.seconds": (commhub.Network(1e9).seconds, {}),
     "Network.occupied": (commhub.Network(1e9).occupied, {}),
     "State": (commhub.State, {"names": ("w",)}),
+    "ModelSpec": (commhub.ModelSpec, {"type": "weaver.Trainer", "advice": "Use that."}),
     "State.local": (commhub.State(("w",)).local, {}),
     "State.shared": (commhub.State(("w",)).shared, {}),
     "Subgroup": (commhub.Subgroup, {"ranks": (0,)}),

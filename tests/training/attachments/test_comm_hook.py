@@ -310,8 +310,8 @@ def with_buffers():
     ],
     ids=["one bucket", "twelve buckets", "buffers and unused", "buffers and static"],
 )
-def test_it_is_so_a_hundred_times(ranks, nproc, modes, make):
-    ranks(as_without_a_hook, nproc, modes, make, 100, timeout=400)
+def test_it_is_so_every_time(ranks, nproc, modes, make):
+    ranks(as_without_a_hook, nproc, modes, make, 12, timeout=400)
 
 
 def only_some():

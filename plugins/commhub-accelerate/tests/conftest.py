@@ -46,6 +46,7 @@ def _launch(folder, phase, size):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV_"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    environment["TORCH_FR_BUFFER_SIZE"] = "20000"  # torch's flight recorder: an account of bytes that is not commhub's
     command = [sys.executable, "-W", "ignore", str(RANKS / "main.py"), str(folder), phase]
     with contextlib.ExitStack() as stack:
         ranks = []

@@ -25,6 +25,14 @@ def test_ranks_are_equal_bit_for_bit(results, same, hook):
     assert same(first[hook]["weights"], second[hook]["weights"])
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_flight_recorder_has_seen_the_bytes_that_are_counted(results, hook):
+    for found in results("trainer_uninterrupted"):
+        counted, seen = found[hook]["sent"]
+        assert seen == pytest.approx(counted, rel=1e-9)
+        assert seen > 0
+
+
 def test_accumulation_of_two_halves_the_steps_and_their_calls(results):
     for found in results("trainer_accumulation"):
         (micro, steps, calls, buckets), (same_micro, fewer, less, _) = found[1], found[2]

@@ -24,6 +24,7 @@ def start(script, *arguments, ranks, logs):
         port = probe.getsockname()[1]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM", "PYTEST"))}
     kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS": str(ranks), "OMP_NUM_THREADS": "1"}
+    kept["TORCH_FR_BUFFER_SIZE"] = "20000"  # torch's flight recorder, an account of bytes that is not commhub's
     running = []
     for rank in range(ranks):
         with (

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import commhub
+from commhub.testing._recorded import Recorder
 
 PACKAGE, STORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 RANK = int(os.environ["LOCAL_RANK"])
@@ -118,6 +119,7 @@ def fit(strategy, *callbacks, manual=False, kind=Net, path=None, weights_only=No
     torch.manual_seed(0)
     module = kind(manual)
     trainer = trainer_of(strategy, *callbacks, **options)
+    recorder = Recorder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, data(), ckpt_path=path, weights_only=weights_only)
@@ -126,7 +128,7 @@ def fit(strategy, *callbacks, manual=False, kind=Net, path=None, weights_only=No
     result = {"bits": bits(module), "global_step": trainer.global_step, "warnings": told}
     if registration is not None:
         result |= {"hook": str(registration), "step": registration.step, "sent": registration.stats.sent_bytes}
-        result["stats_steps"] = registration.stats.steps
+        result |= {"stats_steps": registration.stats.steps, "recorded": recorder.sent_bytes(RANKS)}
     return result, trainer
 
 

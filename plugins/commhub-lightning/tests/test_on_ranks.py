@@ -50,6 +50,12 @@ def test_the_hook_is_called_for_each_bucket_of_each_step(first, way):
     assert scene["asked"] == sum(scene["buckets"])
 
 
+@pytest.mark.parametrize("way", ["allreduce", "allreduce_callback", "accumulated", "an_object", "named"])
+def test_the_flight_recorder_has_seen_the_bytes_that_are_counted(first, way):
+    assert first[way]["recorded"] == pytest.approx(first[way]["sent"], rel=1e-9)
+    assert first[way]["recorded"] > 0
+
+
 def test_accumulating_two_batches_halves_the_calls_and_changes_no_number(first):
     scene = first["accumulated"]
     assert (scene["stats_steps"], len(scene["buckets"])) == (4, 4)

@@ -12,6 +12,7 @@ from main import fresh
 from torch import nn
 
 import commhub
+from commhub.testing._recorded import Recorder
 
 STEPS = 8
 HOOKS = {
@@ -127,12 +128,14 @@ def uninterrupted(me):
             project_dir=str(me.folder / name), automatic_checkpoint_naming=True, total_limit=2
         )
         accel, attached, model, optimizer = start(hook, project_config=config)
+        recorder = Recorder()
         for step in range(STEPS):
             train(accel, model, optimizer, [step])
             if step in (1, 2, 3):  # the first one is pruned
                 accel.save_state()
         state = attached.registrations[0].state_dict()
         found[name] = {"weights": weights(accel.unwrap_model(model)), "state": state}
+        found[name]["sent"] = attached.registrations[0].stats.sent_bytes, recorder.sent_bytes(dist.get_world_size())
     return found
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import commhub
+from commhub.testing._recorded import Recorder
 
 STEPS = 8
 OWN = {"ddp_find_unused_parameters": None, "ddp_bucket_cap_mb": None}
@@ -115,9 +116,11 @@ def trainer_uninterrupted(me):
         folder = me.folder / f"t-{name}"
         made = trainer(folder, save_strategy="steps", save_steps=2, save_total_limit=2)
         attached = commhub_accelerate.transformers.attach(made, hook)
+        recorder = Recorder()
         made.train()
         folders = sorted(path.name for path in folder.iterdir())
         found[name] = {"weights": weights(made), "state": attached.registration.state_dict(), "folders": folders}
+        found[name]["sent"] = attached.registration.stats.sent_bytes, recorder.sent_bytes(dist.get_world_size())
     return found
 
 

@@ -13,7 +13,8 @@ class Recorder:
     """The collectives of this process from now on, in groups of commhub's own.
 
     The environment variable ``TORCH_FR_BUFFER_SIZE`` must have given the recorder room, such as ``2000``, before the
-    process's first group was made; what no longer fits in it is not counted. Requests that travel in pieces are recorded piece by piece.
+    process's first group was made; what no longer fits in it is not counted. Requests that travel in pieces are
+    recorded piece by piece.
     """
 
     def __init__(self) -> None:
@@ -31,9 +32,10 @@ class Recorder:
 
 
 def _entries() -> list[dict[str, Any]]:
-    from torch._C._distributed_c10d import _dump_fr_trace_json
+    from torch._C import _distributed_c10d
 
-    entries: list[dict[str, Any]] = json.loads(_dump_fr_trace_json()).get("entries", [])  # none before the first group
+    recorded = _distributed_c10d._dump_fr_trace_json()  # type: ignore[attr-defined]  # torch's stub leaves it out
+    entries: list[dict[str, Any]] = json.loads(recorded).get("entries", [])  # none before the first group
     return entries
 
 
@@ -44,7 +46,7 @@ def _is_ours(entry: dict[str, Any]) -> bool:
 
 def _sent(entry: dict[str, Any], ranks: int) -> float:
     given = zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
-    nbytes = sum(math.prod(shape) * _BYTES[dtype] for shape, dtype in given)
+    nbytes: float = sum(math.prod(shape) * _BYTES[dtype] for shape, dtype in given)
     match entry["profiling_name"].partition(":")[2]:
         case "all_reduce":
             return 2 * (ranks - 1) / ranks * nbytes

@@ -88,14 +88,6 @@ def test_the_ray_page_resumes_bit_by_bit(tmp_path):
     assert "compression 3.25" in done.stdout, done.stdout[-2000:]
 
 
-def test_torchrun_on_one_machine(tmp_path):
-    path = tmp_path / "train.py"
-    shutil.copy(DOCS / "examples" / "train.py", path)
-    done = on_two_ranks(path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "step 50" in done.stdout
-
-
 class Machines:
     """Network namespaces that are machines to what runs in them: addresses, routes and a link of their own."""
 
@@ -137,6 +129,7 @@ def why_no_machines():
         return f"no network namespaces can be made here: {error}"
 
 
+@pytest.mark.skipif("COMMHUB_EVERY_CHECK" not in os.environ, reason="COMMHUB_EVERY_CHECK")
 def test_torchrun_on_two_machines_as_the_page_says(tmp_path):
     if why := why_no_machines():
         pytest.skip(why)

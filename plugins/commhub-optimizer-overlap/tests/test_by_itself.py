@@ -15,7 +15,6 @@ from commhub.testing import assert_equal_across_ranks, bitwise_equal
 
 from .test_equal import MANY, ONE, OPTIMIZERS, Pair, batch, same
 
-
 EVERY = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 
 

@@ -9,7 +9,8 @@ linked to and removed like any other, and is all that a run needs to go on.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,9 +18,6 @@ import commhub
 from commhub import CheckpointError, HookOptionError, RegistrationError
 
 from ._gathering import all_come, gather
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 KEY = "commhub"
 """Under which a checkpoint holds ``{"ranks": [each rank's Registration.state_dict()]}``."""
@@ -47,7 +45,7 @@ class Hooked:
     def __init__(
         self, owner: str, hook: object, options: Mapping[str, Any] | None, *, save_state: bool, load_state: bool
     ) -> None:
-        self.owner, self.hook, self.options = owner, hook, dict(options or {})
+        self.owner, self.hook, self.options = owner, hook, _options_of(options, owner)
         if passed := [name for name in _PASSED if name in self.options]:
             raise HookOptionError(f"{owner} passes {passed[0]}= by itself, as the trainer has it. Leave it out.")
         made = commhub.checked(hook, **self.options)
@@ -157,7 +155,7 @@ class Hooked:
         # A rank that went on would train with others that did not.
         if strategy.reduce_boolean_decision(error is None):
             return
-        reason = "another rank cannot load it" if error is None else str(error)
+        reason = "another rank cannot load it." if error is None else str(error)
         raise CheckpointError(
             f"the hook state in the checkpoint: {reason} To go on without it, give {self.owner}(load_state=False)."
         ) from error
@@ -167,6 +165,14 @@ def say(trainer: Any, text: str) -> None:
     """Warn, on rank 0."""
     if trainer.is_global_zero:
         warnings.warn(text, stacklevel=3)
+
+
+def _options_of(given: object, owner: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise HookOptionError(f"{owner}: hook_options is {given!r}; give a dict of options by name, or None.")
+    return dict(given)
 
 
 def _ranks_of(value: object) -> list[Any]:

@@ -61,6 +61,9 @@ def test_the_import_registers_and_loads_no_hook():
         (("powersgd(rank=2)", {"rank": 3}), commhub.HookOptionError, "Give it once"),
         (("fp16", {"wire": "int8"}), commhub.HookOptionError, "wire is 'int8'"),
         (("fp16", {"optimizer": None}), commhub.HookOptionError, "passes optimizer= by itself"),
+        (("fp16", {"timeout": -1}), commhub.RegistrationError, "timeout is -1"),
+        (("fp16", "rank=4"), commhub.HookOptionError, "hook_options is 'rank=4'"),
+        (("fp16", {4: 4}), commhub.HookOptionError, "hook_options is {4: 4}"),
         ((7,), commhub.HookOptionError, "is no hook"),
     ],
 )

@@ -81,6 +81,8 @@ def test_a_hook_that_cannot_be_had_is_refused_where_it_is_written(ours, name, ar
         ({"find_unused_parameter": True}, "Did you mean find_unused_parameters="),
         ({"hook_option": {}}, "Did you mean hook_options="),
         ({"rank": 4}, "Options of the hook belong in hook_options"),
+        ({"schedule": "fp16"}, "schedule is 'fp16'"),
+        ({"schedule": {4: "powersgd(rank=0)"}}, "at least 1"),
     ],
 )
 def test_an_argument_that_nobody_takes_is_refused_where_it_is_written(ours, given, told):

@@ -239,7 +239,7 @@ class Engine:
         self.callbacks.settled(bool(ended))
 
     def resume(self, step: int) -> None:
-        """Count on from a step that was saved, which may lie behind: what is asked for from now on is compared again."""
+        """Count on from a step that was saved, perhaps an earlier one; what is asked for is compared again."""
         self.step = step
         self._resumed += 1
 

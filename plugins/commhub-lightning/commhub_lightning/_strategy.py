@@ -83,7 +83,8 @@ class HookedStrategy:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with every rank's hook state, unless it is to have nothing but weights; collective."""
         if "optimizer_states" in checkpoint:
-            self._commhub.put(checkpoint, self.lightning_module.trainer)  # type: ignore[attr-defined]
+            # Where a launcher has trained in processes that it started, the module has no trainer here afterwards.
+            self._commhub.put(checkpoint, self.lightning_module._trainer)  # type: ignore[attr-defined]
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)  # type: ignore[misc]
 
     def _check_arguments(self, given: dict[str, Any]) -> None:

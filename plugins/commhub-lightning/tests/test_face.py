@@ -104,6 +104,14 @@ def test_they_can_be_pickled_for_a_launcher_that_starts_processes(ours, name):
     assert (again._commhub.name, again._commhub.options) == ("powersgd", {"rank": 4})
 
 
+def test_a_checkpoint_is_written_after_a_fit_in_processes_that_a_launcher_started(package, ours, tmp_path):
+    home = pytest.importorskip(_framework._HOMES[package])
+    strategy = ours["CommHubDDPStrategy"]("fp16", start_method="spawn")
+    strategy.connect(home.LightningModule())
+    strategy.save_checkpoint({"optimizer_states": [], "state_dict": {}}, tmp_path / "after.ckpt")
+    assert (tmp_path / "after.ckpt").exists()
+
+
 def test_they_are_the_package_s_own_kinds(package, ours):
     framework = _framework.load(package)
     assert issubclass(ours["CommHubDDPStrategy"], framework.ddp)

@@ -20,16 +20,17 @@ class Position:
 
     Attributes:
         topic: what it is a part of: the step's buckets, an average of parameters.
-        serial: which of those: growing, and counted alike on all members. Where anything but its first number has
-            changed, what was asked for before says nothing.
+        serial: which of those: growing, and counted alike on all members.
         index: which of its buckets.
         compared: whether what it asks for is compared at all; what is the same by construction need not be.
+        era: where it has changed, what was asked for before says nothing.
     """
 
     topic: str
     serial: Serial
     index: int = 0
     compared: bool = True
+    era: Serial = ()
 
 
 @attrs.define(eq=False)

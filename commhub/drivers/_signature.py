@@ -76,7 +76,7 @@ class Signatures:
                 before is None
                 or len(before.stages) <= stage
                 or before.stages[stage] != jobs
-                or before.position.serial[1:] != position.serial[1:]
+                or before.position.era != position.era
                 or (before.spans is not asked.spans and before.spans != asked.spans)
             )
         members = tuple(range(self.size)) if group is None else group.ranks

@@ -68,5 +68,5 @@ def _go_on(running: Running, schedule: Schedule, part: Part) -> None:
     if session.timetable is not None:
         session.timetable.forget()
     restore(part, session.engine.state)
-    session.engine.step = part.step
+    session.engine.resume(part.step)
     schedule.drop(part.step)

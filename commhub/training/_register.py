@@ -23,7 +23,7 @@ from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire import wire_dtype
 from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
-from commhub.training.attachments._ddp import check_devices, find, group_of, inside, refuse
+from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
 from commhub.training.attachments._slot import Slot
 from commhub.training.attachments._wrapped import outside, wrapped
 
@@ -31,7 +31,7 @@ from ._registration import Registration
 from ._running import relieve
 from ._start import refuse as refuse_together
 from ._start import start
-from ._target import Target, checked_timeout, usable_timeout
+from ._target import Target, check_timeout, checked_timeout, usable_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,8 +88,7 @@ def register(
             every[name] = value
 
     def chosen_here() -> Recipe:
-        if not isinstance(verify, bool):
-            raise RegistrationError(f"verify is {shown(verify)}; it is True or False.")
+        _check_verify(verify)
         if strange_group is not None:
             raise strange_group
         refuse(ddp)
@@ -182,6 +181,12 @@ def _lacks_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return not all(hasattr(one, "__len__") for one in held)
 
 
+def _check_verify(verify: object) -> None:
+    """Raise RegistrationError for what is no bool."""
+    if not isinstance(verify, bool):
+        raise RegistrationError(f"verify is {shown(verify)}; it is True or False.")
+
+
 def check_scaler(scaler: Any) -> None:
     """Raise RegistrationError for what is no loss scaler."""
     if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
@@ -215,12 +220,18 @@ def checked(hook: object, **options: Any) -> InnerHook:
 
     Raises:
         UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
+        HookOptionError, RegistrationError: an argument of ``register``'s own is none that it takes.
     """
     chosen = choose(hook, options)
     strange = sorted(chosen.reserved.keys() - options.keys() - {"wire"})
     if strange:
         raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
     wire_dtype(chosen.reserved.get("wire"))
+    _check_verify(chosen.reserved.get("verify", True))
+    check_timeout(chosen.reserved.get("timeout"))
+    check_group(chosen.reserved.get("process_group"))
+    optimizers_of(chosen.reserved.get("optimizer"))
+    check_scaler(chosen.reserved.get("scaler"))
     return InnerHook(chosen.make(), chosen.name)
 
 

@@ -61,19 +61,24 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
         return 1800.0
 
 
+def check_timeout(timeout: object) -> None:
+    """Raise RegistrationError for what is neither ``None`` nor a positive number up to ``LONGEST``."""
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+        raise RegistrationError(
+            f"timeout is {shown(timeout)}; give seconds above 0 and at most {LONGEST:g}, or None for the group's own."
+        )
+
+
 def checked_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:
     """``timeout`` in seconds, the group's own by default.
 
     Raises:
         RegistrationError: if it is no positive number, or more than ``LONGEST``.
     """
-    if timeout is None:
-        return group_timeout(group, device)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
-        raise RegistrationError(
-            f"timeout is {shown(timeout)}; give seconds above 0 and at most {LONGEST:g}, or None for the group's own."
-        )
-    return float(timeout)
+    check_timeout(timeout)
+    return group_timeout(group, device) if timeout is None else float(timeout)
 
 
 def usable_timeout(timeout: float | None, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -398,6 +398,17 @@ def test_what_register_would_be_given_is_checked_without_a_model():
         commhub.checked("fp16", wire="int3")
     with pytest.raises(HookOptionError, match="'timeout' cannot stand in a hook string"):
         commhub.checked("allreduce(timeout=3)")
+    with pytest.raises(RegistrationError, match="timeout is -1"):
+        commhub.checked("fp16", timeout=-1)
+    with pytest.raises(RegistrationError, match="verify is 'maybe'"):
+        commhub.checked("fp16", verify="maybe")
+    with pytest.raises(HookOptionError, match="process_group is 3"):
+        commhub.checked("fp16", process_group=3)
+    with pytest.raises(RegistrationError, match="optimizer is int"):
+        commhub.checked("optimizer_overlap", optimizer=3)
+    with pytest.raises(RegistrationError, match="scaler is 3"):
+        commhub.checked("fp16", scaler=3)
+    commhub.checked("fp16", process_group=None, timeout=None, optimizer=None, scaler=None, verify=True)
 
 
 # A registration's life.

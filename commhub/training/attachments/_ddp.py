@@ -90,6 +90,13 @@ def check_devices(parameters: Iterable[nn.Parameter], backend: str) -> torch.dev
     return device
 
 
+def check_group(group: object) -> None:
+    """Raise HookOptionTypeError for what is neither ``None`` nor a process group, of this process or of others."""
+    if group is None or group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, dist.ProcessGroup):
+        return
+    raise HookOptionTypeError(f"process_group is {shown(group)}; give a process group, or None.")
+
+
 def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group to average over: the model's own unless another one is given, never silently the world.
 
@@ -104,8 +111,8 @@ def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | N
     group: object = own if given is None else given
     if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
         raise RegistrationError("this process is not in the process group that was given.")
-    if not isinstance(group, dist.ProcessGroup):
-        raise HookOptionTypeError(f"process_group is {shown(group)}; give a process group, or None.")
+    check_group(group)
+    assert isinstance(group, dist.ProcessGroup)
     try:
         rank = dist.get_rank(group)
     except (ValueError, RuntimeError, KeyError) as error:

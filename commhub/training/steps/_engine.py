@@ -63,6 +63,7 @@ class Engine:
     rounds: Rounds = attrs.field(init=False)
     _under_way: Step | None = attrs.field(init=False, default=None)
     _abandoned: int = 0
+    _resumed: int = 0
     _unsettled: Step | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -136,7 +137,13 @@ class Engine:
             self.hook if own is None else own,
             bucket,
             # What is sparse has another size in each step, the same on all ranks by construction.
-            Position("step", (self.step, self._abandoned), bucket.index, compared=not flat.is_sparse),
+            Position(
+                "step",
+                (self._resumed, self.step, self._abandoned),
+                bucket.index,
+                compared=not flat.is_sparse,
+                era=(self._resumed, self._abandoned),
+            ),
             wire=self.wire if own is None else None,
             watch=step.watch,
             logical_bytes=AllReduce.sent_bytes(size, self.world_size),
@@ -230,6 +237,11 @@ class Engine:
             return  # the peers may have heard of all ranks what this one has not
         self._unsettled = None
         self.callbacks.settled(bool(ended))
+
+    def resume(self, step: int) -> None:
+        """Count on from a step that was saved, perhaps an earlier one; what is asked for is compared again."""
+        self.step = step
+        self._resumed += 1
 
     def sum(self, flat: Tensor, *, counted: bool = True) -> Tensor:
         """The sum of one short 1-D tensor per rank, in place, in a round of its own.

@@ -29,7 +29,7 @@ class HookedCallback:
     there is nothing to communicate.
 
     Args:
-        hook, hook_options, save_state, load_state: as for ``CommHubDDPStrategy``.
+        hook, hook_options, schedule, save_state, load_state: as for ``CommHubDDPStrategy``.
 
     Raises:
         UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
@@ -43,11 +43,14 @@ class HookedCallback:
         hook: object,
         hook_options: Mapping[str, Any] | None = None,
         *,
+        schedule: Mapping[int, str] | None = None,
         save_state: bool = True,
         load_state: bool = True,
     ) -> None:
         super().__init__()
-        self._commhub = Hooked(type(self).__name__, hook, hook_options, save_state=save_state, load_state=load_state)
+        self._commhub = Hooked(
+            type(self).__name__, hook, hook_options, schedule=schedule, save_state=save_state, load_state=load_state
+        )
         self._serves = False
 
     @property

@@ -48,8 +48,18 @@ def gather(state: Callable[[], dict[str, Any]], device: torch.device) -> list[di
         device: through which tensors travel: one that the default process group serves.
 
     Raises:
-        CheckpointError: on all ranks, if ``state`` raised on any, where its error is the cause.
+        CheckpointError: on all ranks, if ``state`` raised on any, where its error is the cause; on those that wait for
+            a rank that is gone.
     """
+    try:
+        return _gathered(state, device)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the hook's state cannot be saved: a rank was lost on the way, or did not save: {error}"
+        ) from error
+
+
+def _gathered(state: Callable[[], dict[str, Any]], device: torch.device) -> list[dict[str, Any]] | None:
     failure: Exception | None = None
     packed = torch.empty(0, dtype=torch.uint8)
     try:

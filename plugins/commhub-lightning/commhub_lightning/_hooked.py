@@ -9,7 +9,8 @@ linked to and removed like any other, and is all that a run needs to go on.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,9 +18,6 @@ import commhub
 from commhub import CheckpointError, HookOptionError, RegistrationError
 
 from ._gathering import all_come, gather
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 KEY = "commhub"
 """Under which a checkpoint holds ``{"ranks": [each rank's Registration.state_dict()]}``."""
@@ -33,6 +31,7 @@ class Hooked:
     Args:
         owner: the class that the user wrote, for messages.
         hook, options: as for ``commhub.register``, but for the optimizers and the scaler, which the trainer has.
+        schedule: which hooks follow, by step, as for ``Registration.schedule``.
         save_state: whether checkpoints get the hook's state.
         load_state: whether it is taken from a checkpoint that a fit begins with.
 
@@ -45,13 +44,21 @@ class Hooked:
     """
 
     def __init__(
-        self, owner: str, hook: object, options: Mapping[str, Any] | None, *, save_state: bool, load_state: bool
+        self,
+        owner: str,
+        hook: object,
+        options: Mapping[str, Any] | None,
+        *,
+        schedule: Mapping[int, str] | None,
+        save_state: bool,
+        load_state: bool,
     ) -> None:
-        self.owner, self.hook, self.options = owner, hook, dict(options or {})
+        self.owner, self.hook, self.options = owner, hook, _options_of(options, owner)
         if passed := [name for name in _PASSED if name in self.options]:
             raise HookOptionError(f"{owner} passes {passed[0]}= by itself, as the trainer has it. Leave it out.")
         made = commhub.checked(hook, **self.options)
         self.name, self._steps_optimizer = made.made[0], bool(getattr(made, "steps_optimizer", False))
+        self.schedule = _schedule_of(schedule, owner)
         self.registration: commhub.Registration | None = None
         self._save_state, self._load_state = save_state, load_state
         self._ranks: list[Any] | None = None
@@ -98,6 +105,8 @@ class Hooked:
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **self.options,
         )
+        if self.schedule:  # before a checkpoint is taken up, whose state may be of a hook that has followed
+            self.registration.schedule(self.schedule)
         if trainer.world_size == 1:
             say(trainer, f"{self.owner}: one process, so {self.registration} runs and there is nothing to communicate.")
         ranks, self._ranks = self._ranks, None
@@ -157,7 +166,7 @@ class Hooked:
         # A rank that went on would train with others that did not.
         if strategy.reduce_boolean_decision(error is None):
             return
-        reason = "another rank cannot load it" if error is None else str(error)
+        reason = "another rank cannot load it." if error is None else str(error)
         raise CheckpointError(
             f"the hook state in the checkpoint: {reason} To go on without it, give {self.owner}(load_state=False)."
         ) from error
@@ -167,6 +176,24 @@ def say(trainer: Any, text: str) -> None:
     """Warn, on rank 0."""
     if trainer.is_global_zero:
         warnings.warn(text, stacklevel=3)
+
+
+def _options_of(given: object, owner: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise HookOptionError(f"{owner}: hook_options is {given!r}; give a dict of options by name, or None.")
+    return dict(given)
+
+
+def _schedule_of(given: object, owner: str) -> dict[int, str]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise HookOptionError(f"{owner}: schedule is {given!r}; give a dict of hooks by step, or None.")
+    for hook in given.values():
+        commhub.checked(hook)
+    return dict(given)
 
 
 def _ranks_of(value: object) -> list[Any]:

@@ -31,6 +31,7 @@ class HookedStrategy:
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``commhub.HookType`` member, or a hook object.
         hook_options: the hook's options, and ``wire``, ``timeout``, ``verify`` or ``process_group`` of
             ``commhub.register``.
+        schedule: which hooks follow, by step, as for ``Registration.schedule``; a run that is resumed has the one due.
         save_state: put hook state into checkpoints. Rank 0 holds every rank's for a moment then.
         load_state: take it from the checkpoint that a fit begins with; without it the hook begins anew.
         ddp_kwargs: as for Lightning's ``DDPStrategy``.
@@ -45,12 +46,15 @@ class HookedStrategy:
         hook: object,
         hook_options: Mapping[str, Any] | None = None,
         *,
+        schedule: Mapping[int, str] | None = None,
         save_state: bool = True,
         load_state: bool = True,
         **ddp_kwargs: Any,
     ) -> None:
         self._check_arguments(ddp_kwargs)
-        self._commhub = Hooked(type(self).__name__, hook, hook_options, save_state=save_state, load_state=load_state)
+        self._commhub = Hooked(
+            type(self).__name__, hook, hook_options, schedule=schedule, save_state=save_state, load_state=load_state
+        )
         super().__init__(**ddp_kwargs)
 
     @property
@@ -79,7 +83,8 @@ class HookedStrategy:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with every rank's hook state, unless it is to have nothing but weights; collective."""
         if "optimizer_states" in checkpoint:
-            self._commhub.put(checkpoint, self.lightning_module.trainer)  # type: ignore[attr-defined]
+            # Where a launcher has trained in processes that it started, the module has no trainer here afterwards.
+            self._commhub.put(checkpoint, self.lightning_module._trainer)  # type: ignore[attr-defined]
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)  # type: ignore[misc]
 
     def _check_arguments(self, given: dict[str, Any]) -> None:

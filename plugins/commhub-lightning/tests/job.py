@@ -301,6 +301,22 @@ def twice():
 
 
 @scene("first")
+def scheduled():
+    """A run that is saved when another hook has followed goes on as one that was never interrupted."""
+
+    def run(epochs, path=None):
+        schedule = {2: "powersgd_rank2(start_step=0)", 6: "fp16"}
+        strategy = OURS.CommHubDDPStrategy("allreduce", schedule=schedule, **CAP)
+        return fit(strategy, epochs=epochs, path=path)
+
+    whole, _ = run(2)
+    half, trainer = run(1)
+    trainer.save_checkpoint(FOLDER / "scheduled.ckpt")
+    resumed, _ = run(2, FOLDER / "scheduled.ckpt")
+    return resumed | {"whole": whole["bits"], "half": half["hook"]}
+
+
+@scene("first")
 def clipped():
     return refusal(lambda: fit(OURS.CommHubDDPStrategy("optimizer_overlap", **CAP), gradient_clip_val=1.0))
 

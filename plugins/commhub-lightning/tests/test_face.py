@@ -61,6 +61,9 @@ def test_the_import_registers_and_loads_no_hook():
         (("powersgd(rank=2)", {"rank": 3}), commhub.HookOptionError, "Give it once"),
         (("fp16", {"wire": "int8"}), commhub.HookOptionError, "wire is 'int8'"),
         (("fp16", {"optimizer": None}), commhub.HookOptionError, "passes optimizer= by itself"),
+        (("fp16", {"timeout": -1}), commhub.RegistrationError, "timeout is -1"),
+        (("fp16", "rank=4"), commhub.HookOptionError, "hook_options is 'rank=4'"),
+        (("fp16", {4: 4}), commhub.HookOptionError, "hook_options is {4: 4}"),
         ((7,), commhub.HookOptionError, "is no hook"),
     ],
 )
@@ -78,6 +81,8 @@ def test_a_hook_that_cannot_be_had_is_refused_where_it_is_written(ours, name, ar
         ({"find_unused_parameter": True}, "Did you mean find_unused_parameters="),
         ({"hook_option": {}}, "Did you mean hook_options="),
         ({"rank": 4}, "Options of the hook belong in hook_options"),
+        ({"schedule": "fp16"}, "schedule is 'fp16'"),
+        ({"schedule": {4: "powersgd(rank=0)"}}, "at least 1"),
     ],
 )
 def test_an_argument_that_nobody_takes_is_refused_where_it_is_written(ours, given, told):
@@ -97,6 +102,14 @@ def test_they_can_be_pickled_for_a_launcher_that_starts_processes(ours, name):
     again = pickle.loads(pickle.dumps(made))
     assert type(again) is type(made) is ours[name]
     assert (again._commhub.name, again._commhub.options) == ("powersgd", {"rank": 4})
+
+
+def test_a_checkpoint_is_written_after_a_fit_in_processes_that_a_launcher_started(package, ours, tmp_path):
+    home = pytest.importorskip(_framework._HOMES[package])
+    strategy = ours["CommHubDDPStrategy"]("fp16", start_method="spawn")
+    strategy.connect(home.LightningModule())
+    strategy.save_checkpoint({"optimizer_states": [], "state_dict": {}}, tmp_path / "after.ckpt")
+    assert (tmp_path / "after.ckpt").exists()
 
 
 def test_they_are_the_package_s_own_kinds(package, ours):

@@ -172,6 +172,12 @@ def test_another_fit_of_the_same_trainer_registers_anew(first):
     assert first["twice"] == {"another": True, "step": 0}
 
 
+def test_a_run_is_resumed_with_the_hook_that_its_schedule_had_reached(first):
+    scene = first["scheduled"]
+    assert (scene["half"], scene["hook"], scene["step"]) == ("powersgd_rank2(start_step=0)", "fp16", 8)
+    assert scene["bits"] == scene["whole"]
+
+
 @pytest.mark.parametrize(
     ("scene", "told"),
     [

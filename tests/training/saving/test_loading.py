@@ -414,3 +414,25 @@ def test_the_mean_over_former_ranks_leaves_what_it_was_given_as_it_was_and_refus
     states[1]["local"]["rank1"]["w"]["n"] = torch.tensor([6])
     with pytest.raises(commhub.CheckpointError, match=r"'n' of parameter 'w' is torch.int64 and differs"):
         _saving.select(states, 0, 2)
+
+
+def go_far_back(folder, far):
+    """Gradients of a step, and of the same step after training on and coming back to it, twice over."""
+    model, registration = new()
+    steps(model, 4)
+    registration.save(folder)
+    found = []
+    for _ in range(3):
+        steps(model, far, first=4)
+        found.append([p.grad.clone() for p in model.parameters()])
+        assert registration.step == 4 + far
+        registration.load(folder)
+        assert registration.step == 4
+    return found
+
+
+@pytest.mark.parametrize("far", [1, 3, 9])
+def test_training_goes_back_in_the_same_process_and_on_as_before(ranks, tmp_path, far):
+    for once, again, thrice in ranks(go_far_back, 2, tmp_path, far):
+        assert all(map(bitwise_equal, once, again))
+        assert all(map(bitwise_equal, once, thrice))

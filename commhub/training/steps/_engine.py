@@ -239,9 +239,10 @@ class Engine:
         self.callbacks.settled(bool(ended))
 
     def resume(self, step: int) -> None:
-        """Count on from a step that was saved, perhaps an earlier one; what is asked for is compared again."""
+        """Count on from a step that was saved. After an earlier one what is asked for is compared again."""
+        if step < self.step:  # not at each call, which ranks may make apart, and one of them twice
+            self._resumed += 1
         self.step = step
-        self._resumed += 1
 
     def sum(self, flat: Tensor, *, counted: bool = True) -> Tensor:
         """The sum of one short 1-D tensor per rank, in place, in a round of its own.

@@ -431,6 +431,21 @@ def go_far_back(folder, far):
     return found
 
 
+def load_more_often_on_rank_0():
+    model, registration = new()
+    steps(model, 2)
+    saved = registration.state_dict()
+    steps(model, 1, first=2)
+    for _ in range(3 if dist.get_rank() == 0 else 1):
+        registration.load_state_dict(saved)
+    steps(model, 2, first=2)
+    return registration.step
+
+
+def test_ranks_may_load_their_own_state_more_or_less_often(ranks):
+    assert ranks(load_more_often_on_rank_0, 2) == [4, 4]
+
+
 @pytest.mark.parametrize("far", [1, 3, 9])
 def test_training_goes_back_in_the_same_process_and_on_as_before(ranks, tmp_path, far):
     for once, again, thrice in ranks(go_far_back, 2, tmp_path, far):

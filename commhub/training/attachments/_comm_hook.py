@@ -117,7 +117,9 @@ class Opening:
         self._is_late = torch._C._current_autograd_node() is None
 
     @classmethod
-    def of(cls, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, bucket: Any) -> Opening:
+    def of(
+        cls, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, bucket: Any
+    ) -> Opening:
         """That of the backward under way; one that another backward has left over is forgotten."""
         opening = _openings.get(model)
         if opening is None or not opening._goes_on_with(bucket):

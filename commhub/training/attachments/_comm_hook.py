@@ -96,7 +96,7 @@ def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, 
         return _as_it_is(bucket)
     slot = Slot.on(model)
     if slot is None and in_backward:
-        return Opening.of(model, begin, state).add(bucket)
+        return Opening.of(model, begin, state, bucket).add(bucket)
     if slot is None:  # a joined rank's: no backward is under way, and the reducer is not the caller
         slot = _begin(model, begin, state)
     return slot.reduce(bucket)
@@ -106,39 +106,56 @@ class Opening:
     """The buckets of a backward that wait for a hook to be registered, until it has ended.
 
     In static_graph's first step all buckets come after backward, and DDP waits for them at once: there the last of
-    them is the end.
+    them is the end. Where buckets come of backwards within this one, as reentrant checkpoints make them, DDP waits for
+    all of them at the end of the backward that has brought the last.
     """
 
     def __init__(self, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any) -> None:
         self._model, self._begin, self._state = weakref.ref(model), begin, state
-        self._task = torch._C._current_graph_task_id()
+        self._task: int | None = None
         self._waiting: list[tuple[Any, Future[Tensor]]] = []
         self._is_late = torch._C._current_autograd_node() is None
-        if not self._is_late:
-            queue(self._open)
 
     @classmethod
-    def of(cls, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any) -> Opening:
+    def of(
+        cls, model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, bucket: Any
+    ) -> Opening:
         """That of the backward under way; one that another backward has left over is forgotten."""
         opening = _openings.get(model)
-        if opening is None or opening._task != torch._C._current_graph_task_id():
+        if opening is None or not opening._goes_on_with(bucket):
             opening = _openings[model] = cls(model, begin, state)
         return opening
+
+    def _goes_on_with(self, bucket: Any) -> bool:
+        """Whether the bucket is of the same backward, or of one within it."""
+        return self._task == torch._C._current_graph_task_id() or bucket.index() == len(self._waiting)
 
     def add(self, bucket: Any) -> Future[Tensor]:
         """Have a bucket wait."""
         device = bucket.buffer().device
         future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         self._waiting.append((bucket, future))
-        if self._is_late and bucket.is_last():
+        task, self._task = self._task, torch._C._current_graph_task_id()
+        if self._is_late and (bucket.is_last() or self._has_all()):
             self._open()
+        elif not self._is_late and task != self._task:
+            queue(self._open)
         return future
+
+    def _has_all(self) -> bool:
+        """Whether all parameters have come; of buckets that come late the reducer does not say which is the last."""
+        model = self._model()
+        come = {id(p) for bucket, _ in self._waiting for p in bucket.parameters()}
+        return model is not None and all(id(p) in come for p in model._module_parameters if p.requires_grad)
 
     def _open(self) -> None:
         """Register, and reduce what has waited; raise what goes wrong when DDP has ended this backward."""
         model = self._model()
         if model is None or _openings.get(model) is not self:
             return
+        within_another = not self._is_late and torch._C._current_autograd_node() is not None
+        if within_another and not self._waiting[-1][0].is_last():
+            return  # more buckets follow, and DDP does not wait yet
         del _openings[model]
         waiting, self._waiting = self._waiting, []
         known = [p for bucket, _ in waiting for p in bucket.parameters()] if self._is_late else ()
@@ -146,7 +163,7 @@ class Opening:
             slot = _begin(model, self._begin, self._state, known)
             slot.note_used()
             for bucket, future in waiting:
-                future.set_result(slot.reduce(bucket).wait())
+                future.set_result(slot.reduce(bucket, is_late=True).wait())
         except BaseException as error:  # noqa: BLE001 - it is raised again; DDP waits for the futures first
             for bucket, future in waiting:
                 if not future.done():

@@ -123,14 +123,14 @@ class Slot:
         if self._flags:
             self._used.update(id(p) for _, p in self._parameters if p.grad is not None)
 
-    def reduce(self, grad_bucket: Any) -> Future[Tensor]:
-        """Start averaging one of the reducer's buckets.
+    def reduce(self, grad_bucket: Any, *, is_late: bool = False) -> Future[Tensor]:
+        """Start averaging one of the reducer's buckets; end it, too, if ``is_late``, where the caller waits for it.
 
         What goes wrong in the core itself, a Ctrl-C included, is raised after backward as well.
         """
         if self._error is None:
             try:
-                return self._reduce(grad_bucket)
+                return self._reduce(grad_bucket, is_late=is_late)
             except BaseException as error:
                 if torch._C._current_graph_task_id() == -1:
                     raise  # no backward is under way, and the reducer is not the caller
@@ -142,11 +142,11 @@ class Slot:
         future.set_result(grad_bucket.buffer())
         return future
 
-    def _reduce(self, grad_bucket: Any) -> Future[Tensor]:
+    def _reduce(self, grad_bucket: Any, *, is_late: bool) -> Future[Tensor]:
         engine, model = self._engine, self._model()
         assert engine is not None
         assert model is not None
-        in_backward = torch._C._current_autograd_node() is not None
+        in_backward = torch._C._current_autograd_node() is not None and not is_late
         in_graph_task = torch._C._current_graph_task_id() != -1
         joining = model._join_config.enable
         shadow = joining and not in_graph_task

@@ -203,7 +203,8 @@ def _model_of(function: object, state: Any, parameters: list[Tensor]) -> Distrib
     name = getattr(function, "__name__", "a hook")
     if not found:
         raise RegistrationError(
-            f"{name} was given buckets of no DDP model that Python can find (gc.freeze() hides those). Call commhub.register(model, ...)."
+            f"{name} was given buckets of no DDP model that Python can find (gc.freeze() hides some). Call "
+            "commhub.register(model, ...)."
         )
     count = len(found)
     del found  # or the error would keep them

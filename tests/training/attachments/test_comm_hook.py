@@ -311,7 +311,7 @@ def with_buffers():
     ids=["one bucket", "twelve buckets", "buffers and unused", "buffers and static"],
 )
 def test_it_is_so_every_time(ranks, nproc, modes, make):
-    ranks(as_without_a_hook, nproc, modes, make, 12, timeout=400)
+    ranks(as_without_a_hook, nproc, modes, make, 5, timeout=400)
 
 
 def only_some():

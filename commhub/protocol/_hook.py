@@ -19,7 +19,8 @@ Exchange = Generator[Request, Any, None]
 class Hook(Protocol):
     """Averages one bucket of gradients over the ranks.
 
-    A hook may also have ``prepare(setup: Setup) -> None``, called once at registration.
+    A hook may also have ``prepare(setup: Setup) -> None``, called once at registration. One that steps the optimizer
+    in backward has ``steps_optimizer = True``, for whoever runs the training loop: clipping gradients comes too late.
     """
 
     def reduce(self, bucket: Bucket) -> Exchange:

@@ -7,6 +7,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
+import commhub
 from commhub import AllGather, AllReduce
 
 
@@ -213,6 +214,18 @@ class PlacesAsFloats:
         wide = torch.promote_types(values.dtype, torch.float32)
         total = torch.zeros(bucket.flat.numel(), dtype=wide)
         bucket.flat.copy_(total.index_add_(0, places.long(), values.to(wide)) / bucket.divisor)
+
+
+@attrs.define
+class FailsUnderAWire:
+    """Is not made for a wire, and says something else."""
+
+    def prepare(self, setup):
+        if setup.wire is not None:
+            raise commhub.HookOptionError("3 is no size of a group.")
+
+    def reduce(self, bucket):
+        bucket.flat.copy_((yield AllReduce(bucket.flat)))
 
 
 @attrs.define

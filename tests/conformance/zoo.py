@@ -41,6 +41,7 @@ HOOKS = {
     "casts_before_dividing": ("CastsBeforeDividing", HALF, ("huge_gradients",)),
     "draws_globally": ("DrawsFromTheGlobalGenerator", EXACT, ("random_generators",)),
     "places_as_floats": ("PlacesAsFloats", WITH_PLACES, ("wire",)),
+    "fails_under_a_wire": ("FailsUnderAWire", EXACT, ("wire",)),
     "residual_of_the_average": ("ResidualOfTheAverage", ROUGH, ("residuals_stay_bounded",)),
     "loses_half": ("LosesHalf", ROUGH, ("feedback_sums_up",)),
     "stores_an_inf": ("StoresAnInf", ROUGH, ("non_finite_is_forgotten",)),

@@ -244,8 +244,6 @@ def trainer_refusals(me):
 
 
 def trainer_found_by_the_core(me):
-    if not hasattr(commhub, "ModelSpec"):
-        return "no table"
     made = trainer(me.folder / "t-core", max_steps=1)
     told = {}
     for case, model in {"trainer": made, "bert": bert(), "lora": lora()}.items():

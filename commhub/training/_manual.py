@@ -16,7 +16,7 @@ from commhub.registry._recipe import choose
 from commhub.training.attachments._collector import Collector
 from commhub.training.attachments._ddp import check_devices, group_of
 
-from ._register import check_scaler, optimizers_of
+from ._given import check_scaler, optimizers_of
 from ._registration import Registration
 from ._start import refuse, start
 from ._target import Target, checked_timeout, usable_timeout

@@ -17,21 +17,25 @@ from commhub._errors import (
     RegistrationError,
     described,
 )
-from commhub._printable import shown, type_name
+from commhub._printable import type_name
 from commhub.protocol._hook import is_averager
 from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire import wire_dtype
 from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
 from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
+from commhub.training.attachments._fsdp import root_of
+from commhub.training.attachments._shards import Shards
 from commhub.training.attachments._slot import Slot
 from commhub.training.attachments._wrapped import outside, wrapped
 
+from ._given import Given, check_scaler, check_verify, optimizers_of
 from ._registration import Registration
 from ._running import relieve
+from ._sharded import register_sharded
 from ._start import refuse as refuse_together
 from ._start import start
-from ._target import Target, check_timeout, checked_timeout, usable_timeout
+from ._target import Target, check_timeout, usable_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,9 +61,10 @@ def register(
     """Average the model's gradients with a hook from now on; collective.
 
     Args:
-        model: a DistributedDataParallel model, or what holds one.
+        model: a DistributedDataParallel model, one that ``fully_shard`` was applied to, or what holds one.
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
-        process_group: the ranks to average over; default: the model's own.
+        process_group: the ranks to average over, a group or a device mesh of one dimension; default: the model's own.
+            For a sharded model, the ranks that keep the same shards as this one.
         optimizer: one or several, for hooks that need them, and for parameters to be averaged at the end of their step.
         scaler: the ``torch.amp.GradScaler`` in use, so that residuals are kept unscaled.
         wire: a 16-bit dtype (or ``"fp16"``, ``"bf16"``) in which the hook's payloads travel.
@@ -76,31 +81,33 @@ def register(
 
     >>> registration = commhub.register(model, "powersgd_rank2")  # doctest: +SKIP
     """
+    given = Given(
+        hook=hook,
+        options=options,
+        process_group=process_group,
+        optimizer=optimizer,
+        scaler=scaler,
+        wire=wire,
+        verify=verify,
+        timeout=timeout,
+    )
     try:
+        root = root_of(model)
+        if root is not None:
+            return register_sharded(root, given)
         ddp = find(model)
         group, strange_group = _group_of(ddp, process_group)
     except CommhubError as error:
         refuse_together(error, "register", process_group)
         raise
-    every = dict(options)
-    for name, value in (("wire", wire), ("process_group", process_group), ("optimizer", optimizer), ("scaler", scaler)):
-        if value is not None:
-            every[name] = value
 
     def chosen_here() -> Recipe:
-        _check_verify(verify)
+        check_verify(verify)
         if strange_group is not None:
             raise strange_group
         refuse(ddp)
         check_devices((p for _, p in parameters), dist.get_backend(group))
-        checked_timeout(timeout, group, ddp.device)
-        optimizers_of(optimizer)
-        check_scaler(scaler)
-        chosen = choose(hook, every)
-        strange = sorted(chosen.reserved.keys() - {"wire", "process_group", "optimizer", "scaler"})
-        if strange:
-            raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
-        return chosen
+        return given.chosen(group, ddp.device)
 
     parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
     target = Target(
@@ -110,7 +117,7 @@ def register(
         parameters=parameters,
         unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
-        optimizers=optimizers_of(optimizer, strict=False),
+        optimizers=given.optimizers,
         scaler=scaler,
         timeout=usable_timeout(timeout, group, ddp.device),
         verify=verify is not False,
@@ -149,50 +156,6 @@ def _traits(model: DistributedDataParallel) -> dict[str, Any]:
     }
 
 
-def optimizers_of(given: object, *, strict: bool = True) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, several or none, as a tuple.
-
-    Raises:
-        RegistrationError: for what is none of these, if ``strict``; else that counts as none.
-    """
-    if given is None:
-        return ()
-    several = tuple(given) if isinstance(given, list | tuple) else (given,)
-    if all(isinstance(one, torch.optim.Optimizer) for one in several):
-        lacking = [type(one).__name__ for one in several if _lacks_hooks(one)]
-        if not lacking:
-            return several
-        if strict:
-            raise RegistrationError(
-                f"{lacking[0]} has no step hooks of its own: it wraps an optimizer. Give the one in it."
-            )
-        return ()
-    if strict:
-        raise RegistrationError(f"optimizer is {type(given).__name__}; give a torch.optim.Optimizer or a list of them.")
-    return ()
-
-
-def _lacks_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is none in fact: a wrapper that only derives from the class, and was never set up as one."""
-    try:
-        held = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, optimizer.param_groups)
-    except Exception:  # noqa: BLE001 - the wrapper may be of anybody's making
-        return True
-    return not all(hasattr(one, "__len__") for one in held)
-
-
-def _check_verify(verify: object) -> None:
-    """Raise RegistrationError for what is no bool."""
-    if not isinstance(verify, bool):
-        raise RegistrationError(f"verify is {shown(verify)}; it is True or False.")
-
-
-def check_scaler(scaler: Any) -> None:
-    """Raise RegistrationError for what is no loss scaler."""
-    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
-        raise RegistrationError(f"scaler is {shown(scaler)}; give the torch.amp.GradScaler in use, or None.")
-
-
 def create(hook: object, **options: Any) -> InnerHook:
     """Make a hook without registering it, for use inside another one.
 
@@ -227,7 +190,7 @@ def checked(hook: object, **options: Any) -> InnerHook:
     if strange:
         raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
     wire_dtype(chosen.reserved.get("wire"))
-    _check_verify(chosen.reserved.get("verify", True))
+    check_verify(chosen.reserved.get("verify", True))
     check_timeout(chosen.reserved.get("timeout"))
     check_group(chosen.reserved.get("process_group"))
     optimizers_of(chosen.reserved.get("optimizer"))
@@ -245,6 +208,10 @@ def registration(model: object) -> Registration | None:
         RegistrationError: if ``model`` neither is nor holds a DDP model, or several have a registration.
         PluginError: if the adapter for its package cannot be loaded.
     """
+    root = root_of(model)
+    if root is not None:
+        shards = Shards.on(root)
+        return None if shards is None else shards.owner
     spec = None if inside(model) else spec_of(model)
     if spec is None or spec.models is None:
         slot = Slot.on(find(model))

@@ -11,9 +11,9 @@ from commhub._printable import shown
 from commhub.drivers._network import Network
 from commhub.drivers._observers import Observer
 from commhub.registry._recipe import Recipe
-from commhub.training.rendezvous._agree import Rendezvous, agree
-from commhub.training.saving._folder import Folder
-from commhub.training.saving._phases import save
+from commhub.training.rendezvous._agree import Rendezvous
+from commhub.training.rendezvous._everywhere import agree_everywhere
+from commhub.training.saving._phases import folder_of, others_of, save
 from commhub.training.saving._saved import to_dict
 from commhub.training.saving._saving import select
 from commhub.training.steps._own_hooks import PlainMean
@@ -111,7 +111,8 @@ class Registration:
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         rendezvous = Rendezvous.of(target.group, target.timeout)
-        agree(rendezvous, "schedule", {"schedule": schedule.texts}, failure, verify=target.verify)
+        facts = {"schedule": schedule.texts}
+        agree_everywhere(rendezvous, others_of(target), "schedule", facts, failure, verify=target.verify)
         self._schedule = schedule
         self._running.attachment.after = weakref.WeakMethod(self._follow_schedule)
         self._follow_schedule()
@@ -242,7 +243,11 @@ class Registration:
                 Nothing is changed then on any rank.
         """
         self._running.check_registered("load")
-        load(self._running, self._schedule, lambda rank, size: Folder(directory).read(rank, size))
+        load(
+            self._running,
+            self._schedule,
+            lambda rank, size: folder_of(self._session.target, directory).read(rank, size),
+        )
 
     def close(self) -> None:
         """Stop the communication thread and free the group, on this rank alone, averaging nothing.

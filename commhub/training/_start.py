@@ -24,6 +24,7 @@ from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
 from commhub.training.rendezvous._agree import Rendezvous, agree, number_hosts
 from commhub.training.rendezvous._comparisons import Comparisons
+from commhub.training.rendezvous._everywhere import LATER
 from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
@@ -67,7 +68,23 @@ def start(
     if waits and former is not None and former.timetable is not None:
         former.timetable.let_through()
     with contextlib.ExitStack() as at_end:
-        return _start(target, choose, former, call, at_end)
+        if target.others is None:
+            return _start(target, choose, former, call, at_end)
+        session: Session | None = None
+        failure: BaseException | None = None
+        try:
+            session = _start(target, choose, former, call, at_end)
+        except BaseException as error:  # noqa: BLE001 - it is raised again, after those were told who average other parts
+            failure = error
+        try:
+            facts = {} if session is None else {"hook": str(session)}
+            agree(Rendezvous.of(target.others, LATER * target.timeout), call, facts, failure, verify=target.verify)
+        except BaseException:
+            if session is not None:
+                session.stop()
+            raise
+        assert session is not None
+        return session
 
 
 def _start(
@@ -81,6 +98,8 @@ def _start(
         wire = wire_dtype(chosen.reserved.get("wire"))
         hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
         check_fit(target, chosen)
+        if target.no_optimizer and getattr(hook, "steps_optimizer", False):
+            raise RegistrationError(f"{chosen.label} steps the optimizer in backward. {target.no_optimizer}")
         if former is not None and (why := former.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         at_end.enter_context(taken(hook, chosen.name, former))
@@ -199,7 +218,7 @@ def _prepared(
         setup = Setup(
             names=names,
             shapes=tuple(tuple(t.shape) for t in tensors),
-            dtypes=tuple(t.dtype for t in tensors),
+            dtypes=tuple(target.dtypes.get(name, t.dtype) for name, t in target.parameters),
             strides=tuple(span.stride for span in lay_out(names, tensors)),
             parameters=tuple(tensors),
             device=target.device,
@@ -233,6 +252,8 @@ def _timetable(
 ) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
+    if target.no_averager:
+        raise RegistrationError(f"the hook averages parameters. {target.no_averager}")
     averager, setup = averagers[0]
     module = target.module()
     if engine.world_size > 1 and module is not None:

@@ -33,6 +33,12 @@ class Target:
         traits: what else must be equal on all ranks.
         after_optimizers: whether an averager by itself is asked after the optimizers' steps, when the user says so.
         optimizers, scaler, timeout, verify: as given to ``register``.
+        dtypes: by name, those of gradients that come in another dtype than their parameter's.
+        others: ranks that hold other parts of the same model, each part averaged in a group of its own; what takes all
+            ranks succeeds in all of these groups or in none.
+        part: which part this is, for a folder that all of them save into; empty if it is the whole model.
+        no_averager, no_optimizer: why parameters cannot be averaged here, or the optimizer not be stepped in backward,
+            if that is so.
     """
 
     group: dist.ProcessGroup
@@ -46,6 +52,11 @@ class Target:
     scaler: Any = None
     timeout: float = 1800.0
     verify: bool = True
+    dtypes: Mapping[str, torch.dtype] = attrs.Factory(dict)
+    others: dist.ProcessGroup | None = None
+    part: str = ""
+    no_averager: str = ""
+    no_optimizer: str = ""
 
     @property
     def loss_scale(self) -> float:

@@ -31,7 +31,7 @@ def named(model: nn.Module, *, ignored: bool = False) -> Iterator[Named]:
     module, left_out = _bare(model)
     for name, parameter in module.named_parameters():
         if (ignored or name not in left_out) and not is_lazy(parameter):
-            yield _unwrapped(name), parameter
+            yield unwrapped(name), parameter
 
 
 def trainable(model: nn.Module) -> Iterator[Named]:
@@ -44,10 +44,10 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     module, left_out = _bare(model)
     for name, buffer in module.named_buffers():
         if name not in left_out and not is_lazy(buffer):
-            yield _unwrapped(name), buffer
+            yield unwrapped(name), buffer
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

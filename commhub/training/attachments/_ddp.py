@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from commhub._errors import HookOptionTypeError, RegistrationError
@@ -83,21 +84,45 @@ def check_devices(parameters: Iterable[nn.Parameter], backend: str) -> torch.dev
     if len(devices) != 1:
         raise RegistrationError(f"trained parameters are on {len(devices)} devices; one per process is supported.")
     device = devices.pop()
+    check_device(device, backend)
+    return device
+
+
+def check_device(device: torch.device, backend: str) -> None:
+    """Raise RegistrationError where no driver can serve gradients on a device."""
     if device.type == "cuda" and "nccl" not in backend:
         raise RegistrationError(f"CUDA gradients on a {backend} group would be staged through the host. Use NCCL.")
     if device.type not in ("cpu", "cuda"):
         raise RegistrationError(f"gradients on {device.type!r} have no driver yet; cpu and cuda have.")
-    return device
+
+
+def as_group(given: object) -> object:
+    """The group of a device mesh of one dimension; whatever else was given as it is.
+
+    Raises:
+        RegistrationError: for a mesh of several dimensions.
+    """
+    if not isinstance(given, DeviceMesh):
+        return given
+    if given.ndim != 1:
+        raise RegistrationError(
+            f"process_group= is a device mesh of {given.ndim} dimensions; give one of them, such as "
+            f"mesh[{(given.mesh_dim_names or ('replicate',))[0]!r}]."
+        )
+    return given.get_group()
 
 
 def check_group(group: object) -> None:
     """Raise HookOptionTypeError for what is neither ``None`` nor a process group, of this process or of others."""
+    group = as_group(group)
     if group is None or group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, dist.ProcessGroup):
         return
-    raise HookOptionTypeError(f"process_group is {shown(group)}; give a process group, or None.")
+    raise HookOptionTypeError(
+        f"process_group is {shown(group)}; give a process group, a device mesh of one dimension, or None."
+    )
 
 
-def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
     """The group to average over: the model's own unless another one is given, never silently the world.
 
     A bare module, ``None`` here, has all ranks.
@@ -108,7 +133,7 @@ def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | N
     if not dist.is_initialized():
         raise RegistrationError("there is no process group. Call torch.distributed.init_process_group first.")
     own = dist.group.WORLD if model is None else model.process_group
-    group: object = own if given is None else given
+    group = own if given is None else as_group(given)
     if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
         raise RegistrationError("this process is not in the process group that was given.")
     check_group(group)

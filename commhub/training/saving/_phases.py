@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
-from commhub.training.rendezvous._agree import Rendezvous, agree
+from commhub.training.rendezvous._agree import Rendezvous
+from commhub.training.rendezvous._everywhere import LATER, agree_everywhere
 
 from ._folder import Entry, Folder
 from ._saved import check_finite
@@ -31,6 +33,7 @@ class Phases:
     def __init__(self, target: Target, doing: str) -> None:
         self._doing = doing
         self._rendezvous = self._told("", lambda: Rendezvous.of(target.group, target.timeout))
+        self._others = self._told("", lambda: others_of(target))
         self.rank, self.size = self._rendezvous.rank, self._rendezvous.size
 
     @contextlib.contextmanager
@@ -60,7 +63,8 @@ class Phases:
                 failure.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - the same
             failure = error
-        self._told(so, lambda: agree(self._rendezvous, self._doing, facts, failure, more=more), failure)
+        agreed = partial(agree_everywhere, self._rendezvous, self._others, self._doing, facts, failure, more=more)
+        self._told(so, agreed, failure)
 
     def _told(self, so: str, function: Callable[[], Any], failure: BaseException | None = None) -> Any:
         """What the function returns; of its errors, one class on all ranks, so that all can do the same about it."""
@@ -84,6 +88,21 @@ class Phases:
         return within(self._rendezvous.timeout, lambda: [Entry(*json.loads(store.get(str(rank)))) for rank in ranks])
 
 
+def others_of(target: Target) -> Rendezvous | None:
+    """Where the ranks that average other parts of the model meet, if there are any."""
+    return None if target.others is None else Rendezvous.of(target.others, LATER * target.timeout)
+
+
+def folder_of(target: Target, directory: str | Path) -> Folder:
+    """The folder in ``directory`` for this rank's part of the model; ``directory`` itself if that is the whole.
+
+    Raises:
+        CheckpointError: if ``directory`` is no path.
+    """
+    folder = Folder(directory)
+    return Folder(folder.path / target.part) if target.part else folder
+
+
 def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[str, Any]]) -> None:
     """Replace the checkpoint in ``directory``, or make the first one.
 
@@ -96,7 +115,7 @@ def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[st
         state = state_dict()  # first, and on every rank: an average may be due, which all of them make together
         check_finite(state)
         facts["step"] = state["step"]
-        folder = Folder(directory)
+        folder = folder_of(target, directory)
         folder.make()
         if phases.rank == 0:
             folder.tidy()

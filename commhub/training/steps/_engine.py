@@ -65,6 +65,7 @@ class Engine:
     _abandoned: int = 0
     _resumed: int = 0
     _unsettled: Step | None = None
+    _buckets: int = 0
 
     def __attrs_post_init__(self) -> None:
         self.rounds = Rounds(driver=self.driver, rank=self.rank, world_size=self.world_size)
@@ -137,13 +138,7 @@ class Engine:
             self.hook if own is None else own,
             bucket,
             # What is sparse has another size in each step, the same on all ranks by construction.
-            Position(
-                "step",
-                (self._resumed, self.step, self._abandoned),
-                bucket.index,
-                compared=not flat.is_sparse,
-                era=(self._resumed, self._abandoned),
-            ),
+            self._position(bucket.index, compared=not flat.is_sparse),
             wire=self.wire if own is None else None,
             watch=step.watch,
             logical_bytes=AllReduce.sent_bytes(size, self.world_size),
@@ -156,17 +151,28 @@ class Engine:
         """Wait for the buckets so far; more of the step may follow."""
         self.rounds.wait()
 
-    def end(self, *, linger: bool = False) -> HookError | None:
+    def end(
+        self, *, linger: bool = False, elsewhere: Callable[[HookError | None], str] = lambda _: ""
+    ) -> HookError | None:
         """Wait for every bucket; keep what the step remembered, or say what went wrong with it, here or on a peer.
 
-        ``linger``: do not wait for the peers' word, because they wait for something else of this rank first.
+        Args:
+            linger: do not wait for the peers' word, because they wait for something else of this rank first.
+            elsewhere: given what went wrong here, tells ranks that average other parts of the same model, and returns
+                what went wrong there, as text.
         """
-        figures, step = self.rounds.finish(), self._under_way
+        step = self._under_way
         assert step is not None
+        self._say_what_is_missing(step)
+        figures = self.rounds.finish()
         if step.tasks:
             self._confirm(step, linger=linger)
-        self._under_way = None
         failure = self.rounds.failure
+        told = elsewhere(failure)
+        if failure is None and told:
+            self.rounds.fail(told, self.step)
+            failure = self.rounds.failure
+        self._under_way = None
         if failure is not None:
             self.state.rollback()
             self._unsettled = step
@@ -186,6 +192,20 @@ class Engine:
                 averages.run_due_in_background()
 
         return self._call([record])
+
+    def _say_what_is_missing(self, step: Step) -> None:
+        """Where a step has fewer buckets than the one before, have the ranks compare that, too.
+
+        Buckets that only some ranks leave out would meet the word on the step's end on the others.
+        """
+        count = len(step.tasks)
+        for index in range(count, self._buckets):
+            self.rounds.leave_out(self._position(index), self.step)
+        self._buckets = count
+
+    def _position(self, index: int, *, compared: bool = True) -> Position:
+        era = (self._resumed, self._abandoned)
+        return Position("step", (self._resumed, self.step, self._abandoned), index, compared=compared, era=era)
 
     @property
     def acts_after_steps(self) -> bool:

@@ -40,6 +40,29 @@ class Sum:
         bucket.flat.copy_((yield AllReduce(bucket.flat, op="sum", group=bucket.group)))
 
 
+class Nothing:
+    """Asks for nothing: a bucket that this step does not have."""
+
+    def reduce(self, bucket: Bucket) -> Exchange:  # noqa: ARG002 - nothing is exchanged
+        """End at once."""
+        yield from ()
+
+
+class Failed:
+    """Ends a round in what went wrong elsewhere.
+
+    Args:
+        text: what.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reduce(self, bucket: Bucket) -> NoReturn:  # noqa: ARG002 - nothing is exchanged
+        """Raise it."""
+        raise HookError(self._text)
+
+
 class Failure:
     """Ends a round in what went wrong on this rank outside of any exchange, so that all ranks hear of it.
 

@@ -17,7 +17,7 @@ from commhub.drivers._observers import Observers
 from commhub.drivers._task import Task
 from commhub.protocol._bucket import Bucket
 
-from ._own_hooks import Sum
+from ._own_hooks import Failed, Nothing, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -215,6 +215,19 @@ class Rounds:
             self.driver.end_round()
         else:
             self.catch_up()
+
+    def leave_out(self, position: Position, step: int) -> None:
+        """Have the ranks compare that nothing is asked for at a position, where they compare at all."""
+        if self.driver.confirms:
+            self.submit(
+                Nothing(), self.bucket(torch.zeros(1), step=step, index=position.index), position, observed=False
+            )
+
+    def fail(self, text: str, step: int) -> None:
+        """Carry nothing out any more: what these rounds are a part of has failed elsewhere, as ``text`` says."""
+        topic, number = self.next("failure elsewhere", None)
+        self.submit(Failed(text), self.bucket(torch.zeros(1), step=step), Position(topic, (number,), compared=False))
+        self.finish()
 
     def catch_up(self) -> None:
         """Wait for a word that nobody has waited for yet."""

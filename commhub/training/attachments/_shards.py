@@ -1,0 +1,206 @@
+"""The attachment to a model that is sharded by FSDP2, between its replicas: each unit's reduced shards are a bucket.
+
+FSDP reads the buffer when its all-reduce hook has returned, so that on the host a bucket is waited for. Nothing is
+raised into FSDP: a step that failed is completed with what is in the buffers, and the error is raised when FSDP has
+ended its backward, on the ranks of all shards.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from commhub._errors import HookError, RegistrationError
+
+from ._cut import cut
+from ._ddp import SLOT
+from ._fsdp import at_end_of_backward
+from ._uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from commhub.training._session import Session
+    from commhub.training._trained import Named
+    from commhub.training.steps._engine import Engine
+
+    from ._cut import Cut
+    from ._elsewhere import Elsewhere
+    from ._fsdp import Shard, Unit
+
+
+class Shards:
+    """Feeds an engine with what FSDP has reduced over the shards.
+
+    Args:
+        root: the model.
+        units: its units.
+        elsewhere: where the ranks that hold the other shards hear of this one's failures.
+
+    Attributes:
+        owner: the registration, if there is one.
+        after: as in ``Attachment``.
+    """
+
+    def __init__(self, root: nn.Module, units: Sequence[Unit], elsewhere: Elsewhere) -> None:
+        self.owner: Any = None
+        self.session: Session | None = None
+        self.after: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._root, self._units, self._elsewhere = weakref.ref(root), tuple(units), elsewhere
+        self._engine: Engine | None = None
+        self._leave: list[Callable[[], None]] = []
+        self._prepared: frozenset[str] = frozenset()
+        self._parts: dict[int, list[tuple[Shard, bool]]] = {}
+        self._cuts: dict[tuple[Any, ...], list[Cut]] = {}
+        self._kept: dict[int, tuple[list[str], Tensor]] = {}
+        self._error: BaseException | None = None
+
+    @classmethod
+    def on(cls, root: nn.Module) -> Shards | None:
+        """What is attached to the model, if anything is."""
+        found = root.__dict__.get(SLOT)
+        return found if isinstance(found, cls) else None
+
+    def parameters(self) -> tuple[Named, ...]:
+        """This rank's shards of what is trained now, without those that have no elements."""
+        return trained(self._units)
+
+    def attach(self, session: Session, owner: object) -> None:
+        """Feed this session from the next step on."""
+        self.owner, self.session, self._engine = owner, session, session.engine
+        self._prepared = frozenset(name for name, _ in session.target.parameters)
+        self._cuts.clear()
+        root = self._root()
+        if not self._leave and root is not None:
+            root.__dict__[SLOT] = self
+            for number, unit in enumerate(self._units):
+                self._leave.append(unit.enter(_weakly(self._note, number), _weakly(self._reduce, number)))
+            self._leave.append(at_end_of_backward(root, weakref.WeakMethod(self._after_backward)))
+            handle = root.register_forward_pre_hook(uncompiled(_weakly(self._before_forward)))
+            self._leave.append(handle.remove)
+
+    def detach(self) -> bool:
+        """Nothing comes any more; FSDP calls what it called before."""
+        self.owner = self.after = None
+        while self._leave:
+            self._leave.pop()()
+        root = self._root()
+        if root is not None:
+            root.__dict__.pop(SLOT, None)
+        self._kept.clear()
+        return False
+
+    def _before_forward(self, *_: Any) -> None:
+        engine = self._engine
+        if engine is not None and engine.is_left_over:  # its backward ended in an exception
+            engine.abandon()
+            engine.settle()
+            self._kept.clear()
+
+    def _note(self, number: int) -> None:
+        """Take down which shards the unit's buffer is going to hold."""
+        self._parts[number] = self._units[number].takes_part()
+
+    def _reduce(self, number: int, buffer: Tensor) -> None:
+        """Average one unit's buffer; what goes wrong in the core itself is raised after backward as well."""
+        if self._error is None:
+            try:
+                self._exchange(number, buffer)
+            except BaseException as error:  # noqa: BLE001 - a Ctrl-C too: it must not keep FSDP from ending its backward
+                self._error = error
+                if self._engine is not None and self._engine.in_step:
+                    self._engine.abandon()
+
+    def _exchange(self, number: int, buffer: Tensor) -> None:
+        unit, engine, session = self._units[number], self._engine, self.session
+        assert engine is not None
+        assert session is not None
+        parts = self._parts.pop(number, [])
+        if sum(shard.padded for shard, _ in parts) != buffer.numel():
+            raise HookError(
+                f"FSDP reduced {buffer.numel()} elements of {unit.name or 'the root'!r}, and which parameters they "
+                "belong to cannot be told. Call set_reduce_scatter_unused_params(True) on the model."
+            )
+        if not self._accumulate(number, [shard.name for shard, _ in parts], buffer, sends=unit.sends):
+            return
+        if not engine.in_step:
+            engine.begin(loss_scale=session.target.loss_scale)
+        for one in self._cut(parts):
+            flat = one.take(buffer)
+            engine.add(flat, one.parameters, one.spans, one.used, plain=one.plain)
+            engine.wait()
+            one.put_back(flat, buffer)
+        if unit.divide_factor is not None:  # it divides the whole, so that between replicas there is a sum
+            buffer.mul_(engine.world_size)
+
+    def _accumulate(self, number: int, names: list[str], buffer: Tensor, *, sends: bool) -> bool:
+        """Add what was kept of backwards before; whether the sum is to be sent now. If not, it is kept."""
+        former = self._kept.pop(number, None)
+        if former is not None:
+            if former[0] != names:
+                raise HookError(
+                    f"gradients of {', '.join(sorted(set(former[0]) ^ set(names)))} came in some backwards only "
+                    "between two exchanges. Call set_reduce_scatter_unused_params(True) on the model."
+                )
+            buffer.add_(former[1])
+        if not sends:
+            self._kept[number] = names, buffer.clone()
+            buffer.zero_()
+        return sends
+
+    def _cut(self, parts: Sequence[tuple[Shard, bool]]) -> list[Cut]:
+        key = tuple((id(shard), used) for shard, used in parts)
+        if key not in self._cuts:
+            self._cuts[key] = list(cut(parts, self._prepared))
+        return self._cuts[key]
+
+    def _after_backward(self) -> None:
+        engine, error = self._engine, self._error
+        self._error = None
+        self._parts.clear()
+        if engine is None or (error is None and not engine.in_step):
+            return
+        if error is not None:
+            engine.settle()
+            self._elsewhere.told(error)
+            raise error
+        try:
+            failure: BaseException | None = engine.end(elsewhere=self._elsewhere.told)
+        except BaseException:  # a Ctrl-C
+            engine.abandon()
+            engine.settle()
+            raise
+        failure = failure or engine.after_step()
+        after = None if self.after is None else self.after()
+        if after is not None and failure is None:
+            after()
+        if failure is not None:
+            raise failure
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.owner is not None:
+            raise RegistrationError(
+                f"a model with the hook {self.owner} cannot be copied or pickled. Save model.state_dict(), or call "
+                "registration.remove() first."
+            )
+        return (type(None), ())
+
+
+def trained(units: Sequence[Unit]) -> tuple[Named, ...]:
+    """This rank's shards of what the units train, by name, in the model's order."""
+    found: list[Any] = [(s.name, s.local) for unit in units for s in unit.shards if s.is_trained and s.numel]
+    return tuple(found)
+
+
+def _weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+    """The method, held by FSDP without keeping its object."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*rest: Any) -> None:
+        found = reference()
+        if found is not None:
+            found(*first, *rest)
+
+    return call

@@ -65,6 +65,15 @@ class HookState:
         Raises:
             CheckpointError: if the checkpoint cannot be read, or holds several that this registration's could be.
         """
+        state, part = self._own(), self._part
+        return {part: state} if part else state
+
+    @property
+    def _part(self) -> str:
+        """Under which this rank's dict stands beside those of other parts of the model, whose keys are the same."""
+        return self._registration._session.target.part
+
+    def _own(self) -> dict[str, Any]:
         state = self._registration.state_dict()
         ((own, mine),) = state["local"].items()
         self._nothing = None if mine else {own: {}}
@@ -82,6 +91,8 @@ class HookState:
         Raises:
             CheckpointError: as ``Registration.load_state_dict``; nothing is changed then on this rank.
         """
+        if self._part and isinstance(state, dict):
+            state = state.get(self._part, {})
         saved_ranks = state.get("world_size") if isinstance(state, dict) else None
         if _is_count(saved_ranks) and self._nothing is not None and state.get("local") == self._nothing:
             state = {**state, "local": {f"rank{rank}": {} for rank in range(saved_ranks)}}  # a load adds no keys

@@ -11,6 +11,8 @@ from commhub.protocol._collectives import AllReduce, Broadcast
 from commhub.training.averaging._averaging import chunks
 from commhub.training.steps._text import TextGather
 
+from ._trained import local
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -48,7 +50,7 @@ class Handed:
 
     def __init__(self, source: int, tensors: Tensors) -> None:
         self.changed = 0
-        self._source, self._tensors = source, tensors
+        self._source, self._tensors = source, [(name, local(tensor)) for name, tensor in tensors]
 
     def reduce(self, bucket: Bucket) -> Exchange:
         """Send them as bytes, and write nothing before all have come."""

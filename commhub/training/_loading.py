@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from commhub.registry._recipe import choose
+from commhub.training.rendezvous._everywhere import OWN
 from commhub.training.saving._phases import Phases
 from commhub.training.saving._saving import check_hook, fit, restore
 
@@ -22,7 +23,7 @@ def load_alone(running: Running, schedule: Schedule, take: Callable[[int, int], 
     running.check_usable()
     session = running.session
     part = take(session.engine.rank, session.engine.world_size)
-    check_hook(part, session.chosen)
+    check_hook(part, session.chosen, session.target.part)
     _go_on(running, schedule, fit(part, session.engine.state))
 
 
@@ -44,8 +45,8 @@ def load(running: Running, schedule: Schedule, take: Callable[[int, int], Part])
         running.check_usable()
         part = take(phases.rank, phases.size)
         text = schedule.due(part.step)
-        check_hook(part, former.chosen if text is None else choose(text, {}))
-        facts.update({"checkpoint": part.source, "step": part.step, "hook": text})
+        check_hook(part, former.chosen if text is None else choose(text, {}), former.target.part)
+        facts.update({OWN: part.source, "step": part.step, "hook": text})
     session = former if text is None else running.start(lambda: choose(text, {}), "load", loading=True)
     try:
         with phases.phase(so):

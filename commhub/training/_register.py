@@ -93,16 +93,22 @@ def register(
     )
     try:
         root = root_of(model)
-        if root is not None:
-            return register_sharded(root, given)
-        ddp = find(model)
-        group, strange_group = _group_of(ddp, process_group)
     except CommhubError as error:
         refuse_together(error, "register", process_group)
         raise
+    return _register_ddp(model, given) if root is None else register_sharded(root, given)
+
+
+def _register_ddp(model: object, given: Given) -> Registration:
+    try:
+        ddp = find(model)
+        group, strange_group = _group_of(ddp, given.process_group)
+    except CommhubError as error:
+        refuse_together(error, "register", given.process_group)
+        raise
 
     def chosen_here() -> Recipe:
-        check_verify(verify)
+        check_verify(given.verify)
         if strange_group is not None:
             raise strange_group
         refuse(ddp)
@@ -118,9 +124,9 @@ def register(
         unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
         optimizers=given.optimizers,
-        scaler=scaler,
-        timeout=usable_timeout(timeout, group, ddp.device),
-        verify=verify is not False,
+        scaler=given.scaler,
+        timeout=usable_timeout(given.timeout, group, ddp.device),
+        verify=given.verify is not False,
     )
     former = Slot.on(ddp)
     session = start(target, chosen_here, None if former is None else former.session)

@@ -202,7 +202,8 @@ class Registration:
         """
         self.finish()
         engine = self._session.engine
-        return to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state)
+        part = self._session.target.part
+        return to_dict(str(self), self.step, engine.rank, engine.world_size, engine.state, part)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on from what was saved. An average that is due is dropped: its parameters are of the time before.

@@ -90,7 +90,7 @@ class Reunion:
     def _handed(self) -> HookError | None:
         """Every rank takes what the first of those has that are ahead."""
         source, target, between = self.steps.index(self.step), self.session.target, self._between()
-        parameters = Trained(target.module).look()
+        parameters = Trained(target.module).look() if target.kept is None else target.kept()
         handed = Handed(source, parameters)
         failure = between.tell(handed, target.device, topic="handed")
         if failure is None:

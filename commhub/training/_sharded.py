@@ -84,6 +84,9 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
         dtypes={shard.name: unit.dtype for unit in units for shard in unit.shards if unit.dtype is not None},
         others=shard_group if shard_group.size() > 1 else None,
         part=f"shard{shard_group.rank()}-of-{shard_group.size()}",
+        kept=lambda: tuple(
+            (shard.name, shard.parameter) for unit in units for shard in unit.shards if shard.is_trained
+        ),
         no_averager=_AVERAGERS,
         no_optimizer=_STEPS,
     )

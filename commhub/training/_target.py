@@ -11,7 +11,7 @@ from commhub._printable import shown
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
     import torch.distributed as dist
@@ -37,6 +37,7 @@ class Target:
         others: ranks that hold other parts of the same model, each part averaged in a group of its own; what takes all
             ranks succeeds in all of these groups or in none.
         part: which part this is, for a folder that all of them save into; empty if it is the whole model.
+        kept: gives the parameters by name as optimizers have them, where they are not simply the module's.
         no_averager, no_optimizer: why parameters cannot be averaged here, or the optimizer not be stepped in backward,
             if that is so.
     """
@@ -55,6 +56,7 @@ class Target:
     dtypes: Mapping[str, torch.dtype] = attrs.Factory(dict)
     others: dist.ProcessGroup | None = None
     part: str = ""
+    kept: Callable[[], tuple[tuple[str, torch.nn.Parameter], ...]] | None = None
     no_averager: str = ""
     no_optimizer: str = ""
 

@@ -51,6 +51,16 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank keeps of a tensor, sharing its memory: all of it, unless it is a DTensor."""
+    part = getattr(tensor, "to_local", None)
+    if part is None:
+        return tensor
+    with torch.no_grad():
+        kept: Tensor = part()
+    return kept
+
+
 def nbytes_of(name: str, parameter: Tensor) -> int:
     """The bytes that a parameter takes in a bucket.
 

@@ -6,6 +6,7 @@ All that is said here about PyTorch's private names was seen in torch 2.13.
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from commhub._errors import RegistrationError
-from commhub.training._trained import unwrapped
+from commhub.training._trained import local, unwrapped
 
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
@@ -38,22 +38,30 @@ class Shard:
     """
 
     def __init__(self, name: str, kept: Any) -> None:
-        self.name, self._kept = name, kept
+        self.name, self._there = name, weakref.ref(kept)
         self.size = tuple(kept.sharded_size)
         self.numel = kept.sharded_size.numel()
         self.padded = kept.padded_sharded_param_size.numel()
 
     @property
+    def _kept(self) -> Any:
+        return _alive(self._there())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The model's parameter as the optimizer has it: a DTensor, of which this is the local part."""
+        parameter: nn.Parameter = self._kept.sharded_param
+        return parameter
+
+    @property
     def local(self) -> Tensor:
         """The part itself; users may load another into the model."""
-        with torch.no_grad():
-            local: Tensor = self._kept.sharded_param.to_local()
-        return local
+        return local(self.parameter)
 
     @property
     def is_trained(self) -> bool:
         """Whether it requires a gradient now."""
-        return bool(self._kept.sharded_param.requires_grad)
+        return self.parameter.requires_grad
 
     @property
     def has_gradient(self) -> bool:
@@ -79,8 +87,12 @@ class Unit:
     """
 
     def __init__(self, name: str, group: Any, names: dict[int, str]) -> None:
-        self.name, self._group = name, group
+        self.name, self._there = name, weakref.ref(group)
         self.shards = tuple(Shard(_name(kept, names), kept) for kept in group.fsdp_params)
+
+    @property
+    def _group(self) -> Any:
+        return _alive(self._there())
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +162,12 @@ class Unit:
     def has_hook(self) -> bool:
         """Whether an all-reduce hook of somebody else is set."""
         return self._group._all_reduce_hook is not None
+
+
+def _alive(found: Any) -> Any:
+    if found is None:
+        raise RegistrationError("the model that this registration belongs to is gone.")
+    return found
 
 
 def root_of(model: object) -> nn.Module | None:

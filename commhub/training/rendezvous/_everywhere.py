@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LATER: Final = 2.0
 """Timeouts that a rank waits for those of other groups, which may have waited for one in their own already."""
+OWN: Final = "checkpoint"
+"""What groups need not have alike: each has a file of its own."""
 
 
 def agree_everywhere(
@@ -30,7 +32,7 @@ def agree_everywhere(
     Args:
         rendezvous: of the group.
         others: where this rank meets some of the other groups; ``None`` where there are none.
-        topic, facts, failure, verify, more: as for ``agree``.
+        topic, facts, failure, verify, more: as for ``agree``. What stands under ``OWN`` is each group's own.
 
     Raises:
         HookMismatchError, RegistrationError: as ``agree``.
@@ -43,4 +45,5 @@ def agree_everywhere(
             agree(others, topic, {}, error)
         raise
     if others is not None:
-        agree(others, topic, facts, None, verify=verify, more=more)
+        shared = {key: value for key, value in facts.items() if key != OWN}
+        agree(others, topic, shared, None, verify=verify, more=more)

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def to_dict(hook: str, step: int, rank: int, world_size: int, state: State) -> dict[str, Any]:
-    """One rank's state."""
+def to_dict(hook: str, step: int, rank: int, world_size: int, state: State, part: str = "") -> dict[str, Any]:
+    """One rank's state; ``part`` says of which part of the model, if it is not of all of it."""
     return {
         "commhub": FORMAT,
+        **({"part": part} if part else {}),
         "hook": hook,
         "step": step,
         "world_size": world_size,
@@ -47,6 +48,7 @@ class Saved:
     Attributes:
         hook, step, world_size, shared: as saved.
         local: by former rank.
+        part: of the model; empty for all of it.
         where: the file that it was read from.
     """
 
@@ -55,6 +57,7 @@ class Saved:
     world_size: int
     shared: Tables
     local: dict[int, Tables]
+    part: str = ""
     where: str = ""
 
     @classmethod
@@ -75,7 +78,11 @@ class Saved:
         for key, number, least in (("step", step, 0), ("world_size", world_size, 1)):
             if type(number) is not int or number < least:
                 raise CheckpointError(f"the state is damaged: {key} is {str(number)[:40]!r}.")
-        return cls(hook, step, world_size, _tables(one.get("shared"), "shared"), _ranks(one.get("local"), world_size))
+        part = one.get("part", "")
+        if not isinstance(part, str):
+            raise CheckpointError(f"the state is damaged: part is {type(part).__name__}, no string.")
+        shared, local = _tables(one.get("shared"), "shared"), _ranks(one.get("local"), world_size)
+        return cls(hook, step, world_size, shared, local, part)
 
 
 def _ranks(local: object, world_size: int) -> dict[int, Tables]:

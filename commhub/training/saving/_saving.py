@@ -40,6 +40,7 @@ class Part:
         lacking: why ``local`` is ``None``.
         where: the file or directory that it was read from.
         source: what all ranks must have read alike.
+        part: of the model; empty for all of it.
     """
 
     hook: str
@@ -50,6 +51,7 @@ class Part:
     lacking: str
     where: str = ""
     source: str = ""
+    part: str = ""
 
 
 def select(state: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Part:
@@ -81,7 +83,7 @@ def assemble(saved: Iterable[Saved], rank: int, world_size: int) -> Part:
     for one in saved:
         first = one if first is None else first
         with _named(one.where):
-            for key in ("hook", "step", "world_size"):
+            for key in ("hook", "step", "world_size", "part"):
                 a, b = getattr(first, key), getattr(one, key)
                 if a != b:
                     raise CheckpointError(f"the ranks' states do not belong together: {key} is {a!r} and {b!r}.")
@@ -103,7 +105,7 @@ def assemble(saved: Iterable[Saved], rank: int, world_size: int) -> Part:
         f"the state is of {former} ranks and holds {', '.join(map(key_of, sorted(held))) or 'none'}; rank {rank} of "
         f"{world_size} needs {need}. Pass the list of all former ranks' dicts."
     )
-    return Part(first.hook, first.step, first.shared, mine, former != world_size, lacking)
+    return Part(first.hook, first.step, first.shared, mine, former != world_size, lacking, part=first.part)
 
 
 class Mean:
@@ -147,9 +149,15 @@ class Mean:
         return self._sums
 
 
-def check_hook(part: Part, hook: Recipe) -> None:
-    """Raise CheckpointError unless the state is of ``hook``, whatever its wire."""
+def check_hook(part: Part, hook: Recipe, of: str = "") -> None:
+    """Raise CheckpointError unless the state is of ``hook``, whatever its wire, on the part ``of`` the model."""
     with _named(part.where):
+        if part.part != of:
+            saved, here = (text or "a model that is not sharded" for text in (part.part, of))
+            raise CheckpointError(
+                f"the state is of {saved}, and this rank works on {here}. A hook goes on with the shards that it was "
+                "saved with, on any number of replicas."
+            )
         try:
             alike = hook.wrote(part.hook)
         except Exception as error:

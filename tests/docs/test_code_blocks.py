@@ -125,3 +125,11 @@ def test_the_example_trains_on_two_ranks(ranks):
     assert [line.partition("  ")[0] for line in first.value.splitlines()] == [f"step {n}" for n in range(10, 60, 10)]
     assert "2.0 times less" in first.value
     assert second.value == ""
+
+
+def test_the_sharded_example_trains_on_four_ranks(ranks):
+    results = ranks.fresh(run_script, 4, str(ROOT / "docs/examples/sharded.py"), init=False, timeout=120)
+    assert [(r.error, r.exitcode) for r in results] == [(None, 0)] * 4
+    assert [line.partition("  ")[0] for line in results[0].value.splitlines()] == ["step 10", "step 20", "step 30"]
+    assert "2.0 times less" in results[0].value
+    assert [r.value for r in results[1:]] == [""] * 3

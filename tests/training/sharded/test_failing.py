@@ -132,23 +132,30 @@ def test_a_unit_whose_parameters_got_gradients_in_part(ranks, fill):
     assert ranks(in_part, 4, halves, fill) == [(True, 5)] * 4
 
 
-def differing():
+def differing(fill=False):
     """One replica uses half of a unit where the other uses all of it."""
     on = mesh()
     model = Halves()
     fully_shard([*model.blocks[0].values()], mesh=on["shard"])
     fully_shard(model, mesh=on["shard"])
+    model.set_reduce_scatter_unused_params(fill)
     commhub.register(model, "allreduce", process_group=on["replicate"], timeout=TIMEOUT)
     x = torch.ones(4, 16)
     model(x, "second").sum().backward()
+    alone = gradients(model)["blocks.0.second.bias"]
     model.zero_grad()
-    return error_of(model(x, "first" if dist.get_rank() < 2 else "second").sum().backward)
+    error = error_of(model(x, "first" if dist.get_rank() < 2 else "second").sum().backward)
+    return (*error, torch.equal(gradients(model).get("blocks.0.second.bias", alone), alone / 2))
 
 
 def test_replicas_that_use_different_parameters_of_a_unit_are_told(ranks):
-    for kind, text in ranks(differing, 4):
+    for kind, text, _ in ranks(differing, 4):
         assert kind == "HookError"
         assert "asks for" in text
+
+
+def test_replicas_may_use_different_parameters_where_fsdp_fills_in_zeros(ranks):
+    assert ranks(differing, 4, fill=True) == [(None, "", True)] * 4
 
 
 def asking(by_rank, call="register"):

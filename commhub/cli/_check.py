@@ -46,11 +46,18 @@ class _Table:
 @click.argument("name", shell_complete=complete_names)
 @click.option("--nproc", default="2,4", callback=_ranks, show_default=True, help="Numbers of ranks to train on.")
 @click.option("--quick", is_flag=True, help="Leave out the checks on real ranks.")
+@click.option("--sharded", is_flag=True, help="Run the checks between two replicas of two shards (FSDP2), on 4 ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @click.option("--expect-failure", "expected", multiple=True, metavar="CHECK=REASON", help="A check that may fail.")
 @click.option("--minimum", default=1, show_default=True, help="How many checks have to apply.")
 def check(
-    name: str, nproc: tuple[int, ...], quick: bool, as_json: bool, expected: tuple[str, ...], minimum: int
+    name: str,
+    nproc: tuple[int, ...],
+    quick: bool,
+    sharded: bool,
+    as_json: bool,
+    expected: tuple[str, ...],
+    minimum: int,
 ) -> None:
     """Run the conformance checks against NAME, a hook string or averager. Exits with 1 if one fails.
 
@@ -69,7 +76,7 @@ def check(
             raise click.BadParameter(f"{text!r}: write CHECK=REASON.", param_hint="--expect-failure")
         reasons[key] = reason
     try:
-        where = WHERE[:2] if quick else WHERE
+        where = ("sharded",) if sharded else WHERE[:2] if quick else WHERE
         results = check_hook(
             name,
             nproc=nproc,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from commhub.registry._recipe import Recipe
 
@@ -66,7 +67,7 @@ def manual(
     module: nn.Module,
     hook: object,
     *,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     scaler: Any = None,
     wire: torch.dtype | str | None = None,

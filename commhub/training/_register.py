@@ -40,6 +40,7 @@ from ._target import Target, check_timeout, usable_timeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
 
@@ -50,7 +51,7 @@ def register(
     model: object,
     hook: object,
     *,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     scaler: Any = None,
     wire: torch.dtype | str | None = None,
@@ -145,7 +146,7 @@ def _register_ddp(model: object, given: Given) -> Registration:
 
 
 def _group_of(
-    ddp: DistributedDataParallel, given: dist.ProcessGroup | None
+    ddp: DistributedDataParallel, given: dist.ProcessGroup | DeviceMesh | None
 ) -> tuple[dist.ProcessGroup, CommhubError | None]:
     """The group; where what was given is none, the model's own, through which the peers hear of it, and the error."""
     try:

@@ -61,7 +61,7 @@ def test_the_plugin_of_the_zoo_is_right_as_a_whole(zoo):
 def test_every_check_has_a_hook_averager_or_distribution_that_fails_it():
     failed = {check for _, _, fails in ZOO.values() for check in fails}
     failed |= {check for check, _ in DISTRIBUTIONS} | {COMPLETE, OWN_NAME}
-    assert failed == CHECKS.keys()
+    assert failed == {name for name, check in CHECKS.items() if check.where != "sharded"}  # test_sharded.py has those
 
 
 def checked(name, **options):

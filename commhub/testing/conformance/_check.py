@@ -9,7 +9,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Where = Literal["static", "simulated", "ranks", "processes"]
+Where = Literal["static", "simulated", "ranks", "processes", "sharded"]
 Status = Literal["passed", "failed", "expected failure", "not applicable"]
 
 
@@ -44,7 +44,7 @@ class Check:
         name: what users call it.
         summary: the rule in one line.
         where: ``"static"`` in this process; ``"simulated"`` in a process of its own; ``"ranks"`` on every rank of a
-            group; ``"processes"`` given the pool of ranks.
+            group; ``"processes"`` given the pool of ranks; ``"sharded"`` on four ranks, two replicas of two shards.
         kinds: for hooks, averagers or both.
         after: checks without which this one would only repeat what they say.
         run: called with the subject (and the pool and number of ranks, for ``"processes"``); raises where the rule

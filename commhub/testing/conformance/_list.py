@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from commhub.testing.conformance import _averagers, _bytes, _feedback, _modes, _numbers, _on_ranks, _state, _static
+from commhub.testing.conformance import (
+    _averagers,
+    _bytes,
+    _feedback,
+    _modes,
+    _numbers,
+    _on_ranks,
+    _sharded,
+    _state,
+    _static,
+)
 
 from ._check import MADE
 
 if TYPE_CHECKING:
     from ._check import Check
 
-_MODULES = (_static, _numbers, _feedback, _bytes, _on_ranks, _modes, _state, _averagers)
+_MODULES = (_static, _numbers, _feedback, _bytes, _on_ranks, _modes, _state, _averagers, _sharded)
 
 
 def all_checks() -> tuple[Check, ...]:

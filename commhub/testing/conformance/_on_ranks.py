@@ -16,6 +16,7 @@ from commhub.testing._compare import assert_equal_across_ranks, bitwise_equal
 from commhub.testing._models import batches, mlp, train
 
 from ._check import NotApplicableError, rule
+from ._faulty import faulty
 from ._material import (
     MANY,
     ONE,
@@ -169,15 +170,6 @@ def _held() -> _Held:
     return _Held(storages, len(objects))
 
 
-def _faulty(reduce: Any, step: int) -> Any:
-    def failing(self: Any, bucket: Any) -> Any:
-        if bucket.step == step:
-            raise ZeroDivisionError("planned")
-        yield from reduce(self, bucket)
-
-    return failing
-
-
 @rule("ranks", after=ALIKE)
 def a_failing_peer(subject: Subject) -> None:
     """When it fails on one rank all ranks raise, saying which and why, and training goes on after a swap."""
@@ -187,7 +179,7 @@ def a_failing_peer(subject: Subject) -> None:
     model, registration = build(subject, ONE)
     kind: Any = type(registration.hook)
     told = None
-    with patch.object(kind, "reduce", _faulty(kind.reduce, 2) if rank == last else kind.reduce):
+    with patch.object(kind, "reduce", faulty(kind.reduce, 2) if rank == last else kind.reduce):
         for step in range(3):
             assert told is None, f"failed early: {told}"
             try:

@@ -15,6 +15,7 @@ from commhub.testing._outcome import MOST, RankError
 
 from ._check import Check, CheckResult, NotApplicableError
 from ._list import all_checks
+from ._sharded import RANKS
 from ._subject import Subject
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 TIMEOUT = 60.0
 """Seconds after which a check has failed: what it drove hangs."""
 WHERE = ("static", "simulated", "ranks", "processes")
+"""The kinds of checks that everything is to pass."""
+EVERYWHERE = (*WHERE, "sharded")
+
+FIXED: Mapping[str, tuple[int, ...]] = {"static": (0,), "simulated": (0,), "sharded": (RANKS,)}
+"""On how many ranks a kind of checks runs, 0 where it needs none; the others run on as many as are asked for."""
 
 
 class Examination:
@@ -86,8 +92,9 @@ class Examination:
         elif check.where == "processes":
             check.run(self.subject, self._pool, nproc)
         else:
+            on_ranks = check.where in ("ranks", "sharded")
             told = self._pool.run(
-                _guarded, max(nproc, 1), (check.name, self.subject), timeout=self._timeout, init=check.where == "ranks"
+                _guarded, max(nproc, 1), (check.name, self.subject), timeout=self._timeout, init=on_ranks
             )
             if reason := next(filter(None, told), None):
                 raise NotApplicableError(reason)
@@ -133,8 +140,8 @@ def _refuse(
         type(number) is int and 0 < number <= MOST for number in nproc
     ):
         raise HookOptionTypeError(f"nproc is {shown(nproc)}; give numbers of ranks from 1 to {MOST}, in a list.")
-    if not isinstance(where, list | tuple) or not all(place in WHERE for place in where):
-        raise HookOptionTypeError(f"where is {shown(where)}; give some of {', '.join(WHERE)}, in a list.")
+    if not isinstance(where, list | tuple) or not all(place in EVERYWHERE for place in where):
+        raise HookOptionTypeError(f"where is {shown(where)}; give some of {', '.join(EVERYWHERE)}, in a list.")
     if expected is not None and not isinstance(expected, Mapping):
         raise HookOptionTypeError(f"expected_failed_checks is {shown(expected)}; give a dict of reasons by check.")
     if type(minimum) is not int:
@@ -148,7 +155,7 @@ def plan(kind: str, nproc: Sequence[int], where: Sequence[str] = WHERE) -> Itera
     """The checks for a kind of subject, each with a number of ranks: 0 for those that need none."""
     for check in all_checks():
         if kind in check.kinds and check.where in where:
-            for number in (0,) if check.where in ("static", "simulated") else nproc:
+            for number in FIXED.get(check.where, nproc):
                 yield check, number
 
 
@@ -170,7 +177,8 @@ def check_hook(
         nproc: numbers of ranks for the checks on real ranks.
         expected_failed_checks: by check, the reason why it may fail; one that passes then is a failure.
         minimum: how many checks have to apply; fewer is an error, because nothing would have been shown.
-        where: kinds of checks to run: ``"static"``, ``"simulated"``, ``"ranks"``, ``"processes"``.
+        where: kinds of checks to run: ``"static"``, ``"simulated"``, ``"ranks"``, ``"processes"``, and where a hook is
+            to work between replicas of sharded models ``"sharded"``, which is left out otherwise.
         timeout: seconds after which a check has failed: what it drove hangs.
         pool: ranks to run on, where there are some already.
         report: called with each result as its check ends.

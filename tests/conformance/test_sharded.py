@@ -1,0 +1,69 @@
+"""The documented hooks keep what they declare between the replicas of a sharded model."""
+
+import os
+
+import pytest
+from click.testing import CliRunner
+
+import commhub
+from commhub.cli import main
+from commhub.registry._documented import HOOKS
+from commhub.testing import check_hook, parametrize_with_checks, temporary_plugin
+from commhub.testing.conformance._list import all_checks
+
+from .zoo import EXACT, ROUGH, SOURCE
+
+EVERY = [name for name in commhub.hooks() if name in HOOKS]
+SOME = ["powersgd_rank2"]
+
+
+@parametrize_with_checks(EVERY if "COMMHUB_EVERY_CHECK" in os.environ else SOME, where=("sharded",))
+def test_between_replicas(check):
+    check()
+
+
+ALTERNATES = """
+@attrs.define
+class Alternates:
+    \"\"\"Is right in every other call that this process makes of any of its kind.\"\"\"
+
+    calls: ClassVar[list] = []
+
+    def reduce(self, bucket):
+        self.calls.append(bucket.index)
+        bucket.flat.copy_((yield AllReduce(bucket.flat)) * (1 + 1e-3 * (len(self.calls) % 2)))
+"""
+
+# Name: (class, spec's fields, the check that fails)
+WRONG = {
+    "forgets_to_divide": ("ForgetsToDivide", EXACT, "sharded_mean"),
+    "differs_by_rank": ("DiffersByRank", ROUGH, "sharded_replicas_agree"),
+    "alternates": ("Alternates", ROUGH, "sharded_accumulation"),
+    "outside_state": ("OutsideState", ROUGH, "sharded_resumes"),
+    "stays_busy": ("StaysBusy", EXACT, "sharded_failing_rank"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    hooks = {name: {"factory": kind, **fields} for name, (kind, fields, _) in WRONG.items()}
+    source = f"{SOURCE}\n\n{ALTERNATES}"
+    with temporary_plugin(tmp_path_factory.mktemp("wrong"), "commhub-wrong-on-shards", hooks=hooks, source=source):
+        yield
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_there_fails_exactly_its_check(wrong, ranks, name):
+    results = check_hook(name, where=("sharded",), pool=ranks.pool)
+    assert [r.check for r in results if r.status == "failed"] == [WRONG[name][2]], results
+
+
+def test_every_check_has_a_hook_that_fails_it():
+    assert {fails for *_, fails in WRONG.values()} == {c.name for c in all_checks() if c.where == "sharded"}
+
+
+def test_the_command_runs_those_checks_alone():
+    done = CliRunner().invoke(main, ["check", "allreduce", "--sharded", "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert '"sharded_mean"' in done.stdout
+    assert '"many_buckets"' not in done.stdout

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]+)?(?=\))")
 
 CONTENTS = {
-    "Use": ["registration", "choosing", "hooks", "averagers", "machines", "convergence", "migration"],
+    "Use": ["registration", "models", "choosing", "hooks", "averagers", "machines", "convergence", "migration"],
     "Frameworks": [
         "frameworks",
         "frameworks-lightning",

@@ -23,11 +23,14 @@ from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire import wire_dtype
 from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
+from commhub.training.attachments._armed import attach_to, fed_by
+from commhub.training.attachments._coming import Coming
 from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
-from commhub.training.attachments._slot import Slot
+from commhub.training.attachments._unserved import refuse_owners
 from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._registration import Registration
+from ._replicated import home_of
 from ._running import relieve
 from ._start import refuse as refuse_together
 from ._start import start
@@ -57,7 +60,7 @@ def register(
     """Average the model's gradients with a hook from now on; collective.
 
     Args:
-        model: a DistributedDataParallel model, or what holds one.
+        model: a DistributedDataParallel model, a module given to ``replicate()``, or what holds one.
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
         process_group: the ranks to average over; default: the model's own.
         optimizer: one or several, for hooks that need them, and for parameters to be averaged at the end of their step.
@@ -77,6 +80,7 @@ def register(
     >>> registration = commhub.register(model, "powersgd_rank2")  # doctest: +SKIP
     """
     try:
+        refuse_owners(model)
         ddp = find(model)
         group, strange_group = _group_of(ddp, process_group)
     except CommhubError as error:
@@ -102,11 +106,11 @@ def register(
             raise HookOptionError(f"{strange[0]!r} cannot stand in a hook string; pass it to register().")
         return chosen
 
-    parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
+    parameters = wrapped(ddp)
     target = Target(
         group=group,
         device=ddp.device,
-        module=weakref.ref(ddp),
+        module=weakref.ref(ddp.module if isinstance(ddp, Coming) else home_of(ddp)),
         parameters=parameters,
         unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
@@ -115,10 +119,10 @@ def register(
         timeout=usable_timeout(timeout, group, ddp.device),
         verify=verify is not False,
     )
-    former = Slot.on(ddp)
+    former = fed_by(ddp)
     session = start(target, chosen_here, None if former is None else former.session)
     replaced = former.owner if former is not None else None
-    slot = Slot.install(ddp, parameters)
+    slot = attach_to(ddp, parameters)
     leftover = slot.session
     registration = Registration(session, slot)
     if replaced is not None:
@@ -132,7 +136,7 @@ def register(
 
 
 def _group_of(
-    ddp: DistributedDataParallel, given: dist.ProcessGroup | None
+    ddp: DistributedDataParallel | Coming, given: dist.ProcessGroup | None
 ) -> tuple[dist.ProcessGroup, CommhubError | None]:
     """The group; where what was given is none, the model's own, through which the peers hear of it, and the error."""
     try:
@@ -141,7 +145,7 @@ def _group_of(
         return group_of(ddp, None), error
 
 
-def _traits(model: DistributedDataParallel) -> dict[str, Any]:
+def _traits(model: DistributedDataParallel | Coming) -> dict[str, Any]:
     return {
         "find_unused_parameters": model.find_unused_parameters,
         "static_graph": model.static_graph,
@@ -247,7 +251,7 @@ def registration(model: object) -> Registration | None:
     """
     spec = None if inside(model) else spec_of(model)
     if spec is None or spec.models is None:
-        slot = Slot.on(find(model))
+        slot = fed_by(find(model))
         return None if slot is None else slot.owner
     found = {id(one): one for held in _held(spec.models, model) if (one := registration(held)) is not None}
     if len(found) > 1:

@@ -76,7 +76,8 @@ def ignored_buffers(module: nn.Module) -> set[str]:
     pairs = replicated(module)
     if pairs is None:
         return set()
-    averaged, found = {id(p) for _, p in pairs}, set()
+    averaged = {id(p) for _, p in pairs}
+    found: set[str] = set()
     for name, part in module.named_modules():
         every = list(part.parameters())
         if every and not any(id(p) in averaged for p in every):

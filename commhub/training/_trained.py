@@ -45,6 +45,7 @@ def trainable(model: nn.Module) -> Iterator[Named]:
 def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers, named as ``named`` names parameters."""
     module, left_out = _bare(model)
+    left_out = left_out | ignored_buffers(module)
     for name, buffer in module.named_buffers():
         if name not in left_out and not is_lazy(buffer):
             yield _unwrapped(name), buffer
@@ -69,7 +70,7 @@ def _bare(model: nn.Module) -> tuple[nn.Module, set[str]]:
     model = home_of(model)
     if isinstance(model, DistributedDataParallel):
         return model.module, model.parameters_to_ignore
-    return model, ignored_buffers(model)
+    return model, set()
 
 
 class Trained:

@@ -35,6 +35,9 @@ def fsdp1():
             assert "fully_shard" in text
             assert 'process_group=mesh["replicate"]' in text
             assert "commhub.manual" not in text
+    with pytest.raises(commhub.RegistrationError, match="fully_shard") as asked:
+        commhub.registration(model)
+    assert "commhub.manual" not in str(asked.value)
     one_rank_alone = model if dist.get_rank() else net()
     assert "FullySharded" in told(commhub.manual, one_rank_alone)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from commhub._errors import RegistrationError
@@ -14,7 +15,6 @@ from ._unserved import sharded_in
 from ._way_in import PASSES_ON
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
@@ -57,14 +57,8 @@ class Coming:
 
     @property
     def device(self) -> torch.device:
-        """Where they are; the model's first one says.
-
-        Raises:
-            RegistrationError: if there are none.
-        """
-        for _, parameter in self.parameters:
-            return parameter.device
-        raise RegistrationError(f"{type(self.module).__name__}: replicate() has no trainable parameters to average.")
+        """Where they are; the model's first one says. Host memory, if there are none, which ``refuse`` tells."""
+        return next((p.device for _, p in self.parameters), torch.device("cpu"))
 
     def refuse(self) -> None:
         """Raise RegistrationError, with the reason, where the DDP model will run no hook."""
@@ -79,6 +73,8 @@ class Coming:
                     f"the model already has the communication hook {getattr(function, '__qualname__', 'a hook')!r}, "
                     "and PyTorch takes one. Do not register that one."
                 )
+        if not self.parameters:
+            raise RegistrationError("replicate() was given no trainable parameters to average.")
         name = sharded_in(self.parameters)
         if name:
             raise RegistrationError(

@@ -36,35 +36,46 @@ def _kind(place: tuple[str, str]) -> Any:
 
 def refuse_owners(model: object) -> None:
     """Raise RegistrationError where what ``model`` is or holds leaves no gradients to a hook, whatever is called."""
+    why = _owned(model)
+    if why:
+        raise RegistrationError(why)
+
+
+def _owned(model: object) -> str:
+    """Why nothing can serve it, in sentences; empty where something may."""
     parts: list[object] = [*model.modules()] if isinstance(model, nn.Module) else [model]
     if any(isinstance(part, _kind(_FSDP1)) for part in parts):
-        raise RegistrationError(
+        return (
             "FullyShardedDataParallel (FSDP1) shards parameters and reduces their gradients itself, and no hook takes "
             f"its place. Use fully_shard (FSDP2): shard inside a host and register between replicas, with {_REPLICAS}; "
             "docs/sharded.md shows how."
         )
     if any(isinstance(part, _kind(_NATIVE)) for part in parts):
-        raise RegistrationError(
+        return (
             "a module of torch.distributed._composable.replicate_with_fsdp averages by an all-reduce of its own, in "
             "which no hook has a place. Use torch.distributed._composable.replicate(module), or "
             "torch.nn.parallel.DistributedDataParallel."
         )
     owned = owner_advice(dict.fromkeys(map(type, parts)))
-    if owned is not None:
-        raise RegistrationError(f"no hook can serve {owned[0]}. {owned[1]}")
+    return "" if owned is None else f"no hook can serve {owned[0]}. {owned[1]}"
 
 
 def refuse_bare(module: nn.Module) -> None:
     """Raise RegistrationError, with what serves it, where the gradients of a module cannot be averaged by hand."""
+    why = _split(module)
+    if why:
+        raise RegistrationError(why)
+
+
+def _split(module: nn.Module) -> str:
+    """What to do with a module whose parameters are DTensors, in sentences; empty for any other."""
     name = sharded_in(module.named_parameters())
-    if not name:
-        return
-    if any(isinstance(part, _kind(_FSDP2)) for part in module.modules()):
-        raise RegistrationError(
+    if name and any(isinstance(part, _kind(_FSDP2)) for part in module.modules()):
+        return (
             f"fully_shard has sharded {name!r}: FSDP reduces these gradients itself. Register between its replicas, "
             f"with {_REPLICAS}."
         )
-    raise RegistrationError(f"{name!r} is a DTensor, of which each rank holds a part. {_PARALLEL}")
+    return f"{name!r} is a DTensor, of which each rank holds a part. {_PARALLEL}" if name else ""
 
 
 def refuse_sharded(parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -83,7 +94,7 @@ def sharded_in(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 def advice(model: object) -> str:
     """What to do with what is no DDP model and holds none, in sentences."""
-    known = advice_on(model)
+    known = advice_on(model) or _owned(model)
     if known:
         return known
     if isinstance(model, nn.DataParallel):
@@ -92,10 +103,9 @@ def advice(model: object) -> str:
             "process per device, and register on DistributedDataParallel(model.module)."
         )
     if isinstance(model, nn.Module):
-        name = sharded_in(model.named_parameters())
-        if name:
-            return f"{name!r} is a DTensor, of which each rank holds a part. {_PARALLEL}"
-        return "Wrap it in one, or use commhub.manual(module, hook) and call .average() after backward."
+        return _split(model) or (
+            "Wrap it in one, or use commhub.manual(module, hook) and call .average() after backward."
+        )
     if isinstance(model, list | tuple | set | dict) and len(model) > 1:
         return "Give one torch.nn.parallel.DistributedDataParallel model, and call this for each of them."
     if isinstance(model, type):

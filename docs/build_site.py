@@ -21,7 +21,17 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]+)?(?=\))")
 
 CONTENTS = {
-    "Use": ["registration", "choosing", "hooks", "averagers", "sharded", "machines", "convergence", "migration"],
+    "Use": [
+        "registration",
+        "models",
+        "sharded",
+        "choosing",
+        "hooks",
+        "averagers",
+        "machines",
+        "convergence",
+        "migration",
+    ],
     "Frameworks": [
         "frameworks",
         "frameworks-lightning",

@@ -7,6 +7,7 @@ that module, and only for a model of that package.
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from ._index import Offer
 
-__all__ = ["ModelSpec", "advice_on", "spec_of"]
+__all__ = ["ModelSpec", "advice_on", "owner_advice", "spec_of"]
 
 GROUP: Final = "commhub.models.v1"
 
@@ -32,6 +33,11 @@ GROUP: Final = "commhub.models.v1"
 def _is_line(_owner: object, field: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not value.strip() or "\n" in value:
         raise HookOptionError(f"{field.name} is {shown(value)}: write one line of text.")
+
+
+def _is_bool(_owner: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, bool):
+        raise HookOptionError(f"{field.name} is {shown(value)}: it is True or False.")
 
 
 def _may_be_called(_owner: object, field: attrs.Attribute[Any], value: object) -> None:
@@ -49,6 +55,8 @@ class ModelSpec:
         advice: whole sentences: which package and call serve it, or why nothing can.
         models: called with one such object, gives the models that it holds, so that ``commhub.registration`` finds
             the hook at work on them; ``None`` where it holds none.
+        owns_gradients: whether its gradients are reduced by what is in no hook's reach: then ``register`` refuses it
+            even where it is or holds a DDP model, and ``manual`` does too, with the advice as the reason.
 
     Raises:
         HookOptionError: when a field is malformed.
@@ -57,6 +65,7 @@ class ModelSpec:
     type: str = attrs.field(validator=_is_line)
     advice: str = attrs.field(validator=_is_line)
     models: Callable[[Any], Iterable[object]] | None = attrs.field(default=None, validator=_may_be_called)
+    owns_gradients: bool = attrs.field(default=False, validator=_is_bool)
 
 
 def spec_of(model: object) -> ModelSpec | None:
@@ -68,6 +77,28 @@ def spec_of(model: object) -> ModelSpec | None:
     names = _type_names(model)
     known = {spec.type: spec for offer in _offers_on(names) for spec in _load(offer)}
     return next((known[name] for name in names if name in known), None)
+
+
+def owner_advice(kinds: Iterable[type]) -> tuple[str, str] | None:
+    """Of types of which some spec says that they own their gradients, the first one's full name, and its advice.
+
+    An adapter that cannot be loaded says nothing here.
+    """
+    named = [names for kind in kinds if _is_foreign(names := _names_of(kind))]
+    every: list[ModelSpec] = []
+    for offer in _offers_on([name for names in named for name in names]) if named else ():
+        with contextlib.suppress(PluginError):
+            every += _load(offer)
+    known, owning = {spec.type: spec for spec in every}, {spec.type for spec in every if spec.owns_gradients}
+    for names in named:
+        if owning.intersection(names):
+            return visible(names[0]), visible(next(known[name] for name in names if name in known).advice)
+    return None
+
+
+def _is_foreign(names: list[str]) -> bool:
+    """Whether it is a type of another package than PyTorch, or derives from one."""
+    return not {_package(name) for name in names} <= {"torch", "builtins", "__main__", "typing", "abc", "collections"}
 
 
 def advice_on(model: object) -> str:
@@ -87,7 +118,11 @@ def advice_on(model: object) -> str:
 
 
 def _type_names(model: object) -> list[str]:
-    named = ((one.__dict__.get("__module__"), one.__qualname__) for one in type.mro(type(model)))
+    return _names_of(type(model))
+
+
+def _names_of(kind: type) -> list[str]:
+    named = ((one.__dict__.get("__module__"), one.__qualname__) for one in type.mro(kind))
     return [f"{module}.{name}" for module, name in named if isinstance(module, str)]
 
 
@@ -96,8 +131,10 @@ def _package(type_name: str) -> str:
 
 
 def _offers_on(names: list[str]) -> list[Offer]:
+    """Those on these types' packages; of two that know one type the later counts, and commhub's own come first."""
     packages = set(map(_package, names))
-    return [offer for offer in offers(GROUP) if offer.point in packages]
+    found = [offer for offer in offers(GROUP) if offer.point in packages]
+    return sorted(found, key=lambda offer: offer.distribution != "commhub")
 
 
 def _load(offer: Offer) -> tuple[ModelSpec, ...]:

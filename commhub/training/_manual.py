@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from commhub._errors import CommhubError, RegistrationError
 from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.registry._recipe import choose
 from commhub.training.attachments._collector import Collector
-from commhub.training.attachments._ddp import check_devices, group_of
+from commhub.training.attachments._ddp import check_devices, group_of, inside
+from commhub.training.attachments._unserved import refuse_bare, refuse_owners
 
 from ._given import check_scaler, optimizers_of
 from ._registration import Registration
@@ -128,10 +128,16 @@ def _parameters(module: object) -> tuple[Named, ...]:
     Raises:
         RegistrationError: if there are none, or the module is none or averages by itself.
     """
-    if isinstance(module, DistributedDataParallel):
-        raise RegistrationError("a DistributedDataParallel model averages by itself. Use commhub.register.")
     if not isinstance(module, nn.Module):
         raise RegistrationError(f"module is {shown(module)}; give a torch.nn.Module.")
+    refuse_owners(module)
+    averaged = inside(module)
+    if averaged:
+        raise RegistrationError(
+            f"{type(module).__name__} is or holds a model of DistributedDataParallel or replicate(), which averages by "
+            "itself. Use commhub.register."
+        )
+    refuse_bare(module)
     parameters = tuple(trainable(module))
     if not parameters:
         raise RegistrationError("the module has no trainable parameters.")

@@ -23,14 +23,17 @@ from commhub.protocol._nesting import InnerHook
 from commhub.protocol._wire import wire_dtype
 from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
+from commhub.training.attachments._armed import attach_to, fed_by
+from commhub.training.attachments._coming import Coming
 from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
 from commhub.training.attachments._fsdp import root_of
 from commhub.training.attachments._shards import Shards
-from commhub.training.attachments._slot import Slot
+from commhub.training.attachments._unserved import refuse_owners
 from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._given import Given, check_scaler, check_verify, optimizers_of
 from ._registration import Registration
+from ._replicated import home_of
 from ._running import relieve
 from ._sharded import register_sharded
 from ._start import refuse as refuse_together
@@ -62,7 +65,7 @@ def register(
     """Average the model's gradients with a hook from now on; collective.
 
     Args:
-        model: a DistributedDataParallel model, one that ``fully_shard`` was applied to, or what holds one.
+        model: a DistributedDataParallel model, a module given to ``replicate()`` or ``fully_shard``, or what holds one.
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
         process_group: the ranks to average over, a group or a device mesh of one dimension; default: the model's own.
             For a sharded model, the ranks that keep the same shards as this one.
@@ -93,7 +96,8 @@ def register(
         timeout=timeout,
     )
     try:
-        root = root_of(model)
+        refuse_owners(model)
+        root = None if inside(model) else root_of(model)
     except CommhubError as error:
         refuse_together(error, "register", process_group)
         raise
@@ -116,11 +120,11 @@ def _register_ddp(model: object, given: Given) -> Registration:
         check_devices((p for _, p in parameters), dist.get_backend(group))
         return given.chosen(group, ddp.device)
 
-    parameters = () if ddp._delay_all_reduce_all_params else wrapped(ddp)
+    parameters = wrapped(ddp)
     target = Target(
         group=group,
         device=ddp.device,
-        module=weakref.ref(ddp),
+        module=weakref.ref(ddp.module if isinstance(ddp, Coming) else home_of(ddp)),
         parameters=parameters,
         unused=ddp.find_unused_parameters or ddp.static_graph,
         traits=_traits(ddp),
@@ -129,10 +133,10 @@ def _register_ddp(model: object, given: Given) -> Registration:
         timeout=usable_timeout(given.timeout, group, ddp.device),
         verify=given.verify is not False,
     )
-    former = Slot.on(ddp)
+    former = fed_by(ddp)
     session = start(target, chosen_here, None if former is None else former.session)
     replaced = former.owner if former is not None else None
-    slot = Slot.install(ddp, parameters)
+    slot = attach_to(ddp, parameters)
     leftover = slot.session
     registration = Registration(session, slot)
     if replaced is not None:
@@ -146,7 +150,7 @@ def _register_ddp(model: object, given: Given) -> Registration:
 
 
 def _group_of(
-    ddp: DistributedDataParallel, given: dist.ProcessGroup | DeviceMesh | None
+    ddp: DistributedDataParallel | Coming, given: dist.ProcessGroup | DeviceMesh | None
 ) -> tuple[dist.ProcessGroup, CommhubError | None]:
     """The group; where what was given is none, the model's own, through which the peers hear of it, and the error."""
     try:
@@ -155,7 +159,7 @@ def _group_of(
         return group_of(ddp, None), error
 
 
-def _traits(model: DistributedDataParallel) -> dict[str, Any]:
+def _traits(model: DistributedDataParallel | Coming) -> dict[str, Any]:
     return {
         "find_unused_parameters": model.find_unused_parameters,
         "static_graph": model.static_graph,
@@ -215,13 +219,13 @@ def registration(model: object) -> Registration | None:
         RegistrationError: if ``model`` neither is nor holds a DDP model, or several have a registration.
         PluginError: if the adapter for its package cannot be loaded.
     """
-    root = root_of(model)
+    root = None if inside(model) else root_of(model)
     if root is not None:
         shards = Shards.on(root)
         return None if shards is None else shards.owner
     spec = None if inside(model) else spec_of(model)
     if spec is None or spec.models is None:
-        slot = Slot.on(find(model))
+        slot = fed_by(find(model))
         return None if slot is None else slot.owner
     found = {id(one): one for held in _held(spec.models, model) if (one := registration(held)) is not None}
     if len(found) > 1:

@@ -190,6 +190,10 @@ class Registration:
     def _check_usable(self) -> None:
         self._running.check_usable()
 
+    def _move(self, attachment: Attachment) -> None:
+        """The model has got another attachment to feed the session from now on."""
+        self._running.move(attachment)
+
     def _retire(self, session: Session) -> None:
         """Another registration has taken the model over with ``session``."""
         self._running.retire(session)

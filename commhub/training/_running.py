@@ -113,6 +113,11 @@ class Running:
         if not loading:
             reunion.end()
 
+    def move(self, attachment: Attachment) -> None:
+        """Have another attachment feed the session, with what waits for its steps."""
+        attachment.after, self.attachment = self.attachment.after, attachment
+        self._attach()
+
     def end(self) -> None:
         """Leave the model to what was installed last, if it still needs that."""
         self.is_removed = True

@@ -85,6 +85,8 @@ class Session:
 
     def close_with(self, attachment: object) -> None:
         """Free the thread and the groups when nothing holds the attachment any more."""
+        if self._closing is not None:
+            self._closing.detach()
         self._closing = weakref.finalize(attachment, self.driver.close, "has let go of its model")
         self._closing.atexit = False  # every driver is closed then, and says that this rank has exited
 

@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from commhub._errors import RegistrationError
 
+from ._replicated import home_of, ignored_buffers, replicated
+
 if TYPE_CHECKING:
     import weakref
     from collections.abc import Iterator
@@ -26,10 +28,11 @@ def named(model: nn.Module, *, ignored: bool = False) -> Iterator[Named]:
     """The module's parameters, frozen ones too, by the name they have in the bare module.
 
     A name does not change when the module, or a part of it, is compiled or has its activations checkpointed. What DDP
-    was told to ignore is left out, unless ``ignored``, and a lazy module's that has no shape yet.
+    was told to ignore is left out, unless ``ignored``, and a lazy module's that has no shape yet. A module of
+    ``replicate()`` has the parameters that this averages.
     """
     module, left_out = _bare(model)
-    for name, parameter in module.named_parameters():
+    for name, parameter in replicated(module) or module.named_parameters():
         if (ignored or name not in left_out) and not is_lazy(parameter):
             yield unwrapped(name), parameter
 
@@ -42,6 +45,7 @@ def trainable(model: nn.Module) -> Iterator[Named]:
 def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers, named as ``named`` names parameters."""
     module, left_out = _bare(model)
+    left_out = left_out | ignored_buffers(module)
     for name, buffer in module.named_buffers():
         if name not in left_out and not is_lazy(buffer):
             yield unwrapped(name), buffer
@@ -73,6 +77,7 @@ def nbytes_of(name: str, parameter: Tensor) -> int:
 
 
 def _bare(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    model = home_of(model)
     if isinstance(model, DistributedDataParallel):
         return model.module, model.parameters_to_ignore
     return model, set()

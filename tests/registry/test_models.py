@@ -55,8 +55,11 @@ def test_register_says_what_serves_a_type_and_those_that_derive_from_it(known, m
 
 
 def test_of_what_nobody_knows_it_says_what_to_wrap_it_in(known):
-    for model in (mlp(), 7, of("Strange", package="other")()):
+    for model in (mlp(), of("Strange", torch.nn.Module, package="other")()):
         with pytest.raises(commhub.RegistrationError, match="Wrap it in one"):
+            commhub.register(model, "fp16")
+    for model in (7, of("Strange", package="other")()):
+        with pytest.raises(commhub.RegistrationError, match=r"Give the torch\.nn\.parallel\.Distributed"):
             commhub.register(model, "fp16")
 
 
@@ -89,8 +92,10 @@ def test_an_adapter_that_cannot_be_loaded_is_named_with_the_reason(site, source,
 
 def test_a_broken_adapter_says_nothing_of_other_packages(site):
     site.add("weaver-commhub", models=(["weaver"], "raise ValueError"))
-    with pytest.raises(commhub.RegistrationError, match="Wrap it in one"):
-        commhub.register(of("Strange", package="other")(), "fp16")
+    for strange in (of("Strange", package="other")(), of("Strange", torch.nn.Module, package="other")()):
+        with pytest.raises(commhub.RegistrationError) as told:
+            commhub.register(strange, "fp16")
+        assert "weaver" not in str(told.value)
 
 
 def test_the_extra_that_serves_a_package_is_named_where_it_is_not_installed(site, monkeypatch):

@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commhub._errors import HookOptionTypeError, RegistrationError
 from commhub._printable import shown
-from commhub.registry._models import advice_on
+from commhub.training._trained import trainable
 
+from ._coming import Coming, replicas_in
+from ._unserved import advice, refuse_sharded
 from ._way_in import has_way_in
 
 if TYPE_CHECKING:
@@ -23,17 +25,17 @@ SLOT = "_commhub_slot"
 """The attribute of a DDP model under which commhub's one entry into it is kept."""
 
 
-def inside(model: object) -> list[DistributedDataParallel]:
-    """The DDP models that it is or holds."""
+def inside(model: object) -> list[DistributedDataParallel | Coming]:
+    """The DDP models that it is or holds; those of ``replicate()`` too, which may be still to come."""
     if isinstance(model, DistributedDataParallel):
         return [model]
     if not isinstance(model, nn.Module):
         return []
-    return [one for one in model.modules() if isinstance(one, DistributedDataParallel)]
+    return [*(one for one in model.modules() if isinstance(one, DistributedDataParallel)), *replicas_in(model)]
 
 
-def find(model: object) -> DistributedDataParallel:
-    """The DDP model in ``model``: itself, or the one that a wrapper holds (``torch.compile``, Fabric).
+def find(model: object) -> DistributedDataParallel | Coming:
+    """The DDP model in ``model``: itself, or the one that a wrapper holds (``torch.compile``, Fabric, ``replicate``).
 
     Raises:
         RegistrationError: if there is none, or more than one.
@@ -43,14 +45,16 @@ def find(model: object) -> DistributedDataParallel:
         return found[0]
     if found:
         raise RegistrationError(f"{type(model).__name__} holds {len(found)} DDP models. Register each of them.")
-    advice = advice_on(model) or (
-        "Wrap it in one, or use commhub.manual(module, hook) and call .average() after backward."
-    )
-    raise RegistrationError(f"{type(model).__name__} is no DistributedDataParallel model and holds none. {advice}")
+    said = f"{type(model).__name__} is no DistributedDataParallel model and holds none."
+    raise RegistrationError(f"{said} {advice(model)}")
 
 
-def refuse(model: DistributedDataParallel) -> None:
+def refuse(model: DistributedDataParallel | Coming) -> None:
     """Raise RegistrationError, with the reason, where this model cannot run a hook."""
+    if isinstance(model, Coming):
+        model.refuse()
+        return
+    refuse_sharded(trainable(model))
     if model.mixed_precision is not None:
         raise RegistrationError("DDP's mixed_precision= owns the model's one hook slot. Use torch.autocast, or wire=.")
     if model._use_python_reducer:
@@ -122,7 +126,9 @@ def check_group(group: object) -> None:
     )
 
 
-def group_of(model: DistributedDataParallel | None, given: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+def group_of(
+    model: DistributedDataParallel | Coming | None, given: dist.ProcessGroup | DeviceMesh | None
+) -> dist.ProcessGroup:
     """The group to average over: the model's own unless another one is given, never silently the world.
 
     A bare module, ``None`` here, has all ranks.

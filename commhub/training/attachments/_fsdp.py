@@ -218,17 +218,11 @@ def units_of(root: nn.Module) -> list[Unit]:
 
 def _refuse(unit: Unit) -> None:
     info = unit._group.mesh_info
-    sharded, replicated = info.shard_mesh_dim is not None, info.replicate_mesh_dim is not None
-    if sharded and replicated:
+    if info.shard_mesh_dim is not None and info.replicate_mesh_dim is not None:
         raise RegistrationError(
             "fully_shard was given a mesh of two dimensions: FSDP then averages between replicas itself, and no hook "
             'can take its place. Give it the shards alone, fully_shard(module, mesh=mesh["shard"]), and register with '
             'process_group=mesh["replicate"].'
-        )
-    if replicated:
-        raise RegistrationError(
-            "this model was wrapped by replicate(), which averages by itself and takes no hook. "
-            "Wrap it in DistributedDataParallel."
         )
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from commhub.training._trained import named
 
+from ._coming import Coming
 from ._way_in import known_parameters
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ class _Nothing(TorchDispatchMode):
         return torch.empty(0)
 
 
-def wrapped(model: DistributedDataParallel) -> tuple[Named, ...]:
-    """The parameters that DDP's reducer holds: in the module's order, by the names they have in it now.
+def wrapped(model: DistributedDataParallel | Coming) -> tuple[Named, ...]:
+    """The parameters that DDP's reducer holds, or will: in the module's order, by the names they have in it now.
 
     One that the module no longer holds comes last, named after its place among those that were wrapped.
     """
+    if isinstance(model, Coming):
+        return model.parameters
+    if model._delay_all_reduce_all_params:
+        return ()
     reduced = {id(p): p for p in known_parameters(model) or _asked(model)}
     held = [(name, p) for name, p in named(model, ignored=True) if reduced.pop(id(p), None) is not None]
     taken = {name for name, _ in held}
@@ -55,7 +60,7 @@ def _asked(model: DistributedDataParallel) -> list[Tensor]:
     return [p for bucket in buckets for p in bucket.parameters()]
 
 
-def outside(model: DistributedDataParallel, reduced: Sequence[Named], *, gradients: bool) -> str:
+def outside(model: DistributedDataParallel | Coming, reduced: Sequence[Named], *, gradients: bool) -> str:
     """What the user should know of parameters that DDP averages and that do not train, or the reverse.
 
     Args:
@@ -63,6 +68,8 @@ def outside(model: DistributedDataParallel, reduced: Sequence[Named], *, gradien
         reduced: what ``wrapped`` said.
         gradients: whether those that DDP does not average matter; to local steps they do not.
     """
+    if isinstance(model, Coming):
+        return ""
     inside, here = {id(p) for _, p in reduced}, dict(named(model, ignored=True))
     held = {id(p) for p in here.values()}
     missed = [name for name, p in named(model) if p.requires_grad and id(p) not in inside]

@@ -14,7 +14,12 @@ import commhub
 from commhub import RegistrationError
 from commhub.testing import batches, mlp
 
-LOCAL = ["periodic(period=2)", "post_local_sgd(start_step=2, local_gradients=false)", "post_local_sgd(start_step=2)"]
+LOCAL = [
+    "periodic(period=2)",
+    "hierarchical(periods={2: 2})",
+    "post_local_sgd(start_step=2, local_gradients=false)",
+    "post_local_sgd(start_step=2)",
+]
 
 
 class Halves(torch.optim.Optimizer):

@@ -16,6 +16,7 @@ from commhub.testing import bitwise_equal
 def gradients(hook, whole=True):
     """Those of one compiled backward with the python reducer; ``whole`` if the compiler is to take it whole."""
     torch.manual_seed(1)
+    torch.compiler.reset()  # what was compiled whole before would be compiled whole again
     with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
         model = DistributedDataParallel(nn.Linear(8, 4))
         model.register_comm_hook(None, hook)

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from commhub._errors import HookOptionTypeError, RegistrationError
 from commhub._printable import shown
 
+from ._ddp import PYTHON_REDUCER
 from ._slot import Slot, queue
 from ._uncompiled import uncompiled
 from ._way_in import PASSES_ON, passing_on
@@ -38,7 +39,9 @@ _openings: weakref.WeakKeyDictionary[DistributedDataParallel, Opening] = weakref
 """By model: the buckets of a backward after which a hook is registered."""
 
 
-def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Future[Tensor]]:
+def comm_hook(
+    begin: Callable[[Any, Any], object], *, alone: Callable[[Any, Any], Any] | None = None
+) -> Callable[[Any, Any], Future[Tensor]]:
     """A function for ``model.register_comm_hook(state, function)``, which registers a commhub hook by itself.
 
     For packages that offer PyTorch's own way to register. The model's first backward with gradients to average calls
@@ -54,6 +57,9 @@ def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Futur
 
     Args:
         begin: has the name and the text that the function is to have.
+        alone: a function for models of the python reducer, on which no commhub hook can be registered: it is given the
+            state and ``(gradient, parameter)`` in a backward that is being compiled, and averages the gradient in
+            place. Without one such models get a RegistrationError.
 
     Returns:
         a function of ``(state, bucket)``, as PyTorch wants it.
@@ -69,7 +75,9 @@ def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Futur
     if not callable(begin):
         raise HookOptionTypeError(f"comm_hook({shown(begin)}): give a function of (model, state).")
 
-    def passing(state: Any, bucket: Any) -> Future[Tensor]:
+    def passing(state: Any, bucket: Any) -> Any:
+        if alone is not None and isinstance(bucket, tuple):
+            return alone(state, bucket)
         return uncompiled(_pass_on)(passing, begin, state, bucket)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -81,6 +89,8 @@ def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Futur
 
 
 def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, bucket: Any) -> Future[Tensor]:
+    if isinstance(bucket, tuple):
+        raise RegistrationError(PYTHON_REDUCER)
     in_backward = torch._C._current_graph_task_id() != -1
     try:
         model = _model_of(function, state, bucket.parameters())

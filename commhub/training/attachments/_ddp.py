@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 SLOT = "_commhub_slot"
 """The attribute of a DDP model under which commhub's one entry into it is kept."""
+PYTHON_REDUCER = (
+    "this DDP model was built for the python reducer (torch._dynamo.config.optimize_ddp = 'python_reducer'), which "
+    "runs no commhub hooks. Build it in the default mode."
+)
 
 
 def inside(model: object) -> list[DistributedDataParallel | Coming]:
@@ -58,10 +62,7 @@ def refuse(model: DistributedDataParallel | Coming) -> None:
     if model.mixed_precision is not None:
         raise RegistrationError("DDP's mixed_precision= owns the model's one hook slot. Use torch.autocast, or wire=.")
     if model._use_python_reducer:
-        raise RegistrationError(
-            "this DDP model was built for the python reducer (torch._dynamo.config.optimize_ddp = 'python_reducer'), "
-            "which runs no hooks. Build it in the default mode."
-        )
+        raise RegistrationError(PYTHON_REDUCER)
     if any(hasattr(p, "_in_backward_optimizers") for p in model._module_parameters):
         raise RegistrationError(
             "an optimizer in backward owns the model's one hook slot. Use optimizer_overlap instead."

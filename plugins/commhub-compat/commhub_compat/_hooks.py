@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ._order import Order, as_comm_hook, group_of
 
@@ -13,7 +16,7 @@ def allreduce_hook(process_group: Any) -> Order:
     return Order(hook="allreduce", process_group=group_of(process_group))
 
 
-@as_comm_hook
+@partial(as_comm_hook, alone=default_hooks.fp16_compress_hook)
 def fp16_compress_hook(process_group: Any) -> Order:
     """The average in float16, commhub's ``fp16``. The mean is taken before the cast, and does not overflow."""
     return Order(hook="fp16", process_group=group_of(process_group))
@@ -26,7 +29,7 @@ def _bf16_compress_hook(process_group: Any) -> Order:
 
 _bf16_compress_hook.__qualname__ = "bf16_compress_hook"
 # PyTorch refuses a function with the __name__ that its own has on all backends but NCCL.
-bf16_compress_hook = as_comm_hook(_bf16_compress_hook, "bf16_compress")
+bf16_compress_hook = as_comm_hook(_bf16_compress_hook, "bf16_compress", alone=default_hooks.bf16_compress_hook)
 
 
 @as_comm_hook

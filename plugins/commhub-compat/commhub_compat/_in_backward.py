@@ -7,23 +7,30 @@ first forward finds them.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward as theirs
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
 _HELD = "_commhub_in_backward"
 """The attribute of a parameter that holds its optimizers. PyTorch's own would make DDP take the model's one hook."""
-_unclaimed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
-"""By optimizer: the handles on its parameters, as long as no DDP model steps it."""
+_TAKEN_BY_FSDP = "_fsdp_flattened"
+"""The attribute of a parameter that an FSDP model has sharded, or made of sharded ones."""
+_WRAPPED_BY_FSDP = "_fsdp_wrapped_module"
+"""The name of what an FSDP module wraps. Its class would take its time to load, for this one question."""
+_unclaimed: weakref.WeakKeyDictionary[torch.optim.Optimizer, Unclaimed] = weakref.WeakKeyDictionary()
+"""By optimizer, as long as no DDP or FSDP model steps it."""
 _watching: list[Any] = []
 """The handle on all modules' forward, while there is an optimizer that a DDP model may claim."""
 
@@ -37,15 +44,22 @@ def _apply_optimizer_in_backward(
     """Have these parameters stepped in backward, by an optimizer of their own, and their gradients set to ``None``.
 
     In a DDP model that happens once gradients are averaged, by commhub's ``optimizer_overlap``, which its first forward
-    registers on every rank. One optimizer serves all parameters of a call.
+    registers on every rank. One optimizer serves all parameters of a call. Parameters of FSDP models are left to
+    PyTorch's own function, and have an optimizer each: FSDP steps them by itself, and wants ``use_orig_params=True``.
 
     Args:
         optimizer_class: made with the parameters and ``optimizer_kwargs``.
-        params: the parameters, before or after a DDP model wraps them, and before its first forward.
+        params: the parameters, before or after a model wraps them, and before its first forward.
         optimizer_kwargs: for the optimizer.
-        register_hook: step parameters that no DDP model holds. Otherwise something else does that.
+        register_hook: step parameters that no DDP or FSDP model holds. Otherwise something else does that.
     """
-    parameters = list(params)
+    apply = partial(theirs, optimizer_class, optimizer_kwargs=dict(optimizer_kwargs), register_hook=register_hook)
+    parameters: list[Any] = []
+    for parameter in params:
+        if hasattr(parameter, _TAKEN_BY_FSDP):
+            apply([parameter])
+        else:
+            parameters.append(parameter)
     if not parameters:
         return
     optimizer = optimizer_class(parameters, **optimizer_kwargs)
@@ -54,7 +68,7 @@ def _apply_optimizer_in_backward(
         setattr(parameter, _HELD, Held([*_optimizers_of(parameter), optimizer]))
         if register_hook:
             handles.append(parameter.register_post_accumulate_grad_hook(_step_alone(optimizer)))
-    _unclaimed[optimizer] = handles
+    _unclaimed[optimizer] = Unclaimed(handles, apply)
     if not _watching:
         _watching.append(register_module_forward_pre_hook(_claim))
 
@@ -62,6 +76,19 @@ def _apply_optimizer_in_backward(
 def _get_in_backward_optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of a module's parameters that step in backward, to save and load them; each once."""
     return list(dict.fromkeys(one for p in module.parameters() for one in _optimizers_of(p)))
+
+
+@attrs.frozen
+class Unclaimed:
+    """What there is to undo when a model claims an optimizer.
+
+    Attributes:
+        handles: on its parameters.
+        apply: PyTorch's function, to be called with parameters.
+    """
+
+    handles: list[Any]
+    apply: Callable[[list[Tensor]], None]
 
 
 class Held(list[torch.optim.Optimizer]):
@@ -72,7 +99,7 @@ class Held(list[torch.optim.Optimizer]):
 
 
 def _optimizers_of(parameter: Tensor) -> list[torch.optim.Optimizer]:
-    return getattr(parameter, _HELD, None) or []
+    return getattr(parameter, _HELD, None) or getattr(parameter, "_in_backward_optimizers", None) or []
 
 
 def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
@@ -90,14 +117,37 @@ def _step_alone(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _claim(module: nn.Module, _inputs: object) -> None:
-    """Before a module's forward: if it is a DDP model that holds parameters of ours, register the hook on it."""
+    """Before a module's forward: if it is a DDP model that holds parameters of ours, register the hook on it.
+
+    What an FSDP model has taken it steps by itself.
+    """
     if isinstance(module, DistributedDataParallel):
         held = {one for p in module._module_parameters for one in _optimizers_of(p)}
         mine = [one for one in _unclaimed if one in held]
         if mine:
             commhub.register(module, "optimizer_overlap", step="auto", optimizer=mine)
         for optimizer in mine:
-            for handle in _unclaimed.pop(optimizer):
-                handle.remove()
+            _let_go(optimizer)
+    elif _WRAPPED_BY_FSDP in module._modules:
+        for optimizer in list(_unclaimed):
+            _leave_to_pytorch(optimizer)
     if not _unclaimed and _watching:
         _watching.pop().remove()
+
+
+def _leave_to_pytorch(optimizer: torch.optim.Optimizer) -> None:
+    """Have PyTorch's function make optimizers of their own for those of its parameters that FSDP has taken since."""
+    for group in optimizer.param_groups:
+        for parameter in [p for p in group["params"] if hasattr(p, _TAKEN_BY_FSDP)]:
+            group["params"] = [p for p in group["params"] if p is not parameter]
+            if hasattr(parameter, _HELD):
+                delattr(parameter, _HELD)
+            _unclaimed[optimizer].apply([parameter])
+    if not any(group["params"] for group in optimizer.param_groups):
+        _let_go(optimizer)
+
+
+def _let_go(optimizer: torch.optim.Optimizer) -> None:
+    """Something else steps it from now on."""
+    for handle in _unclaimed.pop(optimizer).handles:
+        handle.remove()

@@ -69,10 +69,13 @@ class Order:
         return f"{self.hook}({options})" if options else self.hook
 
 
-def as_comm_hook(order: Callable[[Any], Order], name: str = "") -> CommHook:
+def as_comm_hook(
+    order: Callable[[Any], Order], name: str = "", *, alone: Callable[[Any, Any], Any] | None = None
+) -> CommHook:
     """The function for ``register_comm_hook`` that registers what ``order(state)`` says.
 
-    It has the order's module, text and names; ``name`` is what PyTorch looks at to refuse hooks by.
+    It has the order's module, text and names; ``name`` is what PyTorch looks at to refuse hooks by, and ``alone``
+    averages one gradient where the python reducer calls.
     """
 
     def begin(model: object, state: Any) -> None:
@@ -81,7 +84,7 @@ def as_comm_hook(order: Callable[[Any], Order], name: str = "") -> CommHook:
     for attribute in ("__module__", "__qualname__", "__doc__"):
         setattr(begin, attribute, getattr(order, attribute))
     begin.__name__ = name or order.__name__
-    function = commhub.comm_hook(begin)
+    function = commhub.comm_hook(begin, alone=alone)
     _orders[function] = order
     return function
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,3 +150,35 @@ def test_a_parameter_is_saved_without_its_optimizers():
     again = pickle.loads(pickle.dumps(net))
     assert compat._get_in_backward_optimizers(again) == []
     assert equal(net, again)
+
+
+def in_fsdp(before, hook):
+    options = {"optimizer_kwargs": {"lr": 0.01}, "register_hook": hook}
+    cpu, policy = torch.device("cpu"), ModuleWrapPolicy({nn.Linear})
+    flat = FullyShardedDataParallel(mlp(), device_id=cpu)
+    compat._apply_optimizer_in_backward(torch.optim.Adam, flat.parameters(), **options)
+    with pytest.raises(RuntimeError, match="only supported with use_orig_params=True"):
+        flat(torch.ones(2, 8))
+
+    net, other = mlp(), mlp()
+    if before:
+        compat._apply_optimizer_in_backward(torch.optim.Adam, net.parameters(), **options)
+    model, reference = (
+        FullyShardedDataParallel(one, auto_wrap_policy=policy, device_id=cpu, use_orig_params=True)
+        for one in (net, other)
+    )
+    if not before:
+        compat._apply_optimizer_in_backward(torch.optim.Adam, model.parameters(), **options)
+    start = [p.detach().clone() for p in model.parameters() if p.numel()]
+    trained(model)
+    trained(reference, torch.optim.Adam(reference.parameters(), lr=0.01))
+    assert equal(model, reference)
+    assert not any(torch.equal(a, p) for a, p in zip(start, (p for p in model.parameters() if p.numel()), strict=True))
+    assert len(compat._get_in_backward_optimizers(model)) == len(list(model.parameters()))
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("hook", [True, False], ids=["hook", "no_hook"])
+def test_fsdp_steps_what_it_has_taken(ranks, before, hook):
+    ranks(in_fsdp, 2, before, hook)

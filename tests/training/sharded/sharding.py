@@ -1,5 +1,7 @@
 """Models that FSDP2 shards, on a mesh of replicas and shards, and a loop that trains them."""
 
+import os
+
 import attrs
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ import commhub
 from commhub.testing import bitwise_equal
 
 WIDTH, WORDS = 16, 4
+EVERY = "COMMHUB_EVERY_CHECK" in os.environ
+"""Whether to run all cases; make test runs some of each kind."""
 
 
 class Transformer(nn.Module):

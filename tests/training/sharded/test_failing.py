@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import commhub
 from commhub import AllReduce
 
-from .sharding import Loop, Transformer, error_of, gradients, loss_of, mesh, same, shard, sharded
+from .sharding import EVERY, Loop, Transformer, error_of, gradients, loss_of, mesh, same, shard, sharded
 
 TIMEOUT = 20.0
 
@@ -49,8 +49,7 @@ def raising(victim, after):
     return kind, text, seconds < TIMEOUT / 2, counted, registration.step - counted, same(*found)
 
 
-@pytest.mark.parametrize("after", ["swap", "register"])
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize(("victim", "after"), [(0, "swap"), (3, "register"), *[(0, "register"), (3, "swap")] * EVERY])
 def test_a_hook_that_raises_ends_the_step_on_every_rank_of_the_mesh_and_fsdp_goes_on(ranks, victim, after):
     results = ranks(raising, 4, victim, after)
     assert [r[0] for r in results] == ["HookError"] * 4

@@ -12,7 +12,7 @@ import commhub
 from commhub import AllReduce
 from commhub.testing import assert_equal_across_ranks
 
-from .sharding import Loop, Transformer, gradients, loss_of, mesh, parameters, same, sharded, whole
+from .sharding import EVERY, Loop, Transformer, gradients, loss_of, mesh, parameters, same, sharded, whole
 
 
 class Seen:
@@ -78,11 +78,8 @@ def offloads():
     [
         (long_run, 20),
         (accumulates, 6),
-        (in_16_bits, 4),
         (reduced_in_16_bits, 4),
-        (computed_in_16_bits, 4),
-        (keeps_parameters, 4),
-        (offloads, 4),
+        *[(in_16_bits, 4), (computed_in_16_bits, 4), (keeps_parameters, 4), (offloads, 4)] * EVERY,
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -124,7 +121,7 @@ def test_tied_and_frozen_parameters(ranks):
     assert ranks(tied, 4) == ranks(frozen, 4) == [(True, 4)] * 4
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True] if EVERY else [True])
 def test_activation_checkpointing(ranks, reentrant):
     assert ranks(checkpointed, 4, reentrant) == [(True, 4)] * 4
 
@@ -187,7 +184,9 @@ def test_uneven_and_empty_shards(ranks):
     assert [(r[0], r[3]) for r in two] == [(True, 5)] * 4
     assert [(r[0], r[3]) for r in three] == [(True, 5)] * 6
     assert [r[2] for r in three] == [0, 2, 2] * 2
-    for hook in ("quantize_per_channel", "powersgd(rank=1, start_step=0, min_compression_rate=0.5)"):
+    for hook in ("quantize_per_channel", "powersgd(rank=1, start_step=0, min_compression_rate=0.5)")[
+        : 2 if EVERY else 1
+    ]:
         assert all(r[1] < 0.2 and r[3] == 5 for r in ranks(uneven, 6, 3, hook))
 
 
@@ -291,10 +290,9 @@ def far_from_ddp(hook, steps=20):
 @pytest.mark.parametrize(
     ("hook", "first", "loss"),
     [
-        ("allreduce", 2e-6, 0.02),
-        ("fp16", 1e-3, 0.02),
         ("quantize_per_channel", 2e-2, 0.1),
-        ("powersgd(rank=8, start_step=0, min_compression_rate=1)", 1.5, 0.6),
+        *[("allreduce", 2e-6, 0.02), ("fp16", 1e-3, 0.02)] * EVERY,
+        *[("powersgd(rank=8, start_step=0, min_compression_rate=1)", 1.5, 0.6)] * EVERY,
     ],
 )
 def test_results_are_those_of_ddp_on_all_ranks(ranks, hook, first, loss):
@@ -312,9 +310,10 @@ def alike(hook):
     return registration.step
 
 
-@pytest.mark.parametrize(
-    "hook", ["bf16", "powersgd(rank=1, start_step=0)", "batched_powersgd(rank=1, start_step=0)", "quantize_per_tensor"]
-)
+HOOKS = ["powersgd(rank=1, start_step=0)", "bf16", "batched_powersgd(rank=1, start_step=0)", "quantize_per_tensor"]
+
+
+@pytest.mark.parametrize("hook", HOOKS if EVERY else HOOKS[:1])
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_replicas_stay_bit_equal(ranks, hook, nproc):
     assert ranks(alike, nproc, hook) == [5] * nproc

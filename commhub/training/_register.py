@@ -25,6 +25,7 @@ from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
 from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
 from commhub.training.attachments._slot import Slot
+from commhub.training.attachments._way_in import come, is_passing_on
 from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._registration import Registration
@@ -80,8 +81,10 @@ def register(
         ddp = find(model)
         group, strange_group = _group_of(ddp, process_group)
     except CommhubError as error:
-        refuse_together(error, "register", process_group)
+        if not is_passing_on():
+            refuse_together(error, "register", process_group)
         raise
+    come(ddp, timeout)
     every = dict(options)
     for name, value in (("wire", wire), ("process_group", process_group), ("optimizer", optimizer), ("scaler", scaler)):
         if value is not None:

@@ -21,12 +21,13 @@ from commhub._printable import shown
 
 from ._slot import Slot, queue
 from ._uncompiled import uncompiled
-from ._way_in import PASSES_ON, passing_on
+from ._way_in import PASSES_ON, passing_on, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Future = torch.futures.Future
 
@@ -82,17 +83,21 @@ def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Futur
 
 def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, bucket: Any) -> Future[Tensor]:
     in_backward = torch._C._current_graph_task_id() != -1
+    found = _models_of(function, state, bucket.parameters())
     try:
-        model = _model_of(function, state, bucket.parameters())
+        model = _only(found, function)
         if model.static_graph and model.skip_all_reduce_unused_params and Slot.on(model) is None:
             raise RegistrationError(
                 "with static_graph and skip_all_reduce_unused_params nobody knows which bucket of the first step is "
                 "its last. Call commhub.register(model, ...) before training."
             )
     except RegistrationError as error:
+        groups = {one.process_group for one in found}
+        del found  # or the error would keep them
         if not in_backward:
+            refuse(error, groups)
             raise
-        _tell_after_backward(error.with_traceback(None))
+        _tell_after_backward(error.with_traceback(None), groups)
         return _as_it_is(bucket)
     slot = Slot.on(model)
     if slot is None and in_backward:
@@ -174,11 +179,15 @@ class Opening:
 def _begin(
     model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, known: Sequence[Tensor] = ()
 ) -> Slot:
-    with passing_on(model, known):
-        begin(model, state)
-    slot = Slot.on(model)
-    if slot is None:
-        raise RegistrationError(f"{getattr(begin, '__name__', 'the function')} has registered no hook on the model.")
+    try:
+        with passing_on(model, known):
+            begin(model, state)
+            if (slot := Slot.on(model)) is None:
+                name = getattr(begin, "__name__", "the function")
+                raise RegistrationError(f"{name} has registered no hook on the model.")
+    except BaseException:
+        Slot.take_back(model)  # this rank may have registered where another could not
+        raise
     if torch.distributed.get_rank(model.process_group) == 0:
         logger.info(
             "%s came by register_comm_hook: ranks have compared their hooks in the first backward, not before it. "
@@ -188,26 +197,30 @@ def _begin(
     return slot
 
 
-def _model_of(function: object, state: Any, parameters: list[Tensor]) -> DistributedDataParallel:
-    """The one DDP model whose reducer has called ``function`` with these parameters.
-
-    Raises:
-        RegistrationError: if it cannot be told.
-    """
+def _models_of(function: object, state: Any, parameters: list[Tensor]) -> list[DistributedDataParallel]:
+    """The DDP models whose reducer may have called ``function`` with these parameters."""
     found = _matching(_known(parameters[0]), function, state)
     if len(found) != 1:
         _look(parameters)
         found = _matching(_known(parameters[0]), function, state)
+    return found
+
+
+def _only(found: list[DistributedDataParallel], function: object) -> DistributedDataParallel:
+    """The one of them.
+
+    Raises:
+        RegistrationError: if it cannot be told.
+    """
     if len(found) == 1:
         return found[0]
-    name = getattr(function, "__name__", "a hook")
-    if not found:
+    name, count = getattr(function, "__name__", "a hook"), len(found)
+    del found  # or the error would keep them
+    if not count:
         raise RegistrationError(
             f"{name} was given buckets of no DDP model that Python can find (gc.freeze() hides some). Call "
             "commhub.register(model, ...)."
         )
-    count = len(found)
-    del found  # or the error would keep them
     raise RegistrationError(
         f"{count} DDP models hold the parameters that {name} was given, with the same state. Give each a state of its "
         "own, or call commhub.register(model, ...). Garbage is collected now: if one is left of a former model, go on."
@@ -237,10 +250,16 @@ def _look(parameters: list[Tensor]) -> None:
         )
 
 
-def _tell_after_backward(error: BaseException) -> None:
-    """Raise ``error`` after DDP's own callback, which is queued with the last bucket."""
+def _tell_after_backward(error: BaseException, groups: Collection[ProcessGroup] | None = None) -> None:
+    """Raise ``error`` after DDP's own callback, which is queued with the last bucket.
+
+    ``groups``: those that the model may have, if the other ranks do not know of the error.
+    """
 
     def tell() -> NoReturn:
+        if groups is not None:
+            assert isinstance(error, RegistrationError)
+            refuse(error, groups)
         gc.collect()  # it may come of models that are garbage; while their reducers' hooks run they must not be freed
         raise error
 

@@ -141,17 +141,21 @@ class Opening:
         future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         self._waiting.append((bucket, future))
         task, self._task = self._task, torch._C._current_graph_task_id()
-        if self._is_late and (bucket.is_last() or self._has_all()):
+        if self._is_late and self._has_all():
             self._open()
         elif not self._is_late and task != self._task:
             queue(self._open)
         return future
 
     def _has_all(self) -> bool:
-        """Whether all parameters have come; of buckets that come late the reducer does not say which is the last."""
+        """Whether all parameters have come; of buckets that come late the reducer does not say which is the last.
+
+        Those of a bucket may all be frozen by now. The reducer, which is waiting and keeps most of what it knows locked
+        meanwhile, does tell how many it holds.
+        """
         model = self._model()
-        come = {id(p) for bucket, _ in self._waiting for p in bucket.parameters()}
-        return model is not None and all(id(p) in come for p in model._module_parameters if p.requires_grad)
+        come = sum(len(bucket.parameters()) for bucket, _ in self._waiting)
+        return model is not None and come >= len(model.reducer.get_backward_stats())
 
     def _open(self) -> None:
         """Register, and reduce what has waited; raise what goes wrong when DDP has ended this backward."""

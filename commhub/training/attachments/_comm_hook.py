@@ -48,8 +48,9 @@ def comm_hook(begin: Callable[[Any, Any], object]) -> Callable[[Any, Any], Futur
     user's own may be given to DDP instead, and call this one.
 
     What ranks disagree about they learn at the end of that backward, from an error on all of them, and not before
-    training. The gradients are each rank's own then, and the next backward tries again. Ranks that were given no
-    such function wait for these and cannot be told.
+    training. What ``begin`` raises on some ranks, before it registers or after, the others learn there too, in a
+    RegistrationError. No rank has a hook then, the gradients are each rank's own, and the next backward tries again.
+    Ranks that were given no such function wait for these and cannot be told.
 
     A hook that is registered before, with ``commhub.register``, runs instead, and ``begin`` is not called.
 

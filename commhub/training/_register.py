@@ -29,6 +29,7 @@ from commhub.training.attachments._ddp import check_devices, check_group, find, 
 from commhub.training.attachments._fsdp import root_of
 from commhub.training.attachments._shards import Shards
 from commhub.training.attachments._unserved import refuse_owners
+from commhub.training.attachments._way_in import come, is_passing_on
 from commhub.training.attachments._wrapped import outside, wrapped
 
 from ._given import Given, check_scaler, check_verify, optimizers_of
@@ -99,7 +100,8 @@ def register(
         refuse_owners(model)
         root = None if inside(model) else root_of(model)
     except CommhubError as error:
-        refuse_together(error, "register", process_group)
+        if not is_passing_on():
+            refuse_together(error, "register", process_group)
         raise
     return _register_ddp(model, given) if root is None else register_sharded(root, given)
 
@@ -109,8 +111,10 @@ def _register_ddp(model: object, given: Given) -> Registration:
         ddp = find(model)
         group, strange_group = _group_of(ddp, given.process_group)
     except CommhubError as error:
-        refuse_together(error, "register", given.process_group)
+        if not is_passing_on():
+            refuse_together(error, "register", given.process_group)
         raise
+    come(ddp, given.timeout)
 
     def chosen_here() -> Recipe:
         check_verify(given.verify)

@@ -198,6 +198,10 @@ class Registration:
         """Another registration has taken the model over with ``session``."""
         self._running.retire(session)
 
+    def _withdraw(self) -> None:
+        """What registered it has failed on some rank: it ends on each by itself."""
+        self._running.withdraw()
+
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on exactly: plain tensors, numbers and strings, loadable with weights_only.
 

@@ -131,6 +131,12 @@ class Running:
         end_all(self.session.target.module(), self.session.engine.observers)
         relieve(self.session, session)
 
+    def withdraw(self) -> None:
+        """End as if nothing had been registered; each rank by itself."""
+        self.is_removed = True
+        end_all(self.session.target.module(), self.session.engine.observers)
+        self.session.stop()
+
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell ``observer`` of all exchanges from now on, whichever hook runs; what ends that.
 

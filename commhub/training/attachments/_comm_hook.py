@@ -22,12 +22,13 @@ from commhub._printable import shown
 from ._ddp import PYTHON_REDUCER
 from ._slot import Slot, queue
 from ._uncompiled import uncompiled
-from ._way_in import PASSES_ON, passing_on
+from ._way_in import PASSES_ON, passing_on, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Future = torch.futures.Future
 
@@ -50,8 +51,9 @@ def comm_hook(
     user's own may be given to DDP instead, and call this one.
 
     What ranks disagree about they learn at the end of that backward, from an error on all of them, and not before
-    training. The gradients are each rank's own then, and the next backward tries again. Ranks that were given no
-    such function wait for these and cannot be told.
+    training. What ``begin`` raises on some ranks, before it registers or after, the others learn there too, in a
+    RegistrationError. No rank has a hook then, the gradients are each rank's own, and the next backward tries again.
+    Ranks that were given no such function wait for these and cannot be told.
 
     A hook that is registered before, with ``commhub.register``, runs instead, and ``begin`` is not called.
 
@@ -92,17 +94,21 @@ def _pass_on(function: object, begin: Callable[[Any, Any], object], state: Any, 
     if isinstance(bucket, tuple):
         raise RegistrationError(PYTHON_REDUCER)
     in_backward = torch._C._current_graph_task_id() != -1
+    found = _models_of(function, state, bucket.parameters())
     try:
-        model = _model_of(function, state, bucket.parameters())
+        model = _only(found, function)
         if model.static_graph and model.skip_all_reduce_unused_params and Slot.on(model) is None:
             raise RegistrationError(
                 "with static_graph and skip_all_reduce_unused_params nobody knows which bucket of the first step is "
                 "its last. Call commhub.register(model, ...) before training."
             )
     except RegistrationError as error:
+        groups = {one.process_group for one in found}
+        del found  # or the error would keep them
         if not in_backward:
+            refuse(error, groups)
             raise
-        _tell_after_backward(error.with_traceback(None))
+        _tell_after_backward(error.with_traceback(None), groups)
         return _as_it_is(bucket)
     slot = Slot.on(model)
     if slot is None and in_backward:
@@ -146,17 +152,21 @@ class Opening:
         future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         self._waiting.append((bucket, future))
         task, self._task = self._task, torch._C._current_graph_task_id()
-        if self._is_late and (bucket.is_last() or self._has_all()):
+        if self._is_late and self._has_all():
             self._open()
         elif not self._is_late and task != self._task:
             queue(self._open)
         return future
 
     def _has_all(self) -> bool:
-        """Whether all parameters have come; of buckets that come late the reducer does not say which is the last."""
+        """Whether all parameters have come; of buckets that come late the reducer does not say which is the last.
+
+        Those of a bucket may all be frozen by now. The reducer, which is waiting and keeps most of what it knows locked
+        meanwhile, does tell how many it holds.
+        """
         model = self._model()
-        come = {id(p) for bucket, _ in self._waiting for p in bucket.parameters()}
-        return model is not None and all(id(p) in come for p in model._module_parameters if p.requires_grad)
+        come = sum(len(bucket.parameters()) for bucket, _ in self._waiting)
+        return model is not None and come >= len(model.reducer.get_backward_stats())
 
     def _open(self) -> None:
         """Register, and reduce what has waited; raise what goes wrong when DDP has ended this backward."""
@@ -184,11 +194,15 @@ class Opening:
 def _begin(
     model: DistributedDataParallel, begin: Callable[[Any, Any], object], state: Any, known: Sequence[Tensor] = ()
 ) -> Slot:
-    with passing_on(model, known):
-        begin(model, state)
-    slot = Slot.on(model)
-    if slot is None:
-        raise RegistrationError(f"{getattr(begin, '__name__', 'the function')} has registered no hook on the model.")
+    try:
+        with passing_on(model, known):
+            begin(model, state)
+            if (slot := Slot.on(model)) is None:
+                name = getattr(begin, "__name__", "the function")
+                raise RegistrationError(f"{name} has registered no hook on the model.")
+    except BaseException:
+        Slot.take_back(model)  # this rank may have registered where another could not
+        raise
     if torch.distributed.get_rank(model.process_group) == 0:
         logger.info(
             "%s came by register_comm_hook: ranks have compared their hooks in the first backward, not before it. "
@@ -198,26 +212,30 @@ def _begin(
     return slot
 
 
-def _model_of(function: object, state: Any, parameters: list[Tensor]) -> DistributedDataParallel:
-    """The one DDP model whose reducer has called ``function`` with these parameters.
-
-    Raises:
-        RegistrationError: if it cannot be told.
-    """
+def _models_of(function: object, state: Any, parameters: list[Tensor]) -> list[DistributedDataParallel]:
+    """The DDP models whose reducer may have called ``function`` with these parameters."""
     found = _matching(_known(parameters[0]), function, state)
     if len(found) != 1:
         _look(parameters)
         found = _matching(_known(parameters[0]), function, state)
+    return found
+
+
+def _only(found: list[DistributedDataParallel], function: object) -> DistributedDataParallel:
+    """The one of them.
+
+    Raises:
+        RegistrationError: if it cannot be told.
+    """
     if len(found) == 1:
         return found[0]
-    name = getattr(function, "__name__", "a hook")
-    if not found:
+    name, count = getattr(function, "__name__", "a hook"), len(found)
+    del found  # or the error would keep them
+    if not count:
         raise RegistrationError(
             f"{name} was given buckets of no DDP model that Python can find (gc.freeze() hides some). Call "
             "commhub.register(model, ...)."
         )
-    count = len(found)
-    del found  # or the error would keep them
     raise RegistrationError(
         f"{count} DDP models hold the parameters that {name} was given, with the same state. Give each a state of its "
         "own, or call commhub.register(model, ...). Garbage is collected now: if one is left of a former model, go on."
@@ -247,10 +265,16 @@ def _look(parameters: list[Tensor]) -> None:
         )
 
 
-def _tell_after_backward(error: BaseException) -> None:
-    """Raise ``error`` after DDP's own callback, which is queued with the last bucket."""
+def _tell_after_backward(error: BaseException, groups: Collection[ProcessGroup] | None = None) -> None:
+    """Raise ``error`` after DDP's own callback, which is queued with the last bucket.
+
+    ``groups``: those that the model may have, if the other ranks do not know of the error.
+    """
 
     def tell() -> NoReturn:
+        if groups is not None:
+            assert isinstance(error, RegistrationError)
+            refuse(error, groups)
         gc.collect()  # it may come of models that are garbage; while their reducers' hooks run they must not be freed
         raise error
 

@@ -82,6 +82,20 @@ class Slot:
         model.__dict__[SLOT] = slot
         return slot
 
+    @classmethod
+    def take_back(cls, model: DistributedDataParallel) -> None:
+        """Undo ``install``, on this rank alone, where the reducer calls what finds the slot: its session ends too."""
+        slot = cls.on(model)
+        if slot is None:
+            return
+        if slot.owner is not None:
+            slot.owner._withdraw()
+        elif slot.session is not None:
+            slot.session.stop()
+        for handle in slot._handles:
+            handle.remove()
+        del model.__dict__[SLOT]
+
     def _name(self, parameters: Sequence[Named]) -> None:
         self._parameters = tuple(parameters)
         self._names = {id(p): name for name, p in parameters}

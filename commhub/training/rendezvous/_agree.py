@@ -106,10 +106,15 @@ def agree(
             raise
         if hearsay:
             raise error from failure
-        if not str(error).endswith(why):
+        if not _says(failure, why, str(error)):
             failure.add_note(str(error))
         raise failure from failure.__cause__
     return tuple(words[rank].host for rank in range(rendezvous.size))
+
+
+def _says(failure: BaseException, why: str, told: str) -> bool:
+    """Whether what all ranks are told is this failure, or is in it or its notes already."""
+    return told.endswith(why) or why.endswith(told) or told in getattr(failure, "__notes__", ())
 
 
 def _words(verdict: Verdict) -> dict[int, _Word]:

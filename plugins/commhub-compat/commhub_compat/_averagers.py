@@ -15,6 +15,8 @@ import torch.distributed as dist
 import commhub
 from commhub import AllReduce
 
+from ._order import Refused
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -72,7 +74,13 @@ class ModelAverager:
             HookError: what went wrong with an average.
             RegistrationError, HookMismatchError: when this is first called, or with others than before.
         """
-        parameters = list(_parameters_in(params))
+        try:
+            parameters = list(_parameters_in(params))
+        except commhub.HookOptionError as error:
+            if self._registration is None and dist.is_initialized():  # the others wait for this rank to begin
+                any_module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1))])
+                commhub.manual(any_module, Refused(error), process_group=self._given)
+            raise
         registration = self._registration_of([p for p in parameters if p.requires_grad])
         if registration is not None:
             if registration.step != self.step:

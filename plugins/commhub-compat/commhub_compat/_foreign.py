@@ -50,7 +50,19 @@ def foreign(state: Any, hook: Callable[[Any, Any], Any]) -> Foreign:
         raise commhub.HookOptionError(
             f"{name} is commhub's already. Register it by its name, or with model.register_comm_hook."
         )
-    return Foreign(function=f"{getattr(hook, '__module__', '')}.{name}", called=(hook, state))
+    function = f"{getattr(hook, '__module__', '')}.{name}"
+    return Foreign(function=function, group=_group_for(state), called=(hook, state))
+
+
+def _group_for(state: Any) -> str:
+    """Which group the function is given, in words: ranks make one together, or none."""
+    if state is not None and not isinstance(state, dist.ProcessGroup):
+        return "its state's own"
+    try:
+        every = state is None or dist.get_world_size(state) == dist.get_world_size()
+    except (ValueError, RuntimeError, KeyError) as error:
+        return f"none: {error}"
+    return "a new one of all ranks" if every else "a new one of its state's ranks"
 
 
 @attrs.define(eq=False)
@@ -58,10 +70,12 @@ class Foreign:
     """What ``foreign`` returns.
 
     Attributes:
-        function: the function's name, which ranks compare.
+        function: the function's name.
+        group: which group it is given. Ranks compare both.
     """
 
     function: str
+    group: str
     _called: tuple[Callable[[Any, Any], Any], Any] = attrs.field(repr=False)  # a state of its own is not compared
     _parameters: int = attrs.field(init=False, repr=False, default=0)
     _seen: int = attrs.field(init=False, repr=False, default=0)

@@ -6,7 +6,7 @@ An order is a value, so that wrappers can change it before anything is registere
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 import torch.distributed as dist
@@ -67,6 +67,18 @@ class Order:
             raise commhub.HookOptionError(f"{type(self.hook).__name__} cannot stand inside another hook.")
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"{self.hook}({options})" if options else self.hook
+
+
+class Refused:
+    """In a hook's place: what registers it raises the error on this rank, and tells the others, who wait for it."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @property
+    def reduce(self) -> NoReturn:
+        """What a hook is asked for first."""
+        raise self._error
 
 
 def as_comm_hook(

@@ -16,7 +16,7 @@ from ._hooks import (
     quantization_perchannel_hook,
     quantization_pertensor_hook,
 )
-from ._order import order_of
+from ._order import Refused, order_of
 from ._powersgd import PowerSGDState, batched_powerSGD_hook, powerSGD_hook
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 def _register(model: object, state: Any = None, *, comm_hook: CommHook) -> None:
     order = order_of(comm_hook)
     assert order is not None
-    order(state).register(model)
+    try:
+        made = order(state)
+    except Exception as error:
+        commhub.register(model, Refused(error))
+        raise
+    made.register(model)
 
 
 def _register_powersgd(
@@ -77,5 +82,6 @@ def register_ddp_comm_hook(comm_hook_type: DDPCommHookType, model: object, state
         HookMismatchError, RegistrationError: as ``commhub.register``.
     """
     if not isinstance(comm_hook_type, DDPCommHookType):
-        raise commhub.HookOptionError(f"comm_hook_type is {comm_hook_type!r}; give a member of DDPCommHookType.")
+        error = commhub.HookOptionError(f"comm_hook_type is {comm_hook_type!r}; give a member of DDPCommHookType.")
+        commhub.register(model, Refused(error))
     comm_hook_type.value(model=model, state=state)

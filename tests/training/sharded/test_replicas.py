@@ -184,9 +184,7 @@ def test_uneven_and_empty_shards(ranks):
     assert [(r[0], r[3]) for r in two] == [(True, 5)] * 4
     assert [(r[0], r[3]) for r in three] == [(True, 5)] * 6
     assert [r[2] for r in three] == [0, 2, 2] * 2
-    for hook in ("quantize_per_channel", "powersgd(rank=1, start_step=0, min_compression_rate=0.5)")[
-        : 2 if EVERY else 1
-    ]:
+    for hook in ["quantize_per_channel", *["powersgd(rank=1, start_step=0, min_compression_rate=0.5)"] * EVERY]:
         assert all(r[1] < 0.2 and r[3] == 5 for r in ranks(uneven, 6, 3, hook))
 
 

@@ -356,3 +356,21 @@ def removed():
 
 def test_remove_restores_what_was_there(ranks):
     assert ranks(removed, 4) == [(0, 1, True, [], None)] * 4
+
+
+def sent(rank):
+    """Bytes of a step of PowerSGD, and what the shapes of this rank's shards say."""
+    on = mesh()
+    model, registration = sharded(on, f"powersgd(rank={rank}, start_step=0, min_compression_rate=1)")
+    for step in range(2):
+        loss_of(model, step).backward()
+    elements = 0
+    for shard in (p.to_local() for p in model.parameters()):
+        factors = rank * (shard.shape[0] + shard.numel() // max(shard.shape[0], 1))
+        elements += factors if shard.dim() > 1 and factors < shard.numel() else shard.numel()
+    return registration.stats.last.sent_bytes, 4.0 * elements
+
+
+def test_powersgd_sends_what_the_shards_shapes_say(ranks):
+    for bytes_sent, said in ranks(sent, 4, 2):
+        assert bytes_sent == said

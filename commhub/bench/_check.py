@@ -22,12 +22,16 @@ def checked(settings: Settings, *, world_size: int) -> Settings:
 
     Raises:
         BenchError: for an unknown hook, a wrong option, an unreadable link, a missing or too short text, no place to
-            write to, or a report that was asked for and cannot be drawn.
+            write to, a report that was asked for and cannot be drawn, or ranks that make no whole groups of shards.
     """
     try:
         _hooks.network(settings)
     except ValueError as err:
         raise BenchError(f"--{err}") from err
+    if world_size % settings.shard:
+        raise BenchError(f"--shard {settings.shard}: {world_size} ranks make no whole groups of that many")
+    if settings.shard > 1 and settings.bucket_cap_mb is not None:
+        raise BenchError("--bucket-cap-mb is DDP's; with --shard each block of the model is a bucket")
     try:
         hooks = tuple(_hooks.in_canonical_form(hook) for hook in settings.hooks)
     except CommhubError as err:

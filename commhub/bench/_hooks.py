@@ -10,7 +10,8 @@ from commhub.drivers._network import Network
 
 if TYPE_CHECKING:
     import torch
-    from torch.nn.parallel import DistributedDataParallel
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from commhub import Registration
     from commhub.registry._recipe import Recipe
@@ -80,12 +81,17 @@ def _resolve(text: str) -> Recipe:
 
 
 def attach(
-    model: DistributedDataParallel, hook: str, *, optimizer: torch.optim.Optimizer, link: Network | None
+    model: nn.Module,
+    hook: str,
+    *,
+    optimizer: torch.optim.Optimizer,
+    link: Network | None,
+    replicas: DeviceMesh | None = None,
 ) -> Registration:
     """Register ``hook`` on ``model``, on the emulated link if there is one. Collective."""
     import commhub
 
-    registration = commhub.register(model, hook, optimizer=optimizer)
+    registration = commhub.register(model, hook, optimizer=optimizer, process_group=replicas)
     if link is not None:
         registration.emulate(link)
     return registration

@@ -55,6 +55,7 @@ class Settings:
     """What one bench does; every field is a flag of ``commhub bench``.
 
     Attributes:
+        shard: ranks in a group over which FSDP2 shards the model; hooks then work between the groups.
         learning_rate: the highest one; ``None`` means the model's own.
         bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``, which emulate a link.
         threads: per rank; ``None`` means the cores divided among the ranks.
@@ -68,6 +69,7 @@ class Settings:
     nproc: int = attrs.field(default=2, validator=_at_least(1))
     steps: int = attrs.field(default=100, validator=_at_least(1))
     warmup: int = attrs.field(default=5, validator=_at_least(0))
+    shard: int = attrs.field(default=1, validator=_at_least(1))
     batch: int = attrs.field(default=8, validator=_at_least(1))
     model: str = attrs.field(default="tiny", validator=_one_of(tuple(SIZES)))
     optimizer: str = attrs.field(default="adamw", validator=_one_of(OPTIMIZERS))

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from commhub.bench import _hooks
 
-from ._model import Transformer, loss_of
+from ._model import loss_of
 from ._results import StepRecord
 from ._sizes import SIZES
+from ._wrap import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from commhub import Registration
 
     from ._data import Text
+    from ._model import Transformer
     from ._options import Settings
 
 VALIDATION_WINDOWS = 128
@@ -53,16 +56,13 @@ def train(
 ) -> float:
     """Train from the seed's initial weights under ``hook``; returns the validation loss. Collective."""
     size = SIZES[settings.model]
-    torch.manual_seed(settings.seed)
-    model = Transformer(size).to(device)
-    ddp = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        bucket_cap_mb=settings.bucket_cap_mb,
-    )
-    optimizer = _optimizer(settings.optimizer, ddp)
+    wrapped = wrap(settings, size, device)
+    model = wrapped.model
+    optimizer = _optimizer(settings.optimizer, model)
     rate = settings.learning_rate or size.learning_rate(settings.optimizer)
-    registration = _hooks.attach(ddp, hook, optimizer=optimizer, link=_hooks.network(settings))
+    registration = _hooks.attach(
+        model, hook, optimizer=optimizer, link=_hooks.network(settings), replicas=wrapped.replicas
+    )
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -71,17 +71,17 @@ def train(
         _synchronize(device)
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = loss_of(ddp, windows)
+        loss = loss_of(model, windows)
         loss.backward()
         optimizer.step()
         _synchronize(device)
         seconds = time.perf_counter() - start
         on_step(_average(step, loss.detach(), seconds, registration))
     registration.remove()  # also where ranks have drifted apart: they end with the same parameters
-    return _validate(model, text, device, rank, world_size)
+    return _validate(wrapped.whole(), text, device, rank, world_size)
 
 
-def _optimizer(name: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
+def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer ``name``; each step sets its learning rate."""
     if name == "sgd":  # as in Vogels et al. 2019: linear in the gradient, so that error feedback loses nothing
         return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)

@@ -19,6 +19,13 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
     help='Hook strings, separated by commas: a,b,"powersgd(rank=4)".',
 )
 @click.option("--nproc", type=int, default=2, show_default=True, help="Ranks on this machine.")
+@click.option(
+    "--shard",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Shard the model (FSDP2) over groups of this many ranks; hooks average between the groups.",
+)
 @click.option("--steps", type=int, default=100, show_default=True, help="Training steps under each hook.")
 @click.option("--warmup", type=int, default=5, show_default=True, help="First steps that are not timed.")
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows of text per rank and step.")

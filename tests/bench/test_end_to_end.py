@@ -92,6 +92,18 @@ def test_nothing_is_left_behind(run, bench):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="a launch more: .ci/run sets COMMHUB_EVERY_CHECK")
+def test_a_model_that_is_sharded(bench):
+    hooks = "allreduce,powersgd_rank2,optimizer_overlap"
+    flags = ("--hooks", hooks, "--shard", "2", "--nproc", "4", *SHORT, "--json", "sharded.json", "--no-report")
+    done = bench(*flags)
+    plain, powersgd, refused = bench.json("sharded.json")["hooks"]
+    assert [hook["status"] for hook in (plain, powersgd, refused)] == ["done", "done", "failed"], done.stderr
+    assert "steps the optimizer in backward" in refused["error"]
+    assert powersgd["sent_bytes_per_step"] < 0.5 * plain["sent_bytes_per_step"]
+    assert abs(powersgd["validation_loss"] - plain["validation_loss"]) < 0.5
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="a launch more: .ci/run sets COMMHUB_EVERY_CHECK")
 def test_torchrun_runs_the_same_job_failing_hooks_included(run, bench):
     flags = ("--hooks", "allreduce,bench_raises,fp16", *SHORT, "--json", "torchrun.json", "--no-report")
     done = bench(*flags, launcher=TORCHRUN)

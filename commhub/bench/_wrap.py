@@ -1,0 +1,66 @@
+"""The model as it is trained: replicated by DDP, or sharded by FSDP2 in groups of ranks and replicated between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from ._model import Transformer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ._options import Settings
+    from ._sizes import ModelSize
+
+
+@attrs.frozen
+class Wrapped:
+    """A transformer that is trained on all ranks.
+
+    Attributes:
+        model: to call and to register on.
+        replicas: between which ranks a hook averages; ``None`` for the model's own.
+    """
+
+    model: nn.Module
+    replicas: DeviceMesh | None
+    _size: ModelSize
+    _device: torch.device
+    _bare: Transformer
+
+    def whole(self) -> Transformer:
+        """The transformer with all of its parameters on this rank. Collective."""
+        if self.replicas is None:
+            return self._bare
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        whole = Transformer(self._size).to(self._device)
+        whole.load_state_dict(state)
+        return whole
+
+
+def wrap(settings: Settings, size: ModelSize, device: torch.device) -> Wrapped:
+    """A transformer with the seed's initial weights, for DDP or for FSDP2. Collective."""
+    torch.manual_seed(settings.seed)
+    bare = Transformer(size).to(device)
+    if settings.shard == 1:
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [device.index] if device.type == "cuda" else None
+        ddp = DistributedDataParallel(bare, device_ids=ids, bucket_cap_mb=settings.bucket_cap_mb)
+        return Wrapped(ddp, None, size, device, bare)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    shape = (dist.get_world_size() // settings.shard, settings.shard)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for block in bare.blocks:
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(bare, mesh=mesh["shard"])
+    return Wrapped(bare, mesh["replicate"], size, device, bare)

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PROJECTS := $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)
+PYTEST_ARGS =
 
 .PHONY: demo test lint docs
 
@@ -9,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/commhub bench --model tiny --steps 40 --bandwidth 100mbit --report commhub-bench.html
 
 test: .venv/installed
-	$(PY) -m pytest -n 3 --dist worksteal tests plugins
+	$(PY) -m pytest -n 3 --dist worksteal $(PYTEST_ARGS) tests plugins
 
 lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff check --preview --select DOC102,DOC202,DOC403 . && .venv/bin/ruff format --check .

@@ -6,6 +6,7 @@ the first step on. What a rule asks of a hook follows from its spec and options,
 
 import itertools
 import os
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -56,6 +57,8 @@ def name_of(hook):
     return parse(hook).name
 
 
+# What is installed stays the same for all of these tests; to look it up anew each time took most of their time.
+@cache
 def spec_of(hook):
     return commhub.hooks()[name_of(hook)].spec
 
@@ -69,6 +72,7 @@ def communicates(hook):
     return spec_of(hook).sent_bytes != "0"
 
 
+@cache
 def feeds_back(hook):
     """Whether what a step leaves unsent is added to the next one's gradient."""
     return bool(choose(hook, {}).options.get("error_feedback"))

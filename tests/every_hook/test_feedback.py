@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import commhub
+
 from .matrix import (
     EVERYTHING,
     HOOKS,
@@ -51,19 +53,48 @@ def opposite(hooks, caps, steps):
     return norms, float(gradients["matrix"].norm())
 
 
-# What is kept belongs to a parameter, so 2,000 steps in one bucket and a hundred in several say as much, sooner.
-OPPOSITE = [(2, (ONE, MANY), 50), (4, (ONE,), 50)]
-if EVERYTHING:
-    OPPOSITE = [(2, (ONE,), 2000), (4, (ONE,), 2000), (2, (ONE, MANY), 100), (4, (MANY,), 100)]
+def assert_bounded(norms, size, which):
+    assert 0 < max(norms) < 50 * size, f"{which}: {norms} for gradients of {size}"
+    assert norms[-1] < 2 * max(norms[:5]), f"{which}: {norms}"
 
 
-@pytest.mark.parametrize(("nproc", "caps", "steps"), OPPOSITE)
-def test_residuals_stay_bounded_under_opposite_gradients(ranks, nproc, caps, steps):
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_residuals_stay_bounded_under_opposite_gradients(ranks, nproc):
+    steps, caps = 100 if EVERYTHING else 50, (ONE, MANY) if EVERYTHING or nproc == 2 else (ONE,)
     hooks = FEEDING_BACK if MANY in caps else one_of_each_factory(FEEDING_BACK)
     for norms, size in ranks(opposite, nproc, hooks, caps, steps, timeout=300):
         for which, by_time in norms.items():
-            assert 0 < max(by_time) < 50 * size, f"{which}: {by_time} for gradients of {size}"
-            assert by_time[-1] < 2 * max(by_time[:5]), f"{which}: {by_time}"
+            assert_bounded(by_time, size, which)
+
+
+class Remembering:
+    """A hook, and the largest norm of what it remembers of its own before every so many steps."""
+
+    def __init__(self, hook, every):
+        self.hook, self.every, self.norms = hook, every, []
+
+    def prepare(self, setup):
+        self.state = setup.state
+        self.hook.prepare(setup)
+
+    def reduce(self, bucket):
+        if bucket.step and bucket.index == 0 and bucket.step % self.every == 0:
+            tables = self.state.export("local").values()
+            self.norms.append(max(float(tensor.norm()) for table in tables for tensor in table.values()))
+        yield from self.hook.reduce(bucket)
+
+
+# What is kept is the hook's own work: so many steps are for the simulator, where they cost a fifth.
+@pytest.mark.parametrize("hook", one_of_each_factory(FEEDING_BACK))
+@pytest.mark.parametrize("p", [2, 4])
+def test_residuals_stay_bounded_in_the_long_run(hook, p):
+    steps = 2000 if EVERYTHING else 200
+    base = list(drawn(0, 0, TINY).values())
+    gradients = [[g if rank % 2 == 0 else -g for g in base] for rank in range(p)]
+    watched = Remembering(commhub.create(hook), steps // 10)
+    for one in commhub.simulate(watched, gradients, steps=steps + 1).hooks:
+        assert len(one.norms) == 10
+        assert_bounded(one.norms, float(base[0].norm()), hook)
 
 
 def constant(caps, steps):

@@ -19,7 +19,7 @@ from commhub.testing import assert_equal_across_ranks, batches, bitwise_equal, m
 ONE, MANY = 25.0, 1e-6  # bucket_cap_mb
 TWENTY_STEPS = [("zero_overlap", 3), ("zero_overlap(mode=stepwise)", 2)]
 if os.environ.get("COMMHUB_EVERY_CHECK"):
-    TWENTY_STEPS = list(itertools.product(("zero_overlap", "zero_overlap(mode=stepwise)"), (2, 4)))
+    TWENTY_STEPS = list(itertools.product(("zero_overlap", "zero_overlap(mode=stepwise)"), (2, 3, 4)))
 
 
 def adam(parameters, **options):

@@ -161,7 +161,7 @@ if os.environ.get("COMMHUB_EVERY_CHECK"):
     HOSTS = [(hosts, cap) for hosts, _ in HOSTS for cap in (ONE, MANY)]
 
 
-@pytest.mark.parametrize(("hosts", "cap"), HOSTS)
+@pytest.mark.parametrize(("hosts", "cap"), HOSTS, ids=str)
 def test_gradients_stay_on_the_host_and_parameters_meet_every_period(ranks, hosts, cap):
     assert ranks(as_published, len(hosts), hosts, cap) == [STEPS] * len(hosts)
 

@@ -47,7 +47,7 @@ def late(mode, cap, step, silent=False):
     return failed, time.monotonic() - began, registration.step
 
 
-@pytest.mark.parametrize("nproc", [2, 4] if os.environ.get("COMMHUB_EVERY_CHECK") else [3])
+@pytest.mark.parametrize("nproc", [2, 3, 4] if os.environ.get("COMMHUB_EVERY_CHECK") else [3])
 @pytest.mark.parametrize("cap", [25, 0.0001], ids=["one bucket", "many buckets"])
 @pytest.mark.parametrize("mode", [PLAIN, UNUSED, STATIC], ids=["plain", "find_unused", "static_graph"])
 @pytest.mark.parametrize("step", [0, 2])

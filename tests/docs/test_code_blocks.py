@@ -12,6 +12,7 @@ import io
 import os
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -106,12 +107,11 @@ def test_the_example_that_info_shows_makes_the_hook(name):
     commhub.create(shown)
 
 
-def run_script(path):
-    """On a rank: be what torchrun starts, a worker that finds the launcher's store by its environment."""
+def run_script(path, port):
+    """On a rank: be what a launcher starts, a worker that is told by its environment where the ranks meet."""
     me = current()
     os.environ |= {"RANK": str(me.rank), "WORLD_SIZE": str(me.world_size), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(me.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = me.prefix
+    os.environ["MASTER_PORT"] = str(port)
     sys.argv[:] = [path]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -119,8 +119,16 @@ def run_script(path):
     return printed.getvalue()
 
 
+def free_port():
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_the_example_trains_on_two_ranks(ranks):
-    first, second = ranks.fresh(run_script, 2, str(ROOT / "docs/examples/train.py"), init=False, timeout=120)
+    script = str(ROOT / "docs/examples/train.py")
+    first, second = ranks.fresh(run_script, 2, script, free_port(), init=False, timeout=120)
     assert (first.error, first.exitcode, second.error, second.exitcode) == (None, 0, None, 0)
     assert [line.partition("  ")[0] for line in first.value.splitlines()] == [f"step {n}" for n in range(10, 60, 10)]
     assert "2.0 times less" in first.value
@@ -128,7 +136,8 @@ def test_the_example_trains_on_two_ranks(ranks):
 
 
 def test_the_sharded_example_trains_on_four_ranks(ranks):
-    results = ranks.fresh(run_script, 4, str(ROOT / "docs/examples/sharded.py"), init=False, timeout=120)
+    script = str(ROOT / "docs/examples/sharded.py")
+    results = ranks.fresh(run_script, 4, script, free_port(), init=False, timeout=120)
     assert [(r.error, r.exitcode) for r in results] == [(None, 0)] * 4
     assert [line.partition("  ")[0] for line in results[0].value.splitlines()] == ["step 10", "step 20", "step 30"]
     assert "2.0 times less" in results[0].value

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def faulty(reduce: Any, step: int) -> Any:
-    """The method, which raises ZeroDivisionError in the buckets of one step."""
+    """The method, but for the buckets of one step, in which a ZeroDivisionError ends it."""
 
     def failing(self: Any, bucket: Any) -> Any:
         if bucket.step == step:

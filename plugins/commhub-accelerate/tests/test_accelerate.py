@@ -187,9 +187,3 @@ def test_the_core_finds_the_registration_and_says_which_call_serves_an_accelerat
         same, told = found
         assert same
         assert "commhub_accelerate.attach(accelerator, hook)" in told
-
-
-@pytest.mark.parametrize("page", ["accelerate", "transformers", "readme"])
-def test_the_code_blocks_of_a_page_run(results, page):
-    counts = {"accelerate": 3, "transformers": 4, "readme": 1}
-    assert results(f"docs_{page}") == [counts[page]] * 2

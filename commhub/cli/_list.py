@@ -23,7 +23,7 @@ def list_(pattern: str | None, as_json: bool) -> None:
     matter.
 
     A name is all that a training script or a framework's configuration needs: commhub.register(model, NAME).
-    docs/frameworks.md has a guide each to torchrun, Lightning, Fabric, Accelerate, Transformers and PEFT, Ignite,
+    docs/frameworks.md has a guide each to torchrun, Lightning, Fabric, Accelerate, Transformers, PEFT, Ignite,
     Ray Train, Slurm, Kubernetes, and TensorBoard or any other logger.
     """
     rows = [row for row in _registry.installed() if pattern is None or _matches(pattern, row)]

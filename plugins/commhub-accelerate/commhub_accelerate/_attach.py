@@ -17,11 +17,11 @@ from . import _state
 from ._around import around
 from ._framework import require
 from ._optimizers import unwrapped
-from ._refusals import refuse_accelerator, refuse_options, unserved
+from ._refusals import checked_schedule, refuse_accelerator, refuse_options, unserved
 from ._served import Served, ddp_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +33,7 @@ KEY: Final = "_commhub_attached"
 logger = logging.getLogger("commhub")
 
 
-def attach(accelerator: Any, hook: object, **options: Any) -> Attached:
+def attach(accelerator: Any, hook: object, *, schedule: Mapping[int, str] | None = None, **options: Any) -> Attached:
     """Register ``hook`` on every DDP model that ``accelerator`` prepares from now on; call it before ``prepare``.
 
     A model gets its hook at the end of the call of ``prepare`` by which every parameter that it trains is in a prepared
@@ -44,6 +44,7 @@ def attach(accelerator: Any, hook: object, **options: Any) -> Attached:
         accelerator: an ``accelerate.Accelerator`` on which nothing was prepared yet. The keyword arguments for DDP that
             it was made with stay as they are.
         hook: a name, a hook string such as ``"powersgd(rank=4)"``, a ``HookType`` member, or a hook object.
+        schedule: which hooks follow, by step, as for ``Registration.schedule``; a run that is resumed has the one due.
         options: the hook's own, and ``wire``, ``verify``, ``timeout`` and ``process_group`` of ``commhub.register``.
 
     Raises:
@@ -56,20 +57,21 @@ def attach(accelerator: Any, hook: object, **options: Any) -> Attached:
     kind = require("accelerate").Accelerator
     refuse_options(options)
     commhub.checked(hook, **options)
+    follow = checked_schedule(schedule)
     if not isinstance(accelerator, kind):
         raise RegistrationError(f"{type(accelerator).__name__} is no accelerate.Accelerator.")
     if KEY in vars(accelerator):
         raise RegistrationError("this accelerator has a hook already. Call detach() on what attach() returned.")
     refuse_accelerator(accelerator)
-    return Attached(accelerator, hook, options)
+    return Attached(accelerator, hook, options, follow)
 
 
 class Attached:
     """A hook attached to an accelerator. ``attach`` makes it; the registrations are made as models are prepared."""
 
-    def __init__(self, accelerator: Any, hook: object, options: dict[str, Any]) -> None:
+    def __init__(self, accelerator: Any, hook: object, options: dict[str, Any], schedule: dict[int, str]) -> None:
         self._accelerator = accelerator
-        self._hook, self._options = hook, options
+        self._hook, self._options, self._schedule = hook, options, schedule
         self._served: list[Served] = []
         self._depth = 0
         self._undo: list[Callable[[], None]] = [
@@ -154,7 +156,10 @@ class Attached:
 
     def _register(self, model: DistributedDataParallel, optimizers: Sequence[Any]) -> Registration:
         scaler = self._accelerator.scaler
-        return commhub.register(model, self._hook, optimizer=list(optimizers) or None, scaler=scaler, **self._options)
+        made = commhub.register(model, self._hook, optimizer=list(optimizers) or None, scaler=scaler, **self._options)
+        if self._schedule:  # before a checkpoint is taken up, whose state may be of a hook that has followed
+            made.schedule(self._schedule)
+        return made
 
     def _save(self, _models: object, _weights: object, directory: str) -> None:
         for served in self._served:
@@ -164,7 +169,16 @@ class Attached:
 
     def _load(self, _models: object, directory: str) -> None:
         self.settle()
+        left = _state.folders(directory)
         for served in self._served:
             number, registration = served.number(self._accelerator._models), served.registration
             if number is not None and registration is not None:
                 _state.load(registration, _state.folder(directory, number), speaks=self._speaks)
+                left.discard(_state.folder(directory, number))
+        if left and self._speaks and self._accelerator.num_processes > 1:
+            logger.warning(
+                "%s: no model was prepared that takes up the state of a hook in %s, so it is not restored. "
+                "Call load_state() after prepare().",
+                self,
+                ", ".join(map(str, sorted(left))),
+            )

@@ -1,12 +1,14 @@
-"""What cannot be attached to, and why: each function raises RegistrationError or nothing."""
+"""What cannot be attached, or attached to, and why: each function raises a CommhubError where it is so."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch.distributed as dist
 
+import commhub
 from commhub import HookOptionError, RegistrationError
 
 OURS: Final = ("optimizer", "scaler")
@@ -26,6 +28,17 @@ def refuse_options(options: dict[str, Any]) -> None:
     for name in OURS:
         if name in options:
             raise HookOptionError(f"{name}= is not given here: every hook gets what is prepared with its model.")
+
+
+def checked_schedule(given: object) -> dict[int, str]:
+    """The hooks by step; raise for what is no dict, and for a hook that cannot be had."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise HookOptionError(f"schedule is {given!r}; give a dict of hooks by step, or None.")
+    for hook in given.values():
+        commhub.checked(hook)
+    return dict(given)
 
 
 def refuse_accelerator(accelerator: Any) -> None:

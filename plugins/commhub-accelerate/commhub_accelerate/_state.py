@@ -21,6 +21,12 @@ def folder(checkpoint: str | Path, number: int = 0) -> Path:
     return Path(checkpoint) / (f"commhub_{number}" if number else "commhub")
 
 
+def folders(checkpoint: str | Path) -> set[Path]:
+    """Those that hold the state of a hook."""
+    found = {path.parent for path in Path(checkpoint).glob(f"commhub*/{_MANIFEST}")}
+    return {path for path in found if path.name == "commhub" or path.name.removeprefix("commhub_").isdecimal()}
+
+
 def load(registration: Registration, directory: Path, *, speaks: bool) -> None:
     """Go on from what was saved in ``directory``; collective. Where nothing was saved, a warning says so.
 

@@ -15,18 +15,18 @@ from commhub import RegistrationError
 from . import _attach, _state
 from ._around import around
 from ._framework import require
-from ._refusals import refuse_options
+from ._refusals import checked_schedule, refuse_options
 from ._served import ddp_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from commhub import Registration
 
 __all__ = ["TrainerAttached", "attach"]
 
 
-def attach(trainer: Any, hook: object, **options: Any) -> TrainerAttached:
+def attach(trainer: Any, hook: object, *, schedule: Mapping[int, str] | None = None, **options: Any) -> TrainerAttached:
     """Have ``trainer`` average gradients with ``hook``; call it before ``train``.
 
     What the hook remembers on every rank is saved in ``checkpoint-N/commhub``, and read from there on
@@ -34,7 +34,7 @@ def attach(trainer: Any, hook: object, **options: Any) -> TrainerAttached:
 
     Args:
         trainer: a ``transformers.Trainer``, or an object of a class derived from it.
-        hook, options: as for ``commhub_accelerate.attach``.
+        hook, schedule, options: as for ``commhub_accelerate.attach``.
 
     Raises:
         UnknownHookError, HookConflictError, PluginError, HookOptionError: the hook cannot be had.
@@ -46,17 +46,17 @@ def attach(trainer: Any, hook: object, **options: Any) -> TrainerAttached:
     """
     kind = require("transformers").Trainer
     refuse_options(options)
-    made = commhub.checked(hook, **options)
+    hooks = [commhub.checked(hook, **options), *map(commhub.checked, checked_schedule(schedule).values())]
     if not isinstance(trainer, kind):
         raise RegistrationError(f"{type(trainer).__name__} is no transformers.Trainer.")
-    early = bool(getattr(made, "steps_optimizer", False))
-    if early and trainer.args.max_grad_norm > 0:
+    early = next((made.made[0] for made in hooks if getattr(made, "steps_optimizer", False)), None)
+    if early is not None and trainer.args.max_grad_norm > 0:
         raise RegistrationError(
-            f"{made.made[0]} steps the optimizer in backward, and the Trainer clips gradients after it, to "
+            f"{early} steps the optimizer in backward, and the Trainer clips gradients after it, to "
             f"max_grad_norm={trainer.args.max_grad_norm}: too late to count. Give "
             "TrainingArguments(max_grad_norm=0), or take a hook that leaves the step to the optimizer."
         )
-    return TrainerAttached(trainer, hook, options, early=early)
+    return TrainerAttached(trainer, hook, {**options, "schedule": schedule}, early=early is not None)
 
 
 class TrainerAttached:

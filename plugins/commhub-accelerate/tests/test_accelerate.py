@@ -69,6 +69,21 @@ def test_a_checkpoint_of_another_hook_is_an_error_that_says_how_to_go_on(results
         assert error.endswith("checkpoint_2/commhub.")
 
 
+def test_load_state_before_prepare_says_that_the_hook_s_state_is_not_restored(results):
+    (said, bare, afterwards), silent = results("loaded_too_early")
+    assert "Call load_state() after prepare()" in said
+    assert "early/commhub" in said
+    assert bare == ""
+    assert afterwards == ""
+    assert silent == ["", "", ""]
+
+
+def test_clipping_after_overlapped_steps_is_an_error_and_not_a_wrong_number(results):
+    for kind, text in results("clipped_overlap"):
+        assert kind == "RegistrationError"
+        assert "gradient" in text
+
+
 def test_each_model_has_a_hook_with_its_own_optimizers_and_its_own_state(results, same):
     first, second = results("two_models")
     for number in (0, 1):
@@ -172,9 +187,3 @@ def test_the_core_finds_the_registration_and_says_which_call_serves_an_accelerat
         same, told = found
         assert same
         assert "commhub_accelerate.attach(accelerator, hook)" in told
-
-
-@pytest.mark.parametrize("page", ["accelerate", "transformers", "readme"])
-def test_the_code_blocks_of_a_page_run(results, page):
-    counts = {"accelerate": 3, "transformers": 4, "readme": 1}
-    assert results(f"docs_{page}") == [counts[page]] * 2

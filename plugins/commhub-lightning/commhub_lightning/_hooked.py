@@ -57,8 +57,10 @@ class Hooked:
         if passed := [name for name in _PASSED if name in self.options]:
             raise HookOptionError(f"{owner} passes {passed[0]}= by itself, as the trainer has it. Leave it out.")
         made = commhub.checked(hook, **self.options)
-        self.name, self._steps_optimizer = made.made[0], bool(getattr(made, "steps_optimizer", False))
-        self.schedule = _schedule_of(schedule, owner)
+        self.name, self.schedule = made.made[0], _schedule_of(schedule, owner)
+        hooks = [made, *map(commhub.checked, self.schedule.values())]
+        early = (one.made[0] for one in hooks if getattr(one, "steps_optimizer", False))
+        self._steps_optimizer: str | None = next(early, None)
         self.registration: commhub.Registration | None = None
         self._save_state, self._load_state = save_state, load_state
         self._ranks: list[Any] | None = None
@@ -85,7 +87,7 @@ class Hooked:
         """
         if trainer.gradient_clip_val and self._steps_optimizer:
             raise RegistrationError(
-                f"{self.name} steps the optimizer within backward, before Trainer(gradient_clip_val="
+                f"{self._steps_optimizer} steps the optimizer within backward, before Trainer(gradient_clip_val="
                 f"{trainer.gradient_clip_val}) could clip the gradients. Leave one of them out."
             )
 
@@ -191,8 +193,6 @@ def _schedule_of(given: object, owner: str) -> dict[int, str]:
         return {}
     if not isinstance(given, Mapping):
         raise HookOptionError(f"{owner}: schedule is {given!r}; give a dict of hooks by step, or None.")
-    for hook in given.values():
-        commhub.checked(hook)
     return dict(given)
 
 

@@ -328,6 +328,12 @@ def clipped_callback():
 
 
 @scene("first")
+def clipped_later():
+    strategy = OURS.CommHubDDPStrategy("fp16", schedule={4: "optimizer_overlap"}, **CAP)
+    return refusal(lambda: fit(strategy, gradient_clip_val=1.0))
+
+
+@scene("first")
 def searched():
     """A search for a learning rate trains, and puts everything back before the fit begins."""
     search = PL.callbacks.LearningRateFinder(num_training_steps=3, update_attr=False, attr_name="lr")

@@ -1,18 +1,33 @@
-"""What one rank does: ``page.py FOLDER PAGE...`` runs the Python blocks of each page in their order, as one script."""
+"""What one rank does: ``page.py PACKAGE FOLDER RUN...`` runs the Python blocks of pages, those of each as one script.
 
+A run is ``NAME:ARGUMENTS:PAGE``: the subfolder in which the script runs, and what its command line says.
+"""
+
+import contextlib
 import os
 import re
 import sys
 import traceback
 from pathlib import Path
 
-FOLDER, PAGES = Path(sys.argv[1]), [Path(page).resolve() for page in sys.argv[2:]]
+PACKAGE, FOLDER, RUNS = sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3:]
+RANK = os.environ["LOCAL_RANK"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+OTHER = {
+    "import lightning as L": "import pytorch_lightning as L",
+    "from lightning.pytorch.": "from pytorch_lightning.",
+    "import commhub_lightning\n": "import commhub_lightning.pytorch_lightning\n",
+    "from commhub_lightning import": "from commhub_lightning.pytorch_lightning import",
+}
+"""What a script for the other package says instead, as the guide has it."""
 
 
 def run(page):
     """How many blocks there were; or what went wrong."""
     text, namespace = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    if PACKAGE == "pytorch_lightning":
+        for ours, theirs in OTHER.items():
+            text = text.replace(ours, theirs)
     found = list(BLOCK.finditer(text))
     try:
         for match in found:
@@ -24,10 +39,15 @@ def run(page):
 
 
 def main():
-    FOLDER.mkdir(exist_ok=True)
-    os.chdir(FOLDER)
-    for page in PAGES:
-        Path(f"{page.parent.name}-{page.stem}-rank{os.environ['LOCAL_RANK']}.told").write_text(run(page))
+    for each in RUNS:
+        name, arguments, page = each.split(":", 2)
+        folder = FOLDER / name
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+        sys.argv = ["train.py", *arguments.split()]
+        with Path(f"said-{arguments}-{RANK}").open("w") as said, contextlib.redirect_stdout(said):
+            told = run(Path(page))
+        Path(f"told-{arguments}-{RANK}").write_text(told)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ def test_a_run_is_resumed_with_the_hook_that_its_schedule_had_reached(first):
     [
         ("clipped", r"optimizer_overlap steps the optimizer within backward, before Trainer(gradient_clip_val=1.0)"),
         ("clipped_callback", r"optimizer_overlap steps the optimizer within backward"),
+        ("clipped_later", r"optimizer_overlap steps the optimizer within backward"),
         ("both", "CommHubCallback and a commhub strategy"),
         ("two_callbacks", "several CommHubCallbacks"),
         ("foreign_hook", "DDPStrategy has ddp_comm_hook="),

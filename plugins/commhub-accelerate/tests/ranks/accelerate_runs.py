@@ -288,55 +288,6 @@ def overlap(me):
     return weights(accel.unwrap_model(model))
 
 
-def refusals(me):
-    """Everything that attach() refuses: what was raised, by a name for the case."""
-    found = {}
-
-    def tried(case, call):
-        try:
-            call()
-        except Exception as error:
-            found[case] = (type(error).__name__, isinstance(error, commhub.CommhubError), str(error))
-
-    accel = accelerator()
-    tried("name", lambda: commhub_accelerate.attach(accel, "powersdg"))
-    tried("option", lambda: commhub_accelerate.attach(accel, "powersgd", rnak=2))
-    tried("value", lambda: commhub_accelerate.attach(accel, "powersgd(rank=0)"))
-    tried("wire", lambda: commhub_accelerate.attach(accel, "allreduce", wire="int3"))
-    tried("optimizer", lambda: commhub_accelerate.attach(accel, "fp16", optimizer=None))
-    tried("no accelerator", lambda: commhub_accelerate.attach(net(), "fp16"))
-    found["untouched"] = sorted(key for key in vars(accel) if "commhub" in key or key.startswith("prepare"))
-    commhub_accelerate.attach(accel, "powersgd", wire="bf16", rank=2)
-    tried("twice", lambda: commhub_accelerate.attach(accel, "fp16"))
-    accel = accelerator()
-    accel.prepare(net())
-    tried("prepared", lambda: commhub_accelerate.attach(accel, "fp16"))
-    for value in ("fp16", "bf16"):
-        accel = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=value)])
-        tried(f"kwargs {value}", lambda accel=accel: commhub_accelerate.attach(accel, "fp16"))
-    accel = accelerator()
-    commhub_accelerate.attach(accel, "fp16")
-    model = accel.prepare_model(net(), evaluation_mode=True)
-    tried("evaluated", lambda: accel.prepare(model))
-    accel = accelerator()
-    commhub_accelerate.attach(accel, Mean())
-    first, second = net(1), net(2)
-    accel.prepare(first, sgd(first))
-    tried("one object", lambda: accel.prepare(second, sgd(second)))
-    tried("one object, later", lambda: accel.prepare(sgd(second)))
-    fresh()
-    accel = Accelerator()
-    tried("ranks apart", lambda: commhub_accelerate.attach(accel, "fp16"))
-    fresh()
-    accel = accelerator()
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        before = accel.state.distributed_type
-        accel.state._shared_state["distributed_type"] = type(before)(kind)
-        tried(kind, lambda: commhub_accelerate.attach(accel, "fp16"))
-        accel.state._shared_state["distributed_type"] = before
-    return found
-
-
 def found_by_the_core(me):
     accel, attached, *_ = start("fp16")
     bare = accelerator()
@@ -372,7 +323,6 @@ first = (
     compiled,
     compiled_and_late,
     overlap,
-    refusals,
     found_by_the_core,
 )
 second = (resumed,)

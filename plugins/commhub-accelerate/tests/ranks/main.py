@@ -49,10 +49,13 @@ def main():
     sys.modules["main"] = sys.modules["__main__"]
     import accelerate_runs
     import docs_runs
+    import misuse_runs
+    import scaler_runs
+    import schedule_runs
     import transformers_runs
 
     me = Rank(folder)
-    for module in (accelerate_runs, transformers_runs, docs_runs):
+    for module in (accelerate_runs, misuse_runs, scaler_runs, transformers_runs, schedule_runs, docs_runs):
         for scenario in getattr(module, phase, ()):
             fresh()
             me.said()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from commhub._errors import HookError, RegistrationError
+from commhub._errors import HookError, RegistrationError, described
 
 from ._cut import cut
 from ._ddp import SLOT
@@ -56,6 +56,7 @@ class Shards:
         self._cuts: dict[tuple[Any, ...], list[Cut]] = {}
         self._kept: dict[int, tuple[list[str], Tensor]] = {}
         self._error: BaseException | None = None
+        self._came = False
 
     @classmethod
     def on(cls, root: nn.Module) -> Shards | None:
@@ -105,13 +106,20 @@ class Shards:
 
     def _reduce(self, number: int, buffer: Tensor) -> None:
         """Average one unit's buffer; what goes wrong in the core itself is raised after backward as well."""
+        self._came = True
+        engine = self._engine
+        assert engine is not None
         if self._error is None:
             try:
                 self._exchange(number, buffer)
-            except BaseException as error:  # noqa: BLE001 - a Ctrl-C too: it must not keep FSDP from ending its backward
+            except Exception as error:  # noqa: BLE001 - it is raised after backward, on the other replicas too
+                if not engine.in_step:
+                    engine.begin()
+                engine.fail(described(error))
+            except BaseException as error:  # noqa: BLE001 - a Ctrl-C must not keep FSDP from ending its backward
                 self._error = error
-                if self._engine is not None and self._engine.in_step:
-                    self._engine.abandon()
+                if engine.in_step:
+                    engine.abandon()
 
     def _exchange(self, number: int, buffer: Tensor) -> None:
         unit, engine, session = self._units[number], self._engine, self.session
@@ -157,20 +165,25 @@ class Shards:
         return self._cuts[key]
 
     def _after_backward(self) -> None:
-        engine, error = self._engine, self._error
-        self._error = None
+        engine, error, came = self._engine, self._error, self._came
+        self._error, self._came = None, False
         self._parts.clear()
-        if engine is None or (error is None and not engine.in_step):
+        if engine is None or not came:
             return
-        if error is not None:
+        if error is not None or not engine.in_step:  # nothing was to be sent, which may have failed elsewhere
             engine.settle()
-            self._elsewhere.told(error)
-            raise error
+            told = self._elsewhere.told(error)
+            if error is not None:
+                raise error
+            if told:
+                raise HookError(told)
+            return
         try:
             failure: BaseException | None = engine.end(elsewhere=self._elsewhere.told)
-        except BaseException:  # a Ctrl-C
+        except BaseException as interrupted:  # a Ctrl-C
             engine.abandon()
             engine.settle()
+            self._elsewhere.told(interrupted)
             raise
         failure = failure or engine.after_step()
         after = None if self.after is None else self.after()

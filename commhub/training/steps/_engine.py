@@ -235,6 +235,10 @@ class Engine:
         groups = sorted(filter(None, met), key=lambda group: group.key) if local else [None]
         self.rounds.confirm(groups, self.step, linger=linger)
 
+    def fail(self, text: str) -> None:
+        """Have the step fail, here and on the peers, for what an attachment could not do."""
+        self.rounds.fail(text, self.step)
+
     def abandon(self) -> None:
         """Forget a step that backward did not finish, after what was begun has ended.
 

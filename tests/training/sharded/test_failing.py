@@ -274,3 +274,46 @@ def on_three_dimensions():
 
 def test_shards_of_one_rank(ranks):
     assert ranks(on_three_dimensions, 4) == [1] * 4
+
+
+def untold(rank):
+    """One rank cannot tell which parameters a buffer holds."""
+    on = mesh()
+    model, registration = sharded(on, "allreduce", register={"timeout": TIMEOUT})
+    loss_of(model, 0).backward()
+    if dist.get_rank() == rank:
+        model.blocks[0]._get_fsdp_state()._fsdp_param_groups[0].reduce_scatter_unused_params = False
+        shard_group = model.blocks[0]._get_fsdp_state()._fsdp_param_groups[0]
+        attachment = model.__dict__["_commhub_slot"]
+        attachment._note = lambda number: None
+        shard_group.post_backward = type(shard_group).post_backward.__get__(shard_group)
+    began = time.monotonic()
+    error = error_of(loss_of(model, 1).backward)
+    return (*error, time.monotonic() - began < TIMEOUT / 2, registration.step)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_one_rank_cannot_do_is_told_to_all_at_once(ranks, rank):
+    for kind, text, soon, steps in ranks(untold, 4, rank):
+        assert (kind, soon, steps) == ("HookError", True, 1)
+        assert "cannot be told" in text
+
+
+def kept_apart():
+    """Backwards without an exchange that use different parameters on all ranks of one shard."""
+    on = mesh()
+    model = Halves()
+    fully_shard([*model.blocks[0].values()], mesh=on["shard"])
+    fully_shard(model, mesh=on["shard"])
+    registration = commhub.register(model, "allreduce", process_group=on["replicate"], timeout=TIMEOUT)
+    model.set_requires_all_reduce(False)
+    model(torch.ones(4, 16), "first").sum().backward()
+    began = time.monotonic()
+    error = error_of(model(torch.ones(4, 16), "second").sum().backward)
+    return (*error, time.monotonic() - began < TIMEOUT / 2, registration.step)
+
+
+def test_gradients_that_came_in_some_backwards_only_are_refused_on_all_ranks(ranks):
+    for kind, text, soon, steps in ranks(kept_apart, 4):
+        assert (kind, soon, steps) == ("HookError", True, 0)
+        assert "came in some backwards only" in text

@@ -2,7 +2,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PROJECTS := $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)
-PYTEST_ARGS =
 
 .PHONY: demo test lint docs
 

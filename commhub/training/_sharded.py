@@ -93,7 +93,7 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
     former = Shards.on(root)
     session = start(target, chosen_here, None if former is None else former.session)
     replaced = None if former is None else former.owner
-    shards = former or Shards(root, units, Elsewhere(shard_group, device))
+    shards = former or Shards(root, units, Elsewhere(shard_group, device, target.timeout))
     if former is None and any(unit.has_hook for unit in units) and session.engine.rank == 0:
         logger.warning("%s: takes the place of an all-reduce hook that was set on the model, until remove().", session)
     registration = Registration(session, shards)

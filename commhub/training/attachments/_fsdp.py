@@ -152,9 +152,13 @@ class Unit:
         group._all_reduce_hook = reduce
         group.post_backward = watched
 
+        there = self._there
+
         def leave() -> None:
-            group._all_reduce_hook = former
-            del group.post_backward
+            found = there()
+            if found is not None:
+                found._all_reduce_hook = former
+                del found.post_backward
 
         return leave
 
@@ -263,8 +267,12 @@ def at_end_of_backward(root: nn.Module, function: weakref.WeakMethod[Callable[[]
     for state in states:
         setattr(state, _CALLBACK, wrap(getattr(state, _CALLBACK)))
 
+    there = [weakref.ref(state) for state in states]
+
     def leave() -> None:
-        for state in states:
-            state.__dict__.pop(_CALLBACK, None)
+        for state in there:
+            found = state()
+            if found is not None:
+                found.__dict__.pop(_CALLBACK, None)
 
     return leave

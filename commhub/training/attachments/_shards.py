@@ -7,6 +7,7 @@ ended its backward, on the ranks of all shards.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ._cut import Cut
     from ._elsewhere import Elsewhere
     from ._fsdp import Shard, Unit
+
+logger = logging.getLogger("commhub")
 
 
 class Shards:
@@ -57,6 +60,7 @@ class Shards:
         self._kept: dict[int, tuple[list[str], Tensor]] = {}
         self._error: BaseException | None = None
         self._came = False
+        self._held_back: list[Shard] = []
 
     @classmethod
     def on(cls, root: nn.Module) -> Shards | None:
@@ -90,6 +94,8 @@ class Shards:
         root = self._root()
         if root is not None:
             root.__dict__.pop(SLOT, None)
+        if self._kept:
+            logger.warning("gradients that set_requires_all_reduce(False) has held back are dropped with the hook.")
         self._kept.clear()
         return False
 
@@ -153,9 +159,10 @@ class Shards:
                     "between two exchanges. Call set_reduce_scatter_unused_params(True) on the model."
                 )
             buffer.add_(former[1])
-        if not sends:
+        if not sends:  # FSDP takes what is in the buffer for a gradient that has been averaged
             self._kept[number] = names, buffer.clone()
             buffer.zero_()
+            self._held_back += [s for s in self._units[number].shards if s.name in names and s.parameter.grad is None]
         return sends
 
     def _cut(self, parts: Sequence[tuple[Shard, bool]]) -> list[Cut]:
@@ -168,16 +175,19 @@ class Shards:
         engine, error, came = self._engine, self._error, self._came
         self._error, self._came = None, False
         self._parts.clear()
+        while self._held_back:
+            self._held_back.pop().parameter.grad = None
         if engine is None or not came:
             return
         if error is not None or not engine.in_step:  # nothing was to be sent, which may have failed elsewhere
             engine.settle()
-            told = self._elsewhere.told(error)
+            told, _ = self._elsewhere.told(error)
             if error is not None:
                 raise error
-            if told:
-                raise HookError(told)
-            return
+            if not told:
+                return
+            engine.begin()
+            engine.fail(told)
         try:
             failure: BaseException | None = engine.end(elsewhere=self._elsewhere.told)
         except BaseException as interrupted:  # a Ctrl-C

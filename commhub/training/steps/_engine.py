@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from ._averages import Averages
 
+    Elsewhere = Callable[[HookError | None, bool], tuple[str, bool]]
+
 
 @attrs.define(eq=False, kw_only=True)
 class Engine:
@@ -151,15 +153,13 @@ class Engine:
         """Wait for the buckets so far; more of the step may follow."""
         self.rounds.wait()
 
-    def end(
-        self, *, linger: bool = False, elsewhere: Callable[[HookError | None], str] = lambda _: ""
-    ) -> HookError | None:
+    def end(self, *, linger: bool = False, elsewhere: Elsewhere | None = None) -> HookError | None:
         """Wait for every bucket; keep what the step remembered, or say what went wrong with it, here or on a peer.
 
         Args:
             linger: do not wait for the peers' word, because they wait for something else of this rank first.
-            elsewhere: given what went wrong here, tells ranks that average other parts of the same model, and returns
-                what went wrong there, as text.
+            elsewhere: tells ranks that average other parts of the same model what went wrong here, and whether what
+                was averaged is finite; returns what went wrong there, as text, and whether all of it is finite.
         """
         step = self._under_way
         assert step is not None
@@ -168,7 +168,7 @@ class Engine:
         if step.tasks:
             self._confirm(step, linger=linger)
         failure = self.rounds.failure
-        told = elsewhere(failure)
+        told, finite = elsewhere(failure, bool(step.finite)) if elsewhere is not None else ("", step.finite)
         if failure is None and told:
             self.rounds.fail(told, self.step)
             failure = self.rounds.failure
@@ -179,7 +179,7 @@ class Engine:
             self.settle()
             return failure
         self._unsettled = None
-        self.state.commit(step.finite)
+        self.state.commit(finite)
         self.stats.end_step(figures)
         self.step += 1
         averages = self.averages

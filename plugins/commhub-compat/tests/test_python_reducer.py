@@ -43,4 +43,4 @@ def others():
 
 @pytest.mark.parametrize("what", [casts, others])
 def test_with_the_python_reducer(ranks, what):
-    ranks(what, 2)
+    ranks(what, 2, fresh=True)

@@ -147,7 +147,7 @@ def grows(hook):
     for _ in range(3):
         train(model, 10)
         gc.collect()
-        sizes.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor)))
+        sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor))
     return sizes
 
 

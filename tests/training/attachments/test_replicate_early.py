@@ -222,4 +222,4 @@ def compiled():
 
 
 def test_a_compiled_module(ranks):
-    ranks(compiled, 2)
+    ranks(compiled, 2, fresh=True)

@@ -1,6 +1,8 @@
 """A hook between replicas that fails, and replicas that differ: told on every rank of the mesh."""
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -317,3 +319,66 @@ def test_gradients_that_came_in_some_backwards_only_are_refused_on_all_ranks(ran
     for kind, text, soon, steps in ranks(kept_apart, 4):
         assert (kind, soon, steps) == ("HookError", True, 0)
         assert "came in some backwards only" in text
+
+
+def one_shard_is_infinite(poisoned):
+    """A step whose gradients are infinite in rows of one shard alone, under a loss scaler, or no such step."""
+    on = mesh()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    model = fully_shard(nn.Linear(16, 8, bias=False), mesh=on["shard"])
+    with torch.no_grad():
+        model.weight.to_local().copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(5)))
+    options = {"timeout": TIMEOUT, "scaler": scaler}
+    registration = commhub.register(
+        model, "powersgd(rank=1, start_step=0, min_compression_rate=1)", process_group=on["replicate"], **options
+    )
+    for step in range(3) if poisoned else (0, 2):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        model.zero_grad()
+        y = model(x)
+        if step == 1:
+            y = y.clone()
+            y[:, 0] *= float("inf")
+        (scaler.get_scale() * y.square().sum()).backward()
+    kept = registration.state_dict()["local"][f"rank{on['replicate'].get_local_rank()}"]
+    return {f"{n} {k}": t for n, table in kept.items() for k, t in table.items()}, gradients(model)
+
+
+def test_a_step_that_is_not_finite_on_one_shard_is_forgotten_on_all(ranks):
+    with_it, without = ranks(one_shard_is_infinite, 4, True), ranks(one_shard_is_infinite, 4, False)
+    for (state, found), (wanted, expected) in zip(with_it, without, strict=True):
+        assert state.keys() == wanted.keys() != set()
+        for name, tensor in state.items():
+            assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-4), name
+        assert torch.allclose(found["weight"], expected["weight"], rtol=1e-4, atol=1e-3)
+
+
+def held_back():
+    """What a backward without an exchange leaves, here and under native HSDP; the registration ends in between."""
+    on, found = mesh(), []
+    for native in (True, False):
+        model, _ = sharded(on, "allreduce", native=native)
+        model.set_requires_all_reduce(False)
+        for block in model.blocks:
+            block.set_requires_all_reduce(False)
+        loss_of(model, 0).backward()
+        found.append(sorted(gradients(model)))
+    return found
+
+
+def test_gradients_that_are_held_back_are_not_there(ranks):
+    assert ranks(held_back, 4) == [[[], []]] * 4
+
+
+def dropped():
+    """Whether a model is alive whose registration is kept."""
+    model, registration = sharded(mesh(), "fp16")
+    loss_of(model, 0).backward()
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    return left() is None, registration.step
+
+
+def test_a_registration_that_is_kept_keeps_no_model(ranks):
+    assert ranks(dropped, 4) == [(True, 1)] * 4

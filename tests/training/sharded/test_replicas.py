@@ -334,7 +334,7 @@ def in_compiled():
 
 
 def test_a_compiled_model(ranks):
-    assert ranks(in_compiled, 4, timeout=120) == [(True, 2)] * 4
+    assert ranks(in_compiled, 4, timeout=120, fresh=True) == [(True, 2)] * 4
 
 
 def removed():

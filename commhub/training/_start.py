@@ -24,7 +24,7 @@ from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
 from commhub.training.rendezvous._agree import Rendezvous, agree, number_hosts
 from commhub.training.rendezvous._comparisons import Comparisons
-from commhub.training.rendezvous._everywhere import LATER
+from commhub.training.rendezvous._everywhere import HASTE, LATER
 from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
@@ -78,7 +78,8 @@ def start(
             failure = error
         try:
             facts = {} if session is None else {"hook": str(session)}
-            agree(Rendezvous.of(target.others, LATER * target.timeout), call, facts, failure, verify=target.verify)
+            patience = LATER * target.timeout if failure is None else min(target.timeout, HASTE)
+            agree(Rendezvous.of(target.others, patience), call, facts, failure, verify=target.verify)
         except BaseException:
             if session is not None:
                 session.stop()

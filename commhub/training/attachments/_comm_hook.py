@@ -20,8 +20,8 @@ from commhub._errors import HookOptionTypeError, RegistrationError
 from commhub._printable import shown
 
 from ._ddp import PYTHON_REDUCER
-from ._slot import Slot, queue
-from ._uncompiled import uncompiled
+from ._slot import Slot
+from ._uncompiled import queue, uncompiled
 from ._way_in import PASSES_ON, passing_on, refuse
 
 if TYPE_CHECKING:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
 
 from commhub._errors import HookError, RegistrationError, described
 
 from ._cut import cut
 from ._ddp import SLOT
 from ._fsdp import at_end_of_backward
-from ._uncompiled import uncompiled
+from ._uncompiled import queue, uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,10 +103,15 @@ class Shards:
 
     def _before_forward(self, *_: Any) -> None:
         engine = self._engine
-        if engine is not None and engine.is_left_over:  # its backward ended in an exception
+        if engine is None or torch._C._current_graph_task_id() != -1:
+            return
+        if engine.is_left_over:  # its backward ended in an exception
             engine.abandon()
             engine.settle()
-            self._kept.clear()
+        if self._came:
+            self._error, self._came = None, False
+            for left in (self._kept, self._parts, self._held_back):
+                left.clear()
 
     def _note(self, number: int) -> None:
         """Take down which shards the unit's buffer is going to hold."""
@@ -172,6 +179,16 @@ class Shards:
         return self._cuts[key]
 
     def _after_backward(self) -> None:
+        try:
+            self._end()
+        except BaseException as error:  # noqa: BLE001 - raised here it would keep other models from ending theirs
+
+            def tell(error: BaseException = error) -> NoReturn:
+                raise error
+
+            queue(tell)
+
+    def _end(self) -> None:
         engine, error, came = self._engine, self._error, self._came
         self._error, self._came = None, False
         self._parts.clear()

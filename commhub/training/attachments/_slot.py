@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
 from commhub._errors import HookError, RegistrationError
 from commhub.protocol._bucket import Span, lay_out
 
 from ._ddp import SLOT
 from ._entry import Entry, commhub_slot
-from ._uncompiled import uncompiled
+from ._uncompiled import queue, uncompiled
 from ._way_in import has_way_in
 
 if TYPE_CHECKING:
@@ -289,8 +288,3 @@ class Slot:
                 f"a DDP model with the hook {self.owner} cannot be copied or pickled: the copy would train without it. "
                 "Copy model.module, save model.state_dict(), or call registration.remove() first."
             )
-
-
-def queue(callback: Callable[[], None]) -> None:
-    """Have it called when this backward has ended."""
-    Variable._execution_engine.queue_callback(uncompiled(callback))

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd import Variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,11 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     if _outside is None:  # not when this is imported: it loads the compiler, which DDP and optimizers load as well
         _outside = torch.compiler.disable(_call)
     return functools.partial(_outside, function)
+
+
+def queue(callback: Callable[[], None]) -> None:
+    """Have it called when this backward has ended, after what was queued before."""
+    Variable._execution_engine.queue_callback(uncompiled(callback))
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LATER: Final = 2.0
 """Timeouts that a rank waits for those of other groups, which may have waited for one in their own already."""
+HASTE: Final = 5.0
+"""Seconds that a rank waits for them whose own group has failed, and has taken its time to."""
 OWN: Final = "checkpoint"
 """What groups need not have alike: each has a file of its own."""
 
@@ -42,6 +44,7 @@ def agree_everywhere(
         agree(rendezvous, topic, facts, failure, verify=verify, more=more)
     except BaseException as error:
         if others is not None:
+            others.timeout = min(rendezvous.timeout, HASTE)  # whoever comes at all is there by now
             agree(others, topic, {}, error)
         raise
     if others is not None:

@@ -382,3 +382,25 @@ def dropped():
 
 def test_a_registration_that_is_kept_keeps_no_model(ranks):
     assert ranks(dropped, 4) == [(True, 1)] * 4
+
+
+def two_at_once(order):
+    """Two models in one backward, of which the hook of one raises; then each for itself, against native HSDP."""
+    on = mesh()
+    (a, ra), (b, rb) = sharded(on, Raises(0), register={"timeout": TIMEOUT}), sharded(on, "allreduce")
+    native, _ = sharded(on, native=True)
+    first, second = (loss_of(one, 0) for one in (a, b))
+    (first + second).backward()
+    first, second = (loss_of(one, 1) for one in (a, b))
+    error = error_of((first + second if order == "ab" else second + first).backward)
+    ra.swap("allreduce")
+    found = []
+    for one in (a, b, native):
+        one.zero_grad()
+        found.append(Loop(one).run(2))
+    return error[0], same(found[0], found[2]), same(found[1], found[2]), ra.step, rb.step
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_failure_of_one_model_leaves_another_in_the_same_backward_usable(ranks, order):
+    assert ranks(two_at_once, 4, order) == [("HookError", True, True, 3, 4)] * 4

@@ -389,10 +389,10 @@ def two_at_once(order):
     on = mesh()
     (a, ra), (b, rb) = sharded(on, Raises(0), register={"timeout": TIMEOUT}), sharded(on, "allreduce")
     native, _ = sharded(on, native=True)
-    first, second = (loss_of(one, 0) for one in (a, b))
-    (first + second).backward()
-    first, second = (loss_of(one, 1) for one in (a, b))
-    error = error_of((first + second if order == "ab" else second + first).backward)
+    turns = (a, b) if order == "ab" else (b, a)  # backward begins with the one that came last
+    for step in range(2):
+        first, second = (loss_of(one, step) for one in turns)
+        error = error_of((first + second).backward)
     ra.swap("allreduce")
     found = []
     for one in (a, b, native):

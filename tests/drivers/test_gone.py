@@ -123,7 +123,7 @@ def meet_an_end(how, phase, victim, holds):
             model(torch.ones(2, 16)).sum().backward()
             optimizer.step()
     except commhub.CommhubError as error:
-        since = hook.began if phase == "prepare" else began
+        since = (hook.began or began) if phase == "prepare" else began  # the end may come before its own prepare
         told = type(error).__name__, str(error), time.monotonic() - since
         if rank == victim and how == "raised":
             raise

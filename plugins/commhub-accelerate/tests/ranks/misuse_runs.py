@@ -72,10 +72,12 @@ def refusals(me):
     tried("evaluated", lambda: accel.prepare(model))
     accel = accelerator()
     commhub_accelerate.attach(accel, Mean())
-    first, second = net(1), net(2)
-    accel.prepare(first, sgd(first))
+    first, second, third = net(1), net(2), net(3)
+    kept = accel.prepare(first, sgd(first))
+    waits = accel.prepare(third)  # held here, as the first is: Accelerate keeps no model alive
+    tried("one object, later", lambda: accel.prepare(sgd(third)))
     tried("one object", lambda: accel.prepare(second, sgd(second)))
-    tried("one object, later", lambda: accel.prepare(sgd(second)))
+    del kept, waits
     fresh()
     accel = Accelerator()
     tried("ranks apart", lambda: commhub_accelerate.attach(accel, "fp16"))

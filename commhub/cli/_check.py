@@ -75,6 +75,8 @@ def check(
         if not found or not reason.strip():
             raise click.BadParameter(f"{text!r}: write CHECK=REASON.", param_hint="--expect-failure")
         reasons[key] = reason
+    if quick and sharded:
+        raise click.UsageError("--quick leaves out the checks on real ranks, and --sharded runs no others.")
     try:
         where = ("sharded",) if sharded else WHERE[:2] if quick else WHERE
         results = check_hook(

@@ -13,7 +13,7 @@ from commhub._printable import shown
 from commhub.protocol._hook import is_averager
 from commhub.registry._recipe import choose
 from commhub.training.attachments._collector import Collector
-from commhub.training.attachments._ddp import check_devices, group_of, inside
+from commhub.training.attachments._ddp import check_devices, group_in, group_of, inside
 from commhub.training.attachments._unserved import refuse_bare, refuse_owners
 
 from ._given import check_scaler, optimizers_of
@@ -90,7 +90,7 @@ def manual(
         parameters = _parameters(module)
         group = group_of(None, process_group)
     except CommhubError as error:
-        refuse(error, "register", process_group)
+        refuse(error, "register", group_in(process_group))
         raise
     device = parameters[0][1].device
     every = dict(options)

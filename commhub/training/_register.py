@@ -25,7 +25,7 @@ from commhub.registry._models import spec_of
 from commhub.registry._recipe import Recipe, choose
 from commhub.training.attachments._armed import attach_to, fed_by
 from commhub.training.attachments._coming import Coming
-from commhub.training.attachments._ddp import check_devices, check_group, find, group_of, inside, refuse
+from commhub.training.attachments._ddp import check_devices, check_group, find, group_in, group_of, inside, refuse
 from commhub.training.attachments._fsdp import root_of
 from commhub.training.attachments._shards import Shards
 from commhub.training.attachments._unserved import refuse_owners
@@ -101,7 +101,7 @@ def register(
         root = None if inside(model) else root_of(model)
     except CommhubError as error:
         if not is_passing_on():
-            refuse_together(error, "register", process_group)
+            refuse_together(error, "register", group_in(process_group))
         raise
     return _register_ddp(model, given) if root is None else register_sharded(root, given)
 
@@ -112,7 +112,7 @@ def _register_ddp(model: object, given: Given) -> Registration:
         group, strange_group = _group_of(ddp, given.process_group)
     except CommhubError as error:
         if not is_passing_on():
-            refuse_together(error, "register", given.process_group)
+            refuse_together(error, "register", group_in(given.process_group))
         raise
     come(ddp, given.timeout)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
 from typing import TYPE_CHECKING
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from commhub._errors import CommhubError, RegistrationError
-from commhub.training.attachments._ddp import check_device, group_of
-from commhub.training.attachments._elsewhere import Elsewhere
+from commhub.training.attachments._ddp import check_device, group_in, group_of
 from commhub.training.attachments._fsdp import units_of
 from commhub.training.attachments._shards import Shards, trained
 
@@ -58,7 +56,7 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
         units = units_of(root)
         shard_group = _shard_group(units)
     except CommhubError as error:
-        refuse(error, "register", given.process_group)
+        refuse(error, "register", group_in(given.process_group))
         raise
     device = units[0].device
     parameters = trained(units)
@@ -76,7 +74,10 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
         module=weakref.ref(root),
         parameters=parameters,
         unused=True,
-        traits={"units": _described(units), "shard": f"{shard_group.rank()} of {shard_group.size()}"},
+        traits={
+            "units": [[unit.name, str(unit.dtype), unit.divide_factor] for unit in units],
+            "shard": f"{shard_group.rank()} of {shard_group.size()}",
+        },
         optimizers=given.optimizers,
         scaler=given.scaler,
         timeout=usable_timeout(given.timeout, group, device),
@@ -93,7 +94,7 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
     former = Shards.on(root)
     session = start(target, chosen_here, None if former is None else former.session)
     replaced = None if former is None else former.owner
-    shards = former or Shards(root, units, Elsewhere(shard_group, device, target.timeout))
+    shards = former or Shards(root, units)
     if former is None and any(unit.has_hook for unit in units) and session.engine.rank == 0:
         logger.warning("%s: takes the place of an all-reduce hook that was set on the model, until remove().", session)
     registration = Registration(session, shards)
@@ -127,12 +128,3 @@ def _check_apart(group: dist.ProcessGroup, shard_group: dist.ProcessGroup) -> No
             f"process_group= holds ranks {', '.join(map(str, sorted(both)))}, which keep different shards. "
             f"Give the ranks that keep the same. {_WHOLE}"
         )
-
-
-def _described(units: Sequence[Unit]) -> str:
-    """What must be equal on all replicas of the units, as a digest: which parameters, in which dtype, summed or not."""
-    every = [
-        (unit.name, str(unit.dtype), unit.divide_factor, [(shard.name, shard.padded) for shard in unit.shards])
-        for unit in units
-    ]
-    return hashlib.sha256(repr(every).encode()).hexdigest()[:16]

@@ -52,6 +52,7 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def unwrapped(name: str) -> str:
+    """A name without what ``torch.compile`` and activation checkpointing put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -183,6 +183,13 @@ def test_wrong_usage_exits_with_2(site, args):
     assert run(*args).exit_code == 2
 
 
+def test_check_quick_and_sharded_exclude_each_other(site):
+    site.add("some-dist", "some")
+    done = run("check", "some", "--quick", "--sharded")
+    assert done.exit_code == 2
+    assert "--sharded runs no others" in done.stderr
+
+
 # enum
 
 

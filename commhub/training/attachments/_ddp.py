@@ -117,6 +117,14 @@ def as_group(given: object) -> object:
     return given.get_group()
 
 
+def group_in(given: object) -> object:
+    """The same, where an error is to be told: what is no group is none to tell it in."""
+    try:
+        return as_group(given)
+    except RegistrationError:
+        return None
+
+
 def check_group(group: object) -> None:
     """Raise HookOptionTypeError for what is neither ``None`` nor a process group, of this process or of others."""
     group = as_group(group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,20 +12,31 @@ from commhub._errors import described
 from commhub.training._target import LONGEST
 from commhub.training.rendezvous._everywhere import LATER
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from commhub.training._target import Target
+
+_SHOWN = 1000
+"""How many bytes of an error the others are told."""
+
 
 class Elsewhere:
-    """The end of a step, told among them.
+    """The end of one step, told among them once. On a device that the host does not wait for, nothing is told.
 
     Args:
-        group: they, this rank among them.
-        device: of the gradients. On one whose work the host does not wait for, nothing is told.
+        target: whose ``others`` they are; it may have none.
+
+    Attributes:
+        was_told: whether this rank has had its say.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
-        self._group, self._device = group, device
-        self._patience = timedelta(seconds=min(LATER * timeout, LONGEST))
+    def __init__(self, target: Target) -> None:
+        self._group = target.others if target.device.type == "cpu" else None
+        self._patience = timedelta(seconds=min(LATER * target.timeout, LONGEST))
+        self.was_told = False
 
-    def told(self, failure: BaseException | None, finite: bool = True) -> tuple[str, bool]:
+    def told(self, failure: BaseException | None, finite: Tensor | bool = True) -> tuple[str, Tensor | bool]:
         """Tell them how the step went here, and hear how it went elsewhere.
 
         Args:
@@ -35,21 +46,26 @@ class Elsewhere:
         Returns:
             What went wrong elsewhere, empty if nothing did; whether everything is finite, here too.
         """
-        if self._device.type != "cpu" or self._group.size() == 1:
+        self.was_told = True
+        if self._group is None:
             return "", finite
         try:
             counts = torch.tensor([float(failure is not None), float(not finite)])
-            self._wait(dist.all_reduce(counts, group=self._group, async_op=True))
-            failed, unfinished = counts.tolist()
+            dist.all_reduce(counts, group=self._group, async_op=True).wait(self._patience)
+            failed, infinite = counts.tolist()
             if not failed:
-                return "", not unfinished
-            texts: list[str | None] = [None] * self._group.size()
-            dist.all_gather_object(texts, "" if failure is None else described(failure), group=self._group)
+                return "", not infinite
+            texts = self._gathered("" if failure is None else described(failure))
         except RuntimeError as error:
             said = f"the ranks that keep this replica's other shards cannot be reached any more: {described(error)}"
             return said, finite
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         return f"the step failed where shard {rank} is averaged: {text}", finite
 
-    def _wait(self, work: Any) -> None:
-        work.wait(self._patience)
+    def _gathered(self, text: str) -> list[str]:
+        mine = torch.zeros(_SHOWN, dtype=torch.uint8)
+        content = text.encode()[:_SHOWN]
+        mine[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(every, mine, group=self._group, async_op=True).wait(self._patience)
+        return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in every]

@@ -17,6 +17,7 @@ from commhub._errors import HookError, RegistrationError, described
 
 from ._cut import cut
 from ._ddp import SLOT
+from ._elsewhere import Elsewhere
 from ._fsdp import at_end_of_backward
 from ._uncompiled import queue, uncompiled
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from commhub.training.steps._engine import Engine
 
     from ._cut import Cut
-    from ._elsewhere import Elsewhere
     from ._fsdp import Shard, Unit
 
 logger = logging.getLogger("commhub")
@@ -42,18 +42,17 @@ class Shards:
     Args:
         root: the model.
         units: its units.
-        elsewhere: where the ranks that hold the other shards hear of this one's failures.
 
     Attributes:
         owner: the registration, if there is one.
         after: as in ``Attachment``.
     """
 
-    def __init__(self, root: nn.Module, units: Sequence[Unit], elsewhere: Elsewhere) -> None:
+    def __init__(self, root: nn.Module, units: Sequence[Unit]) -> None:
         self.owner: Any = None
         self.session: Session | None = None
         self.after: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._root, self._units, self._elsewhere = weakref.ref(root), tuple(units), elsewhere
+        self._root, self._units = weakref.ref(root), tuple(units)
         self._engine: Engine | None = None
         self._leave: list[Callable[[], None]] = []
         self._prepared: frozenset[str] = frozenset()
@@ -189,16 +188,17 @@ class Shards:
             queue(tell)
 
     def _end(self) -> None:
-        engine, error, came = self._engine, self._error, self._came
+        engine, session, error, came = self._engine, self.session, self._error, self._came
         self._error, self._came = None, False
         self._parts.clear()
         while self._held_back:
             self._held_back.pop().parameter.grad = None
-        if engine is None or not came:
+        if engine is None or session is None or not came:
             return
+        elsewhere = Elsewhere(session.target)
         if error is not None or not engine.in_step:  # nothing was to be sent, which may have failed elsewhere
             engine.settle()
-            told, _ = self._elsewhere.told(error)
+            told, _ = elsewhere.told(error)
             if error is not None:
                 raise error
             if not told:
@@ -206,11 +206,12 @@ class Shards:
             engine.begin()
             engine.fail(told)
         try:
-            failure: BaseException | None = engine.end(elsewhere=self._elsewhere.told)
+            failure: BaseException | None = engine.end(elsewhere=None if elsewhere.was_told else elsewhere.told)
         except BaseException as interrupted:  # a Ctrl-C
             engine.abandon()
             engine.settle()
-            self._elsewhere.told(interrupted)
+            if not elsewhere.was_told:
+                elsewhere.told(interrupted)
             raise
         failure = failure or engine.after_step()
         after = None if self.after is None else self.after()

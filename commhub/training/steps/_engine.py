@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ._averages import Averages
 
-    Elsewhere = Callable[[HookError | None, bool], tuple[str, bool]]
+    Elsewhere = Callable[[HookError | None, Tensor | bool], tuple[str, Tensor | bool]]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -168,7 +168,7 @@ class Engine:
         if step.tasks:
             self._confirm(step, linger=linger)
         failure = self.rounds.failure
-        told, finite = elsewhere(failure, bool(step.finite)) if elsewhere is not None else ("", step.finite)
+        told, finite = ("", step.finite) if elsewhere is None else elsewhere(failure, step.finite)
         if failure is None and told:
             self.rounds.fail(told, self.step)
             failure = self.rounds.failure

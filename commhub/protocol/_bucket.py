@@ -81,7 +81,8 @@ class Bucket:
         used: per parameter, whether this rank's backward reached it in this step.
         index: place of the bucket in the order of arrival within the step, from 0.
         step: synchronised backward passes before this one, from 0.
-        divisor: what a mean divides by: the number of ranks, or of those still active under ``join``.
+        divisor: what a mean divides by: the number of ranks, or of those still active under ``join``; 1 where FSDP
+            divides by itself.
         rank: of this process in the group that averages.
         world_size: of that group.
         loss_scale: what the loss was multiplied by (``scaler=``); residuals are kept divided by it.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ._fsdp import Unit
 
     Leave = Callable[[], None]
+    Scattering = Callable[[Tensor, Tensor, int, float], None]
 
 _CALLBACK = "_root_post_backward_final_callback"
 
@@ -41,18 +42,19 @@ def enter_between(unit: Unit, before: Callable[[], None], reduce: Callable[[Tens
     return _watched(group, before, leave)
 
 
-def enter_inside(unit: Unit, before: Callable[[], None], reduce: Callable[[Tensor, Tensor, float], None]) -> Leave:
+def enter_inside(unit: Unit, before: Callable[[], None], reduce: Scattering) -> Leave:
     """Have ``reduce`` called in place of each reduce-scatter, and ``before`` ahead of that.
 
-    ``reduce`` gets the input, 1-D, a part for each rank; the output, as long as a part; and what the mean is to be
-    multiplied by. Where there is one rank, FSDP has no reduce-scatter, and its buffer is both.
+    ``reduce`` gets the input, 1-D, a part for each rank; the output, as long as a part; what the sum is to be divided
+    by, and the quotient to be multiplied by. Where there is one rank, FSDP has no reduce-scatter, and its buffer is
+    both.
 
     Returns:
         What puts everything back.
     """
     group = unit.group
     if unit.shard_group.size() == 1:
-        return enter_between(unit, before, lambda buffer: reduce(buffer.clone(), buffer, 1.0))
+        return enter_between(unit, before, lambda buffer: reduce(buffer.clone(), buffer, 1, 1.0))
     former = group._reduce_scatter_comm
     group._reduce_scatter_comm = _ReduceScatter(former, unit, reduce)
 
@@ -65,7 +67,7 @@ def enter_inside(unit: Unit, before: Callable[[], None], reduce: Callable[[Tenso
 class _ReduceScatter:
     """What FSDP calls for a reduce-scatter; buffers come from where they came from before."""
 
-    def __init__(self, former: Any, unit: Unit, reduce: Callable[[Tensor, Tensor, float], None]) -> None:
+    def __init__(self, former: Any, unit: Unit, reduce: Scattering) -> None:
         self._former, self._unit, self._reduce = former, unit, reduce
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -80,13 +82,12 @@ class _ReduceScatter:
         op: Any,
         async_op: bool = False,  # noqa: ARG002 - FSDP's own signature
     ) -> None:
-        if op == dist.ReduceOp.AVG:
-            factor = 1.0
-        elif op == dist.ReduceOp.SUM:  # FSDP divides before and after
-            factor = float(group.size())
-        else:  # a product with one over what the user has set, and the sum
-            factor = group.size() / (self._unit.divide_factor or 1.0)
-        self._reduce(input_tensor, output_tensor, factor)
+        divisor, factor = group.size(), 1.0
+        if op == dist.ReduceOp.SUM:  # FSDP divides before and after
+            divisor = 1
+        elif op != dist.ReduceOp.AVG:  # a product with one over what the user has set, and the sum
+            factor = divisor / (self._unit.divide_factor or 1.0)
+        self._reduce(input_tensor, output_tensor, divisor, factor)
 
 
 def _watched(group: Any, before: Callable[[], None], leave: Callable[[Any], None]) -> Leave:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from commhub.training.steps._engine import Engine
 
     from ._fsdp import Shard, Unit
+    from ._fsdp_entry import Scattering
 
 
 class Scattered:
@@ -41,17 +42,15 @@ class Scattered:
         self._prepared = frozenset(prepared)
         self._choices.clear()
 
-    def enter(
-        self, unit: Unit, before: Callable[[], None], reduce: Callable[[Tensor, Tensor, float], None]
-    ) -> Callable[[], None]:
+    def enter(self, unit: Unit, before: Callable[[], None], reduce: Scattering) -> Callable[[], None]:
         """Have FSDP call ``reduce`` for a reduce-scatter."""
         return enter_inside(unit, before, reduce)
 
     def exchange(
         self, unit: Unit, parts: Sequence[tuple[Shard, bool]], begin: Callable[[], Engine], *tensors: Any
     ) -> None:
-        """Leave the mean of this rank's part in the output, times what FSDP wants it multiplied by."""
-        given, output, factor = tensors
+        """Leave what comes of this rank's part in the output."""
+        given, output, divisor, factor = tensors
         if sum(shard.padded for shard, _ in parts) != output.numel():
             raise HookError(
                 f"FSDP reduces {output.numel()} elements of {unit.name or 'the root'!r} for this rank, and which "
@@ -60,7 +59,7 @@ class Scattered:
         engine = begin()
         for one in self._choose(parts):
             flat, shard = one.take(given.view(engine.world_size, -1), output)
-            engine.add(flat, one.parameters, one.spans, one.used, shard=shard, plain=one.plain)
+            engine.add(flat, one.parameters, one.spans, one.used, shard=shard, divisor=divisor, plain=one.plain)
             engine.wait()
             one.put_back(shard, output)
         if engine.has_failed:

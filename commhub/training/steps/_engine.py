@@ -123,12 +123,14 @@ class Engine:
         done: Callable[[], None] = lambda: None,
         *,
         shard: Tensor | None = None,
+        divisor: int | None = None,
         plain: bool = False,
         last: bool = False,
     ) -> None:
         """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
 
-        With a ``shard`` it is scattered: the mean of this rank's part is left there.
+        With a ``shard`` it is scattered: the mean of this rank's part is left there. ``divisor`` counts for this bucket
+        in place of the step's.
 
         ``done`` is called when it is over, whether it went well or not. ``last``: no more come before ``wait``.
         """
@@ -136,7 +138,8 @@ class Engine:
         assert step is not None
         index = len(step.tasks)
         bucket = self.rounds.bucket(flat, parameters, spans, step=self.step, index=index, used=used, shard=shard)
-        bucket.divisor, bucket.divides, bucket.loss_scale = step.divisor, step.divides, step.loss_scale
+        bucket.divisor = step.divisor if divisor is None else divisor
+        bucket.divides, bucket.loss_scale = step.divides, step.loss_scale
         own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
         task = self.rounds.submit(

@@ -65,6 +65,16 @@ def sharded(on, hook=None, *, native=False, make=Transformer, register=None, **o
     return model, commhub.register(model, hook, process_group=on["replicate"], **(register or {}))
 
 
+def inside(hook=None, *, make=Transformer, register=None, **options):
+    """A model sharded over all ranks, and its registration of a hook in place of the reduce-scatter, or None."""
+    _clear_sharding_prop_cache()
+    model = make()
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model, None if hook is None else commhub.register(model, hook, **(register or {}))
+
+
 def loss_of(model, step, rank=None, **forward):
     rank = dist.get_rank() if rank is None else rank
     numbers = tokens(rank, step)

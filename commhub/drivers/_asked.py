@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 if TYPE_CHECKING:
-    from commhub.protocol._bucket import Span
     from commhub.protocol._collectives import Subgroup
+    from commhub.protocol._spans import Span
 
 Serial = tuple[int, ...]
 

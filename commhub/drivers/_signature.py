@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-    from commhub.protocol._bucket import Span
+    from commhub.protocol._spans import Span
 
     from ._asked import Position, Serial
     from ._task import Task

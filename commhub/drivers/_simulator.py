@@ -13,10 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub._errors import HookOptionTypeError
-from commhub.protocol._bucket import Bucket, lay_out
-from commhub.protocol._collectives import AllReduce, Subgroup
-from commhub.protocol._hook import Hook, is_averager
+from commhub._errors import HookOptionError, HookOptionTypeError
+from commhub.protocol._collectives import AllReduce, ReduceScatter, Subgroup
+from commhub.protocol._hook import Hook, can_scatter, is_averager
 from commhub.protocol._nesting import Confined, LocalSteps
 from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
@@ -30,6 +29,7 @@ from ._plain import check, exchange
 from ._stats import Meter
 from ._task import Task
 from ._virtual import alike, as_before, count, hosts_of, how_many, tensors
+from ._virtual_buckets import Parted, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,9 +47,11 @@ class Simulation:
     """What came of it.
 
     Attributes:
-        gradients: per rank, the last step's averaged tensors; ranks whose results are bit-equal share storage.
+        gradients: per rank, the last step's averaged tensors, or its rows of them where they are sharded; ranks whose
+            results are bit-equal share storage.
         sent_bytes: per rank, what it sent in all steps.
-        logical_bytes: what a plain all-reduce of the same gradients would have sent, per rank, in all steps.
+        logical_bytes: what a plain all-reduce, or reduce-scatter, of the same gradients would have sent, per rank, in
+            all steps.
         seconds: the time all collectives take on ``network``, one after another; 0 without one.
         hooks, states: per rank, the hook and its memory after the last step.
     """
@@ -78,6 +80,7 @@ def simulate(
     buckets: int = 1,
     hosts: Sequence[int] | None = None,
     network: Network | str | None = None,
+    sharded: bool = False,
     **options: Any,
 ) -> Simulation:
     """Run a hook on p virtual ranks.
@@ -92,6 +95,7 @@ def simulate(
         buckets: in how many buckets the tensors travel (of one dtype each).
         hosts: per rank, the number of its host; by default all on one.
         network: a cost model for ``seconds``; a text such as ``"100mbit"`` is its bandwidth.
+        sharded: have each rank get its rows of the average alone, by the hook's ``reduce_scatter``.
         options: the hook's options, and ``wire``.
 
     Raises:
@@ -111,9 +115,11 @@ def simulate(
     def at(rank: int, step: int) -> Sequence[Tensor]:
         return tensors(gradients(rank, step) if callable(gradients) else gradients[rank], rank)
 
-    world = _World(p, wire, network, chosen.label)
-    first = at(0, 0)
-    world.set_up([_make(chosen.make, hook) for _ in range(p)], first, hosts_of(hosts, p))
+    world = _World(p, wire, network, chosen.label, sharded=sharded)
+    first, hooks = at(0, 0), [_make(chosen.make, hook) for _ in range(p)]
+    if sharded and not can_scatter(hooks[0]):
+        raise HookOptionError(f"{chosen.label} has no reduce_scatter. Leave sharded= out, or give a hook that has one.")
+    world.set_up(hooks, first, hosts_of(hosts, p))
     for step in range(steps):
         given = [at(rank, step) for rank in range(p)]
         for rank, mine in enumerate(given):
@@ -137,7 +143,9 @@ def _make(make: Callable[[], Hook], hook: object) -> Hook:
 
 
 class _World:
-    def __init__(self, p: int, wire: torch.dtype | None, network: Network | None, label: str) -> None:
+    def __init__(self, p: int, wire: torch.dtype | None, network: Network | None, label: str, *, sharded: bool) -> None:
+        self.way = Parted(p) if sharded else Whole()
+        self.plain: type[AllReduce | ReduceScatter] = ReduceScatter if sharded else AllReduce
         self.p, self.wire, self.network, self.label = p, wire, network, label
         self.scratch, self.meters = Scratch(), [Meter() for _ in range(p)]
         self.logical = self.seconds = 0.0
@@ -150,13 +158,17 @@ class _World:
         self.hooks = hooks
         self.names = tuple(str(i) for i in range(len(tensors)))
         self.states = [State(self.names) for _ in hooks]
-        spans = lay_out(self.names, tensors)
+        spans = self.way.spans(self.names, tensors)
+        apart = [self.way.spans([name], [t])[0] for name, t in zip(self.names, tensors, strict=True)]
         for rank, (hook, state) in enumerate(zip(hooks, self.states, strict=True)):
             setup = Setup(
                 names=self.names,
                 shapes=tuple(span.shape for span in spans),
                 dtypes=tuple(t.dtype for t in tensors),
-                strides=tuple(span.stride for span in spans),
+                strides=tuple(
+                    self.way.spans([name], [t])[0].stride for name, t in zip(self.names, tensors, strict=True)
+                ),
+                scatters=self.plain is ReduceScatter,
                 device=tensors[0].device if tensors else torch.device("cpu"),
                 rank=rank,
                 world_size=self.p,
@@ -180,18 +192,20 @@ class _World:
         return connect
 
     def run(self, step: int, gradients: list[Sequence[Tensor]], buckets: int) -> None:
-        outs = [[torch.empty_like(t) for t in mine] for mine in gradients]
+        outs = [[self.way.result(t, rank) for t in mine] for rank, mine in enumerate(gradients)]
         for state in self.states:
             state.begin()
         finite = [torch.ones((), dtype=torch.bool) for _ in range(self.p)]
         for index, places in enumerate(_buckets(gradients[0], buckets)):
             tasks = [self._task(rank, gradients[rank], places, index, step) for rank in range(self.p)]
             self._drive(tasks)
-            self.logical += AllReduce.sent_bytes(tasks[0].bucket.flat.nbytes, self.p)
+            self.logical += self.plain.sent_bytes(tasks[0].bucket.flat.nbytes, self.p)
             for rank, task in enumerate(tasks):
                 finite[rank] = finite[rank] & task.bucket.finite.cpu()
-                for place, view in zip(places, task.bucket.gradients, strict=True):
+                for place, view in zip(places, self.way.results(task.bucket), strict=True):
                     outs[rank][place].copy_(view)
+        if self.plain is ReduceScatter:  # which ranks tell each other
+            finite = [torch.stack(finite).all()] * self.p
         for state, verdict in zip(self.states, finite, strict=True):
             state.commit(bool(verdict))
         for function in self.after:
@@ -209,23 +223,16 @@ class _World:
 
     def _task(self, rank: int, tensors: Sequence[Tensor], places: list[int], index: int, step: int) -> Task:
         hook, group = self._turn(rank, step)
-        mine = [tensors[i].detach() for i in places]
-        spans = lay_out([self.names[i] for i in places], mine)
-        flat = torch.empty(sum(s.numel for s in spans), dtype=mine[0].dtype, device=mine[0].device)
-        bucket = Bucket(
-            flat=flat,
-            parameters=tuple(mine),
-            used=(True,) * len(mine),
+        bucket = self.way.bucket(
+            [self.names[i] for i in places],
+            [tensors[i].detach() for i in places],
             index=index,
             step=step,
             divisor=self.p if group is None else len(group),
             rank=rank if group is None else group.ranks.index(rank),
             world_size=self.p if group is None else len(group),
             group=group,
-            spans=spans,
         )
-        for view, tensor in zip(bucket.gradients, mine, strict=True):
-            view.copy_(tensor)
         return Task(
             hook,
             bucket,

@@ -18,33 +18,9 @@ from ._collectives import Subgroup, foreign
 from ._finite import all_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-
-@attrs.frozen
-class Span:
-    """Where one parameter's gradient lies in a bucket: ``numel`` elements from ``offset``, with these strides."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    numel: int
-
-
-def lay_out(names: Sequence[str], tensors: Iterable[Tensor]) -> tuple[Span, ...]:
-    """The spans of tensors that follow one another in a bucket, in their order.
-
-    A tensor that fills its memory without gaps keeps its strides (channels_last, transposed); any other is
-    contiguous in the bucket, as in PyTorch's reducer.
-    """
-    spans, offset = [], 0
-    for name, tensor in zip(names, tensors, strict=True):
-        dense = torch.empty_like(tensor, device="meta").stride()  # its own strides, unless there are gaps
-        stride = dense if dense == tensor.stride() else torch.empty(tensor.shape, device="meta").stride()
-        spans.append(Span(name, tuple(tensor.shape), tuple(stride), offset, tensor.numel()))
-        offset += tensor.numel()
-    return tuple(spans)
+    from ._spans import Span
 
 
 class _Flag:

@@ -9,7 +9,7 @@ import torch
 
 from commhub._errors import RegistrationError
 from commhub._printable import shown
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 
 if TYPE_CHECKING:
     import weakref

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub import AllReduce, Bucket, Setup, State
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 from commhub.testing import bitwise_equal
 from commhub.toolkit._feedback import ErrorFeedback
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from commhub._errors import CommhubError
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 from commhub.training._trained import Trained
 from commhub.training.steps._between import Between
 from commhub.training.steps._own_hooks import Failure

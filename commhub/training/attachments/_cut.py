@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from torch import Tensor
 
-    from commhub.protocol._bucket import Span
+    from commhub.protocol._spans import Span
 
     from ._fsdp import Shard
 

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import nn
 
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 from commhub.training._trained import nbytes_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from commhub.protocol._bucket import Span
+    from commhub.protocol._spans import Span
     from commhub.training._trained import Named
 
 BUCKET_BYTES = 25 * 2**20

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from commhub._errors import HookError
-from commhub.protocol._bucket import Span
+from commhub.protocol._spans import lay_out_parts
 
 from ._fsdp_entry import enter_inside
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from commhub.protocol._spans import Span
     from commhub.training._trained import Named
     from commhub.training.steps._engine import Engine
 
@@ -130,22 +130,12 @@ def _choices(parts: Sequence[tuple[Shard, bool]], prepared: Collection[str]) -> 
         width = sum(shard.padded for shard, _, _ in chosen)
         if not width:
             continue
-        spans, offset = [], 0
-        for shard, _, _ in chosen:
-            spans.append(_span(shard, offset, width))
-            offset += shard.padded
+        shards = [shard for shard, _, _ in chosen]
         yield _Choice(
             plain,
-            tuple(spans),
+            lay_out_parts([shard.name for shard in shards], [shard.padded_size for shard in shards], shards[0].ranks),
             tuple(used for _, used, _ in chosen),
-            tuple(shard for shard, _, _ in chosen),
+            tuple(shards),
             tuple(columns for _, _, columns in chosen),
             len(chosen) == len(placed),
         )
-
-
-def _span(shard: Shard, offset: int, width: int) -> Span:
-    size = shard.padded_size
-    p = shard.ranks
-    stride = tuple(prod(size[i + 1 :]) for i in range(len(size)))
-    return Span(shard.name, (p, *size), (width, *stride), offset, p * shard.padded)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from commhub._errors import HookError, RegistrationError
-from commhub.protocol._bucket import Span, lay_out
+from commhub.protocol._spans import Span, lay_out
 
 from ._ddp import SLOT
 from ._entry import Entry, commhub_slot

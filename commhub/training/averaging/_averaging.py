@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from commhub._errors import HookError
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 from commhub.training._trained import nbytes_of
 from commhub.training.steps._between import Between
 from commhub.training.steps._callbacks import call_after

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from commhub._errors import HookError
-    from commhub.protocol._bucket import Bucket, Span
+    from commhub.protocol._bucket import Bucket
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
+    from commhub.protocol._spans import Span
 
     from ._engine import Engine
 

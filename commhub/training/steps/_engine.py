@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from commhub._errors import HookError
     from commhub.drivers._driver import Driver
     from commhub.drivers._observers import Observers
-    from commhub.protocol._bucket import Span
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
+    from commhub.protocol._spans import Span
     from commhub.protocol._state import State
 
     from ._averages import Averages

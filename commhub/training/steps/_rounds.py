@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from commhub._errors import HookError
     from commhub.drivers._driver import Driver
     from commhub.drivers._stats import StepStats
-    from commhub.protocol._bucket import Span
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
+    from commhub.protocol._spans import Span
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 
 from commhub import AllReduce, Bucket
 from commhub.drivers._job import Scratch, make_job
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

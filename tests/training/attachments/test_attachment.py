@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from commhub import HookError, RegistrationError
-from commhub.protocol._bucket import lay_out
+from commhub.protocol._spans import lay_out
 from commhub.registry._recipe import choose
 from commhub.testing import bitwise_equal
 from commhub.training._registration import Registration

@@ -165,9 +165,7 @@ class _World:
                 names=self.names,
                 shapes=tuple(span.shape for span in spans),
                 dtypes=tuple(t.dtype for t in tensors),
-                strides=tuple(
-                    self.way.spans([name], [t])[0].stride for name, t in zip(self.names, tensors, strict=True)
-                ),
+                strides=tuple(span.stride for span in apart),
                 scatters=self.plain is ReduceScatter,
                 device=tensors[0].device if tensors else torch.device("cpu"),
                 rank=rank,

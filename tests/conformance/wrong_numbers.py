@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import commhub
-from commhub import AllGather, AllReduce
+from commhub import AllGather, AllReduce, ReduceScatter
 
 
 @attrs.define
@@ -234,3 +234,11 @@ class TurnsRound:
 
     def reduce(self, bucket):
         bucket.flat.copy_(-(yield AllReduce(bucket.flat)))
+
+
+@attrs.define(slots=False)
+class ScattersSums(Right):
+    """The mean where it is whole, and the sum of each part."""
+
+    def reduce_scatter(self, bucket):
+        bucket.shard.copy_((yield ReduceScatter(bucket.flat, op="sum")))

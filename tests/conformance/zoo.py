@@ -35,6 +35,7 @@ HOOKS = {
     "forgets_to_divide": ("ForgetsToDivide", EXACT, ("mean",)),
     "notes_the_largest": ("NotesTheLargest", EXACT, ("every_kind",)),
     "forgets_strides": ("ForgetsStrides", EXACT, ("every_kind_has_its_mean",)),
+    "scatters_sums": ("ScattersSums", EXACT, ("scatters_means",)),
     "nan_for_zero": ("NanForZero", EXACT, ("zeros_stay_zero",)),
     "hides_an_inf": ("HidesAnInf", EXACT, ("non_finite_reaches_all",)),
     "floor_under_the_scale": ("FloorUnderTheScale", ROUGH, ("tiny_gradients",)),

@@ -11,6 +11,7 @@ from commhub.testing.conformance import (
     _modes,
     _numbers,
     _on_ranks,
+    _scattered,
     _sharded,
     _state,
     _static,
@@ -21,7 +22,7 @@ from ._check import MADE
 if TYPE_CHECKING:
     from ._check import Check
 
-_MODULES = (_static, _numbers, _feedback, _bytes, _on_ranks, _modes, _state, _averagers, _sharded)
+_MODULES = (_static, _numbers, _feedback, _bytes, _on_ranks, _modes, _state, _averagers, _sharded, _scattered)
 
 
 def all_checks() -> tuple[Check, ...]:

@@ -15,7 +15,7 @@ from commhub.testing._outcome import MOST, RankError
 
 from ._check import Check, CheckResult, NotApplicableError
 from ._list import all_checks
-from ._sharded import RANKS
+from ._shards import RANKS
 from ._subject import Subject
 
 if TYPE_CHECKING:

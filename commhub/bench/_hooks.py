@@ -86,12 +86,12 @@ def attach(
     *,
     optimizer: torch.optim.Optimizer,
     link: Network | None,
-    replicas: DeviceMesh | None = None,
+    group: DeviceMesh | None = None,
 ) -> Registration:
     """Register ``hook`` on ``model``, on the emulated link if there is one. Collective."""
     import commhub
 
-    registration = commhub.register(model, hook, optimizer=optimizer, process_group=replicas)
+    registration = commhub.register(model, hook, optimizer=optimizer, process_group=group)
     if link is not None:
         registration.emulate(link)
     return registration

@@ -55,7 +55,8 @@ class Settings:
     """What one bench does; every field is a flag of ``commhub bench``.
 
     Attributes:
-        shard: ranks in a group over which FSDP2 shards the model; hooks then work between the groups.
+        shard: ranks in a group over which FSDP2 shards the model; hooks then work between the groups, or in place of
+            the reduce-scatter where there is one.
         learning_rate: the highest one; ``None`` means the model's own.
         bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``, which emulate a link.
         threads: per rank; ``None`` means the cores divided among the ranks.

@@ -61,7 +61,7 @@ def train(
     optimizer = _optimizer(settings.optimizer, model)
     rate = settings.learning_rate or size.learning_rate(settings.optimizer)
     registration = _hooks.attach(
-        model, hook, optimizer=optimizer, link=_hooks.network(settings), replicas=wrapped.replicas
+        model, hook, optimizer=optimizer, link=_hooks.network(settings), group=wrapped.exchange
     )
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):

@@ -1,4 +1,4 @@
-"""The model as it is trained: replicated by DDP, or sharded by FSDP2 in groups of ranks and replicated between them."""
+"""The model as it is trained: replicated by DDP, or sharded by FSDP2 over groups of ranks, or over all of them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ class Wrapped:
 
     Attributes:
         model: to call and to register on.
-        replicas: between which ranks a hook averages; ``None`` for the model's own.
+        exchange: the ranks among which a hook works: those with the same shards, or where there are no others all that
+            the model is sharded over. ``None`` for the model's own.
     """
 
     model: nn.Module
-    replicas: DeviceMesh | None
+    exchange: DeviceMesh | None
     _size: ModelSize
     _device: torch.device
     _bare: Transformer
 
     def whole(self) -> Transformer:
         """The transformer with all of its parameters on this rank. Collective."""
-        if self.replicas is None:
+        if self.exchange is None:
             return self._bare
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -63,4 +64,4 @@ def wrap(settings: Settings, size: ModelSize, device: torch.device) -> Wrapped:
     for block in bare.blocks:
         fully_shard(block, mesh=mesh["shard"])
     fully_shard(bare, mesh=mesh["shard"])
-    return Wrapped(bare, mesh["replicate"], size, device, bare)
+    return Wrapped(bare, mesh["shard" if shape[0] == 1 else "replicate"], size, device, bare)

@@ -24,7 +24,8 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
     type=int,
     default=1,
     show_default=True,
-    help="Shard the model (FSDP2) over groups of this many ranks; hooks average between the groups.",
+    help="Shard the model (FSDP2) over groups of this many ranks. Hooks average between the groups; in a single group "
+    "they take the place of the reduce-scatter.",
 )
 @click.option("--steps", type=int, default=100, show_default=True, help="Training steps under each hook.")
 @click.option("--warmup", type=int, default=5, show_default=True, help="First steps that are not timed.")

@@ -104,6 +104,18 @@ def test_a_model_that_is_sharded(bench):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="a launch more: .ci/run sets COMMHUB_EVERY_CHECK")
+def test_a_model_that_is_sharded_over_all_ranks(bench):
+    hooks = "allreduce,quantize_per_channel,powersgd_rank2"
+    flags = ("--hooks", hooks, "--shard", "2", "--nproc", "2", *SHORT, "--json", "inside.json", "--no-report")
+    done = bench(*flags)
+    plain, quantized, refused = bench.json("inside.json")["hooks"]
+    assert [hook["status"] for hook in (plain, quantized, refused)] == ["done", "done", "failed"], done.stderr
+    assert "has no reduce_scatter" in refused["error"]
+    assert quantized["sent_bytes_per_step"] < 0.3 * plain["sent_bytes_per_step"]
+    assert abs(quantized["validation_loss"] - plain["validation_loss"]) < 0.05
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="a launch more: .ci/run sets COMMHUB_EVERY_CHECK")
 def test_torchrun_runs_the_same_job_failing_hooks_included(run, bench):
     flags = ("--hooks", "allreduce,bench_raises,fp16", *SHORT, "--json", "torchrun.json", "--no-report")
     done = bench(*flags, launcher=TORCHRUN)

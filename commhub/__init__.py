@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         ReduceScatter,
         Subgroup,
     )
-    from commhub.protocol._hook import Averager, Exchange, Hook
+    from commhub.protocol._hook import Averager, Exchange, Hook, Scatterer
     from commhub.protocol._relay import relay
     from commhub.protocol._setup import Setup
     from commhub.protocol._state import State
@@ -77,6 +77,7 @@ __all__ = [
     "ReduceScatter",
     "Registration",
     "RegistrationError",
+    "Scatterer",
     "Setup",
     "State",
     "Subgroup",
@@ -124,6 +125,7 @@ _HOMES = {
     "ReduceScatter": "commhub.protocol._collectives",
     "Registration": "commhub.training._registration",
     "RegistrationError": "commhub._errors",
+    "Scatterer": "commhub.protocol._hook",
     "Setup": "commhub.protocol._setup",
     "State": "commhub.protocol._state",
     "Subgroup": "commhub.protocol._collectives",

@@ -1,6 +1,9 @@
-"""A transformer that FSDP2 shards, with a hook between its replicas, on four ranks of this machine.
+"""A transformer that FSDP2 shards, on four ranks of this machine.
 
-Run it with: torchrun --nproc-per-node 4 docs/examples/sharded.py "powersgd(rank=4, start_step=0)"
+With a hook between two replicas of two shards each:
+    torchrun --nproc-per-node 4 docs/examples/sharded.py "powersgd(rank=4, start_step=0)" 2
+In place of the reduce-scatter of four shards:
+    torchrun --nproc-per-node 4 docs/examples/sharded.py quantize_per_channel 4
 """
 
 import sys
@@ -35,10 +38,11 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), words[:, 1:].flatten())
 
 
-def main(hook: str) -> None:
+def main(hook: str, shards: int) -> None:
     """Train on sequences in which each word is the one before plus three."""
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    replicas = dist.get_world_size() // shards
+    mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
     torch.manual_seed(0)
     model = Model()
     for block in model.blocks:
@@ -46,7 +50,8 @@ def main(hook: str) -> None:
     fully_shard(model, mesh=mesh["shard"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-    registration = commhub.register(model, hook, process_group=mesh["replicate"])  # the one line
+    exchange = mesh["replicate"] if replicas > 1 else mesh["shard"]
+    registration = commhub.register(model, hook, process_group=exchange)  # the one line
 
     generator = torch.Generator().manual_seed(dist.get_rank())
     for step in range(30):
@@ -64,4 +69,4 @@ def main(hook: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "fp16")
+    main(sys.argv[1] if len(sys.argv) > 1 else "fp16", int(sys.argv[2]) if len(sys.argv) > 2 else 2)

@@ -107,12 +107,12 @@ def test_the_example_that_info_shows_makes_the_hook(name):
     commhub.create(shown)
 
 
-def run_script(path, port):
+def run_script(path, port, *arguments):
     """On a rank: be what a launcher starts, a worker that is told by its environment where the ranks meet."""
     me = current()
     os.environ |= {"RANK": str(me.rank), "WORLD_SIZE": str(me.world_size), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    sys.argv[:] = [path]
+    sys.argv[:] = [path, *arguments]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         runpy.run_path(path, run_name="__main__")
@@ -135,9 +135,10 @@ def test_the_example_trains_on_two_ranks(ranks):
     assert second.value == ""
 
 
-def test_the_sharded_example_trains_on_four_ranks(ranks):
+@pytest.mark.parametrize("shards", ["2", "4"])
+def test_the_sharded_example_trains_on_four_ranks(ranks, shards):
     script = str(ROOT / "docs/examples/sharded.py")
-    results = ranks.fresh(run_script, 4, script, free_port(), init=False, timeout=120)
+    results = ranks.fresh(run_script, 4, script, free_port(), "fp16", shards, init=False, timeout=120)
     assert [(r.error, r.exitcode) for r in results] == [(None, 0)] * 4
     assert [line.partition("  ")[0] for line in results[0].value.splitlines()] == ["step 10", "step 20", "step 30"]
     assert "2.0 times less" in results[0].value

@@ -67,6 +67,7 @@ ALONE = {
 EXCUSED = {
     "Averager": "a protocol",
     "Hook": "a protocol",
+    "Scatterer": "a protocol",
     "Exchange": "a type, for annotations",
     "Collective": "what kinds of collectives derive from, and never yielded itself",
     "Bucket": "made by the core; its methods are called by hooks, whose errors become HookErrors",

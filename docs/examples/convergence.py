@@ -1,11 +1,12 @@
 """Train under every compressing hook with several seeds and numbers of ranks, and compare the loss with allreduce's.
 
     python docs/examples/convergence.py [--optimizer adamw] [--steps 500] [--seeds 3] [--ranks 2,4]
-        [--skip TEXT,...] [--keep FOLDER]
+        [--shard 1] [--skip TEXT,...] [--keep FOLDER]
 
 Runs ``commhub bench`` on its default text once for each seed and number of ranks, the same 8 windows of text a step
-whatever the ranks, and prints a table in Markdown. Hooks whose string holds one of the TEXTs are left out. What is in
-FOLDER already is not run again.
+whatever the ranks, and prints a table in Markdown. With --shard FSDP2 shards the model over that many ranks, and hooks
+work between the replicas. Hooks whose string holds one of the TEXTs are left out. What is in FOLDER already is not run
+again.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def bench(given: argparse.Namespace, ranks: int, seed: int, folder: Path) -> dic
     """By hook string: loss, validation loss and compression of one run."""
     steps, optimizer = given.steps, given.optimizer
     chosen = [hook for hook in hooks(steps) if not any(text and text in hook for text in given.skip.split(","))]
-    path = folder / f"{optimizer}-ranks{ranks}-seed{seed}-steps{steps}.json"
+    sharded = f"-shard{given.shard}" if given.shard > 1 else ""
+    path = folder / f"{optimizer}-ranks{ranks}{sharded}-seed{seed}-steps{steps}.json"
     if not path.exists():
         command = [
             sys.executable, "-m", "commhub", "bench", "--no-report", "--json", str(path), "--nproc", str(ranks),
             "--batch", str(WINDOWS // ranks), "--steps", str(steps), "--seed", str(seed),
-            "--optimizer", optimizer, "--hooks", ",".join(chosen),
+            "--optimizer", optimizer, "--shard", str(given.shard), "--hooks", ",".join(chosen),
         ]  # fmt: skip
         subprocess.run(command, check=True)  # noqa: S603 - our own command
     return {run["hook"]: run for run in json.loads(path.read_text())["hooks"]}
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", default="2,4")
+    parser.add_argument("--shard", type=int, default=1, help="ranks in a group that the model is sharded over")
     parser.add_argument("--skip", default="", help="left out: hooks whose string holds one of these, by commas")
     parser.add_argument("--keep", type=Path, help="folder for the runs' figures")
     given = parser.parse_args()

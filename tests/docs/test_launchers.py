@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -28,48 +27,6 @@ from .pages import (
     torchrun,
     without_loss,
 )
-
-
-class Machines:
-    """Network namespaces that are machines to what runs in them: addresses, routes and a link of their own."""
-
-    def __init__(self, count):
-        self.names = [f"ch{uuid.uuid4().hex[:8]}" for _ in range(count)]
-        self.addresses = [f"10.77.0.{1 + place}" for place in range(count)]
-
-    def __enter__(self):
-        first, second = self.names
-        try:
-            for name in self.names:
-                _ip("netns", "add", name)
-            _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
-            for name, address in zip(self.names, self.addresses, strict=True):
-                _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-                for device in ("lo", "eth0"):
-                    _ip("-n", name, "link", "set", device, "up")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-
-
-def _ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-def why_no_machines():
-    if shutil.which("ip") is None:
-        return "iproute2 is not installed here"
-    try:
-        with Machines(2):
-            return ""
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"no network namespaces can be made here: {error}"
-
 
 TORCHRUN = "frameworks-torchrun.md"
 FAULT = """
@@ -120,27 +77,25 @@ def test_the_script_for_torchrun_prints_what_its_page_shows(uninterrupted):
 
 
 @pytest.mark.skipif("COMMHUB_EVERY_CHECK" not in os.environ, reason="COMMHUB_EVERY_CHECK")
-def test_torchrun_on_two_machines_ends_as_on_one_bit_by_bit(tmp_path, uninterrupted):
-    if why := why_no_machines():
-        pytest.skip(why)
+def test_torchrun_on_two_machines_ends_as_on_one_bit_by_bit(tmp_path, uninterrupted, machines):
     (line,) = [block for block in blocks(TORCHRUN, "bash") if "--node-rank 0" in block]
     arguments = line.replace("torchrun", "").replace("--nproc-per-node 2", "--nproc-per-node 1").split()
     script(TORCHRUN, tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
     environment |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with Machines(2) as machines:
-        running = []
+    running = []
+    try:
         for rank, name in enumerate(machines.names):
             mine = [{"0": str(rank)}.get(a, a) if before == "--node-rank" else a for before, a in _pairs(arguments)]
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *mine]
-            its = environment | {"COMMHUB_HOST": name}
-            running.append(subprocess.Popen(command, cwd=tmp_path, env=its, **pipes))
-        try:
-            said = [process.communicate(timeout=LIMIT)[0] for process in running]
-        finally:
-            for process in running:
-                process.kill()
+            command = (sys.executable, "-m", "torch.distributed.run", *mine)
+            running.append(
+                machines.start(rank, *command, cwd=tmp_path, env=environment | {"COMMHUB_HOST": name}, **pipes)
+            )
+        said = [process.communicate(timeout=LIMIT)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in said)
     assert uninterrupted[1] in said[0]
     assert_same(_torchrun_end(uninterrupted[0]), _torchrun_end(tmp_path))

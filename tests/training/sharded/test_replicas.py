@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import commhub
@@ -161,10 +160,10 @@ class Uneven(nn.Module):
         return x
 
 
-def uneven(shards, hook):
+def uneven(shards):
     on = mesh(shards)
     native, _ = sharded(on, native=True, make=Uneven)
-    hooked, registration = sharded(on, hook, make=Uneven)
+    hooked, registration = sharded(on, "allreduce", make=Uneven)
     runs = []
     for model in (native, hooked):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -175,17 +174,12 @@ def uneven(shards, hook):
             optimizer.zero_grad()
         runs.append([parameters(model)])
     empty = sum(p.to_local().numel() == 0 for p in hooked.parameters())
-    widest = max(float((runs[0][0][n] - runs[1][0][n]).abs().max()) for n in runs[0][0] if runs[0][0][n].numel())
-    return same(*runs), widest, empty, registration.step
+    return same(*runs), empty, registration.step
 
 
 def test_uneven_and_empty_shards(ranks):
-    two, three = ranks(uneven, 4, 2, "allreduce"), ranks(uneven, 6, 3, "allreduce")
-    assert [(r[0], r[3]) for r in two] == [(True, 5)] * 4
-    assert [(r[0], r[3]) for r in three] == [(True, 5)] * 6
-    assert [r[2] for r in three] == [0, 2, 2] * 2
-    for hook in ["quantize_per_channel", *["powersgd(rank=1, start_step=0, min_compression_rate=0.5)"] * EVERY]:
-        assert all(r[1] < 0.2 and r[3] == 5 for r in ranks(uneven, 6, 3, hook))
+    assert ranks(uneven, 4, 2) == [(True, empty, 5) for empty in (0, 2)] * 2
+    assert ranks(uneven, 6, 3) == [(True, empty, 5) for empty in (0, 2, 2)] * 2
 
 
 def divided(factor):
@@ -263,42 +257,6 @@ def test_several_backward_passes(ranks):
     assert ranks(twice_backward, 4) == [(True, 4)] * 4
 
 
-def far_from_ddp(hook, steps=20):
-    """The largest distance of a first gradient from the float64 mean of all ranks; losses of this run and of DDP."""
-    on = mesh()
-    model, _ = sharded(on, hook)
-    plain = Transformer().double()
-    for rank in range(dist.get_world_size()):
-        (loss_of(plain, 0, rank) / dist.get_world_size()).backward()
-    loss_of(model, 0).backward()
-    first = 0.0
-    for (_, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        whole_gradient = p.grad.full_tensor().double()
-        first = max(first, float((whole_gradient - q.grad).abs().max() / q.grad.abs().max()))
-    model.zero_grad()
-    ddp = DistributedDataParallel(Transformer())
-    last = []
-    for one in (model, ddp):
-        loop = Loop(one)
-        loop.run(steps)
-        last.append(float(sum(loss_of(one, step, rank).detach() for step in (900, 901) for rank in range(2))))
-    return first, *last
-
-
-@pytest.mark.parametrize(
-    ("hook", "first", "loss"),
-    [
-        ("quantize_per_channel", 2e-2, 0.1),
-        *[("allreduce", 2e-6, 0.02), ("fp16", 1e-3, 0.02)] * EVERY,
-        *[("powersgd(rank=8, start_step=0, min_compression_rate=1)", 1.5, 0.6)] * EVERY,
-    ],
-)
-def test_results_are_those_of_ddp_on_all_ranks(ranks, hook, first, loss):
-    for far, mine, ddp in ranks(far_from_ddp, 4, hook):
-        assert far <= first
-        assert abs(mine - ddp) <= loss
-
-
 def alike(hook):
     on = mesh()
     model, registration = sharded(on, hook)
@@ -308,7 +266,8 @@ def alike(hook):
     return registration.step
 
 
-HOOKS = ["powersgd(rank=1, start_step=0)", "bf16", "batched_powersgd(rank=1, start_step=0)", "quantize_per_tensor"]
+HOOKS = ["powersgd(rank=1, start_step=0)", "bf16", "batched_powersgd(rank=1, start_step=0)"]
+HOOKS += ["quantize_per_tensor(dense_small=false)"]
 
 
 @pytest.mark.parametrize("hook", HOOKS if EVERY else HOOKS[:1])

@@ -15,8 +15,6 @@ LATER: Final = 2.0
 """Timeouts that a rank waits for those of other groups, which may have waited for one in their own already."""
 HASTE: Final = 5.0
 """Seconds that a rank waits for them whose own group has failed, and has taken its time to."""
-OWN: Final = "checkpoint"
-"""What groups need not have alike: each has a file of its own."""
 
 
 def agree_everywhere(
@@ -34,7 +32,7 @@ def agree_everywhere(
     Args:
         rendezvous: of the group.
         others: where this rank meets some of the other groups; ``None`` where there are none.
-        topic, facts, failure, verify, more: as for ``agree``. What stands under ``OWN`` is each group's own.
+        topic, facts, failure, verify, more: as for ``agree``.
 
     Raises:
         HookMismatchError, RegistrationError: as ``agree``.
@@ -48,5 +46,4 @@ def agree_everywhere(
             agree(others, topic, {}, error)
         raise
     if others is not None:
-        shared = {key: value for key, value in facts.items() if key != OWN}
-        agree(others, topic, shared, None, verify=verify, more=more)
+        agree(others, topic, facts, None, verify=verify, more=more)

@@ -7,6 +7,8 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
 from commhub.training.rendezvous._agree import Rendezvous
@@ -75,17 +77,33 @@ class Phases:
                 raise
             raise CheckpointError(f"{self._doing}: {error} {so}".strip()) from error
 
-    def give(self, entry: Entry) -> None:
-        """Tell rank 0 of this rank's file, within a phase."""
-        text = json.dumps([entry.file, entry.bytes, entry.blake2b])
-        store = self._rendezvous.branch("files")
-        within(self._rendezvous.timeout, lambda: store.set(str(self.rank), text))
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of those that average its part, and of those that it meets of other parts."""
+        return self.rank == 0 and (self._others is None or self._others.rank == 0)
 
-    def given(self) -> list[Entry]:
-        """On rank 0, after that phase: the files in rank order."""
-        store = self._rendezvous.branch("files")
-        ranks = range(self.size)
-        return within(self._rendezvous.timeout, lambda: [Entry(*json.loads(store.get(str(rank)))) for rank in ranks])
+    def give(self, entry: Entry) -> None:
+        """Tell those of the same part of this rank's file, within a phase."""
+        self._set(self._rendezvous, [dist.get_rank(), entry.file, entry.bytes, entry.blake2b])
+
+    def pass_on(self, part: str) -> None:
+        """Tell those of the other parts of this part's files, within a phase after that."""
+        if self._others is not None:
+            self._set(self._others, [part, self._get(self._rendezvous)])
+
+    def given(self, part: str) -> tuple[bool, dict[str, list[Entry]]]:
+        """After that phase: whether this rank is the first of all, and all files, by part and in rank order."""
+        lists = [[part, self._get(self._rendezvous)]] if self._others is None else self._get(self._others)
+        first = min(entry[0] for _, entries in lists for entry in entries)
+        return first == dist.get_rank(), {name: [Entry(*entry[1:]) for entry in entries] for name, entries in lists}
+
+    def _set(self, rendezvous: Rendezvous, content: Any) -> None:
+        store, text = rendezvous.branch("files"), json.dumps(content)
+        within(self._rendezvous.timeout, lambda: store.set(str(rendezvous.rank), text))
+
+    def _get(self, rendezvous: Rendezvous) -> list[Any]:
+        store, ranks = rendezvous.branch("files"), range(rendezvous.size)
+        return within(self._rendezvous.timeout, lambda: [json.loads(store.get(str(rank))) for rank in ranks])
 
 
 def others_of(target: Target) -> Rendezvous | None:
@@ -94,13 +112,12 @@ def others_of(target: Target) -> Rendezvous | None:
 
 
 def folder_of(target: Target, directory: str | Path) -> Folder:
-    """The folder in ``directory`` for this rank's part of the model; ``directory`` itself if that is the whole.
+    """The directory, for this rank's part of the model.
 
     Raises:
         CheckpointError: if ``directory`` is no path.
     """
-    folder = Folder(directory)
-    return Folder(folder.path / target.part) if target.part else folder
+    return Folder(directory, target.part)
 
 
 def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[str, Any]]) -> None:
@@ -117,10 +134,15 @@ def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[st
         facts["step"] = state["step"]
         folder = folder_of(target, directory)
         folder.make()
-        if phases.rank == 0:
+        if phases.leads:
             folder.tidy()
     with phases.phase(so):
         phases.give(folder.write(phases.rank, state))
+    if target.part:
+        with phases.phase(so):
+            phases.pass_on(target.part)
     with phases.phase(more=False):
-        if phases.rank == 0:
-            folder.switch(state["hook"], state["step"], phases.given())
+        if phases.leads:
+            is_first, files = phases.given(target.part)
+            if is_first:
+                folder.switch(state["hook"], state["step"], files)

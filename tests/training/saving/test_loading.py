@@ -244,7 +244,7 @@ def signed(folder, content, **entry):
     folder = Folder(folder)
     folder.make()
     written = folder.write(0, content)
-    folder.switch(entry.get("hook", content["hook"]), entry.get("step", content["step"]), [written])
+    folder.switch(entry.get("hook", content["hook"]), entry.get("step", content["step"]), {"": [written]})
 
 
 class Evil:
@@ -347,7 +347,7 @@ def escaping(folder):
     (folder / "in").mkdir()
     entry = Folder(folder).write(0, state)
     for name in (f"../{entry.file}", str(folder / entry.file), entry.file.replace("rank0", "rank1"), "x"):
-        Folder(folder / "in").switch(state["hook"], 0, [])
+        Folder(folder / "in").switch(state["hook"], 0, {"": []})
         body = {"commhub": 1, "hook": state["hook"], "step": 0, "ranks": [{**attrs.asdict(entry), "file": name}]}
         (folder / "in" / "commhub.json").write_text(json.dumps({**body, "checksum": _folder._checksum(body)}))
         assert "as rank 0's file" in refused(registration, lambda: registration.load(folder / "in"))

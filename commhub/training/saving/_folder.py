@@ -1,9 +1,9 @@
 """A checkpoint's directory: one file per rank and a manifest that says which files are the checkpoint.
 
-It is replaced as a whole, for all parts of a model. Every rank writes a file under a new name; when all are complete one
-rank replaces the manifest, which is one operation of the file system, and only then removes what the former manifest
-named. A process may be killed between any two operations: what the manifest names is complete, and what it does not
-name is removed by the next save. Files of others in the directory are left alone.
+It is replaced as a whole, for all parts of a model. Every rank writes a file under a new name; when all are complete
+one rank replaces the manifest, which is one operation of the file system, and only then removes what the former
+manifest named. A process may be killed between any two operations: what the manifest names is complete, and what it
+does not name is removed by the next save. Files of others in the directory are left alone.
 """
 
 from __future__ import annotations

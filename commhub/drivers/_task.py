@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ._job import Job, Scratch, make_job
 if TYPE_CHECKING:
     from commhub.protocol._bucket import Bucket
     from commhub.protocol._collectives import Subgroup
-    from commhub.protocol._hook import Hook
+    from commhub.protocol._hook import Hook, Scatterer
 
     from ._asked import Position
     from ._observers import Observers, Shown
@@ -77,7 +77,7 @@ class Task:
         self._observers, self._known = observers, groups
         self._shown: Shown | None = None
         self._done = [done]
-        self._flat = bucket.flat
+        self._flat, self._shard = bucket.flat, bucket.shard
         self._single = False
         self._exchange: Generator[Any, Any, None] | None = None
 
@@ -86,11 +86,14 @@ class Task:
         self.started = True
         began = time.monotonic()
         with torch.no_grad(), self._no_autocast():
-            exchange = self._hook.reduce(self.bucket)
+            scatters = self._shard is not None
+            reduce = cast("Scatterer", self._hook).reduce_scatter if scatters else self._hook.reduce
+            exchange = reduce(self.bucket)
             if not isinstance(exchange, Generator):
+                called, where = ("reduce_scatter", "shard") if scatters else ("reduce", "flat")
                 raise HookError(
-                    f"reduce() returned {type(exchange).__name__}. Write it as a generator: yield the collectives, "
-                    "leave the result in bucket.flat."
+                    f"{called}() returned {type(exchange).__name__}. Write it as a generator: yield the collectives, "
+                    f"leave the result in bucket.{where}."
                 )
             self._exchange = exchange
             self._send(None, began)
@@ -154,25 +157,13 @@ class Task:
             raise HookError(
                 "gave a part with a subgroup to a hook that does not keep to it. Make that one with commhub.create."
             )
-        result, flat = self.bucket.flat, self._flat
-        if result is not flat:
-            self._take(result)
+        bucket = self.bucket
+        if self._shard is not None:
+            bucket.shard = _taken("shard", bucket.shard, self._shard)
+        else:
+            bucket.flat = _taken("flat", bucket.flat, self._flat)
         if self._watch and self.groups:
             self.bucket.look_at_end()
-
-    def _take(self, result: Tensor) -> None:
-        """Copy what the hook left in another tensor into the bucket's own."""
-        flat = self._flat
-        if not isinstance(result, Tensor) or result.shape != flat.shape:
-            found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise HookError(f"left {found} in bucket.flat for shape {tuple(flat.shape)}. Write into bucket.flat.")
-        if result.dtype != flat.dtype or result.device != flat.device:
-            found, wanted = (f"{t.dtype}".removeprefix("torch.") for t in (result, flat))
-            if found == wanted:
-                found, wanted = str(result.device), str(flat.device)
-            raise HookError(f"returned {found} for {wanted}. Cast it back.")
-        flat.copy_(result)
-        self.bucket.flat = flat
 
     def _note_finite(self, results: tuple[Tensor, ...]) -> None:
         for job, result in zip(self.jobs, results, strict=True):
@@ -181,3 +172,18 @@ class Task:
                 self.bucket.look_at(result)
             if not alike or job.p != self.bucket.world_size:
                 self.bucket.overlook()
+
+
+def _taken(where: str, result: object, own: Tensor) -> Tensor:
+    """The bucket's own tensor, with what the hook has left in another one."""
+    if result is own:
+        return own
+    if not isinstance(result, Tensor) or result.shape != own.shape:
+        found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise HookError(f"left {found} in bucket.{where} for shape {tuple(own.shape)}. Write into bucket.{where}.")
+    if result.dtype != own.dtype or result.device != own.device:
+        found, wanted = (f"{t.dtype}".removeprefix("torch.") for t in (result, own))
+        if found == wanted:
+            found, wanted = str(result.device), str(own.device)
+        raise HookError(f"returned {found} for {wanted}. Cast it back.")
+    return own.copy_(result)

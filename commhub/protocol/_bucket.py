@@ -88,6 +88,8 @@ class Bucket:
         group: the subgroup of a ``part``; ``None`` is all ranks.
         divides: whether a mean divides, as DDP does under ``batched_grad_copy``, or multiplies by 1/divisor, as it
             does elsewhere: for three ranks the last bit differs.
+        shard: for ``reduce_scatter``, which leaves the mean of this rank's part here: 1-D, as long as a row of
+            ``parts``. ``None`` for ``reduce``.
     """
 
     flat: Tensor
@@ -101,6 +103,7 @@ class Bucket:
     loss_scale: float = 1.0
     group: Subgroup | None = None
     divides: bool = False
+    shard: Tensor | None = None
     _spans: tuple[Span, ...]
     _finite: _Flag = attrs.field(default=attrs.Factory(lambda self: _Flag(self.flat), takes_self=True))
     _names: tuple[str, ...] | None = attrs.field(default=None, init=False)
@@ -125,17 +128,37 @@ class Bucket:
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
-        """Views of ``flat``, one per parameter, with the parameter's shape and strides."""
+        """Views of ``flat``, one per parameter, with the parameter's shape and strides.
+
+        For ``reduce_scatter`` (p, rows of a shard with their padding, ...): one piece for each rank.
+        """
         flat = self.flat
         start = flat.storage_offset()
         return tuple(flat.as_strided(s.shape, s.stride, start + s.offset) for s in self._spans)
 
     @property
     def segments(self) -> tuple[Tensor, ...]:
-        """Views of ``flat``, one per parameter, 1-D, their elements in memory order."""
+        """Views of ``flat``, one per parameter, 1-D, their elements in memory order.
+
+        Raises:
+            HookOptionError: for ``reduce_scatter``, where a parameter's gradient lies apart, piece by piece.
+        """
+        if self.shard is not None:
+            raise HookOptionError(
+                "a bucket for reduce_scatter has no segments: each parameter has a piece in every rank's part. Use "
+                "bucket.parts, or bucket.gradients."
+            )
         if self._segments is None or self._segments[0] is not self.flat:
             self._segments = (self.flat, self.flat.split([s.numel for s in self._spans]))
         return self._segments[1]
+
+    @property
+    def parts(self) -> Tensor:
+        """A view of ``flat`` for ``reduce_scatter``, (p, elements): what each rank is to get the mean of.
+
+        A row holds a piece of every parameter, one after another: ``spans`` has their offsets in it.
+        """
+        return self.flat.view(self.world_size, -1)
 
     @property
     def finite(self) -> Tensor:
@@ -146,6 +169,9 @@ class Bucket:
         ended, and only then decides what is remembered. A hook that sends codes instead of numbers spares it that with
         its own finding, the same on all ranks: ``bucket.finite = bucket.finite & mine``. A ``flat`` of float16 is
         looked at all the same: its result may overflow where nothing that was reduced did.
+
+        In ``reduce_scatter`` each rank knows of its own part alone, and it is this one's; the ranks tell each other at
+        the end of the step.
         """
         return self._finite.value
 
@@ -157,8 +183,11 @@ class Bucket:
 
     @property
     def judged(self) -> bool:
-        """Whether ``finite`` comes of all that was reduced so far; else it takes the end of the exchange to know."""
-        return self._finite.looked and not self._finite.overlooked and not self._finite.narrow
+        """Whether ``finite`` comes of all that was reduced so far; else it takes the end of the exchange to know.
+
+        For ``reduce_scatter`` it takes the end of the step.
+        """
+        return self.shard is None and self._finite.looked and not self._finite.overlooked and not self._finite.narrow
 
     # The next six are the core's.
 
@@ -174,7 +203,7 @@ class Bucket:
     def look_at_end(self) -> None:
         """Take the exchange's own result into account, where that of its collectives does not say it all."""
         if not self.judged:
-            self._and(all_finite(self.flat))
+            self._and(all_finite(self.flat if self.shard is None else self.shard))
         self.look_at_written()
 
     @property
@@ -208,9 +237,11 @@ class Bucket:
     def to(self, dtype: torch.dtype) -> Bucket:
         """The same bucket in another dtype, with memory of its own, for ``yield from inner.reduce(...)``.
 
-        What is reduced in it counts for this one's ``finite``; copy the result back into this one's ``flat``.
+        What is reduced in it counts for this one's ``finite``; copy the result back into this one's ``flat``, or its
+        ``shard``.
         """
-        return attrs.evolve(self, flat=self.flat.to(dtype, copy=True))
+        shard = None if self.shard is None else torch.empty_like(self.shard, dtype=dtype)
+        return attrs.evolve(self, flat=self.flat.to(dtype, copy=True), shard=shard)
 
     def part(self, parameters: Sequence[Tensor], group: Subgroup | None = None) -> Bucket:
         """A bucket over some adjacent parameters of this one, sharing its memory, for ``yield from inner.reduce(...)``.
@@ -221,8 +252,10 @@ class Bucket:
 
         Raises:
             HookOptionError: if the parameters are not adjacent parameters of this bucket, or the subgroup is not one
-                of this rank's.
+                of this rank's; and for ``reduce_scatter``, which has all of a bucket.
         """
+        if self.shard is not None:
+            raise HookOptionError("a bucket for reduce_scatter cannot be parted: its parts are those of the ranks.")
         wanted = [id(p) for p in parameters]
         mine = [id(p) for p in self.parameters]
         first = mine.index(wanted[0]) if wanted and wanted[0] in mine else -1

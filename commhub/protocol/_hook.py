@@ -29,6 +29,18 @@ class Hook(Protocol):
 
 
 @runtime_checkable
+class Scatterer(Hook, Protocol):
+    """A hook that can also take the place of a reduce-scatter, inside a group that a model is sharded over."""
+
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """Yield the collectives that leave the mean of this rank's part, ``bucket.parts[bucket.rank]``, in ``shard``.
+
+        What ``flat`` holds afterwards does not matter. ``setup.scatters`` says in ``prepare`` that this is called.
+        """
+        ...
+
+
+@runtime_checkable
 class Averager(Protocol):
     """Averages parameters now and then: a hook on a timetable. The bucket it is given holds parameters.
 
@@ -59,6 +71,11 @@ class Averager(Protocol):
         Those that name no group run among the ranks that ``due`` said.
         """
         ...
+
+
+def can_scatter(hook: object) -> bool:
+    """Whether it can take the place of a reduce-scatter."""
+    return callable(getattr(hook, "reduce_scatter", None))
 
 
 def is_averager(hook: object) -> bool:

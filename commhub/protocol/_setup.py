@@ -37,6 +37,8 @@ class Setup:
         hosts: for each rank, the number of its host, counted from 0 in rank order.
         wire: the dtype that ``register(wire=)`` asks for, if any: that of each payload for which the hook names none.
             ``None`` for a hook inside another one.
+        scatters: whether ``reduce_scatter`` is called and not ``reduce``. Shapes are then (p, rows of a shard with
+            their padding, ...), strides those of such a tensor by itself, and the parameters this rank's shards.
         unused: whether backward may leave parameters out (``find_unused_parameters``, ``static_graph``).
         optimizers: those given to ``register``.
         scaler: the loss scaler given to ``register``, if any.
@@ -53,6 +55,7 @@ class Setup:
     world_size: int
     hosts: tuple[int, ...]
     wire: torch.dtype | None = None
+    scatters: bool = False
     unused: bool = False
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     scaler: Any = None

@@ -1,4 +1,4 @@
-"""The plain average of a bucket, some parameters of it cast for the way and some not."""
+"""The plain average of a bucket, or of this rank's part of it, some parameters cast for the way and some not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub.protocol._collectives import AllReduce
+from commhub.protocol._collectives import AllReduce, ReduceScatter
 
+from ._columns import columns_of, put_columns
 from ._per_bucket import PerBucket
 
 if TYPE_CHECKING:
@@ -55,11 +56,26 @@ class CastAllReduce:
             for i, its in zip(message.places, mean.split(sizes), strict=True):
                 bucket.segments[i].copy_(its)
 
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """One reduce-scatter, or two at once."""
+        messages = self._messages[bucket]
+        if len(messages) == 1:
+            bucket.shard = yield ReduceScatter(bucket.flat, wire=messages[0].wire)
+            return
+        columns = columns_of(bucket)
+        for message in messages:
+            pieces = [bucket.parts[:, columns[i]] for i in message.places]
+            torch.cat(pieces, dim=1, out=message.memory.view(bucket.world_size, -1))
+        means = yield tuple(ReduceScatter(message.memory, wire=message.wire) for message in messages)
+        assert bucket.shard is not None
+        for message, mean in zip(messages, means, strict=True):
+            put_columns(bucket.shard, [columns[i] for i in message.places], mean)
+
     def _lay_out(self, bucket: Bucket) -> list[_Message]:
         exact = [i for i, name in enumerate(bucket.names) if name in self._exact]
         cast = [i for i, name in enumerate(bucket.names) if name not in self._exact]
         kinds = [(places, wire) for places, wire in ((cast, self._wire), (exact, None)) if places]
-        sizes = [sum(bucket.segments[i].numel() for i in places) if len(kinds) > 1 else 0 for places, _ in kinds]
+        sizes = [sum(bucket.spans[i].numel for i in places) if len(kinds) > 1 else 0 for places, _ in kinds]
         return [
             _Message(places, bucket.flat.new_empty(size), wire)
             for (places, wire), size in zip(kinds, sizes, strict=True)

@@ -57,3 +57,7 @@ class CastHook:
     def reduce(self, bucket: Bucket) -> Exchange:
         """One all-reduce of the bucket (any dtype), cast for the way; 16-bit gradients travel as they are."""
         return self._average.reduce(bucket)
+
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """One reduce-scatter of the bucket, cast in the same way."""
+        return self._average.reduce_scatter(bucket)

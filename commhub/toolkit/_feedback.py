@@ -48,9 +48,12 @@ class ErrorFeedback:
         return self.add(bucket, i, gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
 
     def add(self, bucket: Bucket, i: int, values: Tensor) -> Tensor:
-        """Add the residual of the bucket's i-th parameter to ``values`` (1-D, memory order), in place."""
+        """Add the residual of the bucket's i-th parameter to ``values`` (1-D, memory order), in place.
+
+        For ``reduce_scatter`` they are (p, elements), a piece for each rank.
+        """
         residual = self.waiting(bucket, i)
-        return values if residual is None else values.add_(residual, alpha=bucket.loss_scale)
+        return values if residual is None else values.add_(residual.view(values.shape), alpha=bucket.loss_scale)
 
     def waiting(self, bucket: Bucket, i: int) -> Tensor | None:
         """The residual itself (1-D, memory order), for a hook that adds it as it goes instead of calling ``add``.
@@ -62,6 +65,8 @@ class ErrorFeedback:
 
     def keep(self, bucket: Bucket, i: int, error: Tensor, *, finite: bool = False) -> None:
         """Remember ``error`` (1-D, memory order: compensated minus own contribution) if the step is finite.
+
+        For ``reduce_scatter`` it is (p, elements), a piece for each rank.
 
         Branch-free: a non-finite bucket, or error, leaves the residual as it was. What the bucket comes to is waited
         for where that is not known yet (see ``Bucket.finite``): then, and with a loss scale, what was kept counts from
@@ -76,7 +81,7 @@ class ErrorFeedback:
             return
         if bucket.loss_scale != 1.0:
             error.div_(bucket.loss_scale)
-        self._put(bucket, i, 0, error, finite=finite)
+        self._put(bucket, i, 0, error.reshape(-1), finite=finite)
 
     def deposit(self, bucket: Bucket, i: int, start: int, missed: Tensor) -> None:
         """Add ``missed`` (1-D, consumed) to a residual's elements from ``start`` on, as ``keep`` would replace them.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._part import Part, Place, part_of
+from ._part import Part, Place
+from ._pieces import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,10 +10,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from ._pieces import Pieces
 from ._rows import Rows
 
 if TYPE_CHECKING:
-    from ._layout import Lines, Section, Stretch
+    from ._layout import Lines, Section
 
 _ALIGNMENT = 16
 
@@ -48,16 +49,11 @@ class Part:
         parameter = torch.tensor(section.parameters(), device=device)
         self._shares = torch.tensor(section.shares, device=device)
         counts = torch.tensor(section.counts(), device=device)[:, None]
-        alike = counts.new_tensor([[codec.row]])  # the same for every full row
-        full = [stretch.length // codec.row for stretch in section.full]
-        runs = [(count, alike.expand(count, 1)) for count in full]
-        if section.short:
-            runs.append((len(section.short), counts[sum(full) : section.rows].clone()))
-        self._rows = Rows(codec, parameter, parameters, dtype, runs)
+        self._pieces = Pieces(section, dtype, device)
+        self._rows = Rows(codec, parameter, parameters, dtype, self._pieces.runs())
         mine = self._shares[rank]
         self._own_rows = Rows(codec, parameter[mine], parameters, dtype, [(len(mine), counts[mine])])
         self.own = torch.zeros(section.share_rows, codec.row, dtype=dtype, device=device)
-        self._short = torch.zeros(len(section.short), codec.row, dtype=dtype, device=device)
         ends = accumulate(len(line.rows) for line in self.owned)
         filled = [len(line.rows) * codec.row - line.stretch.length for line in self.owned]
         self._filling = [self.own[end - 1, -n:] for end, n in zip(ends, filled, strict=True) if n]
@@ -75,12 +71,10 @@ class Part:
 
     def encode(self, values: Tensor, noise: Tensor | None, *, keeping: bool) -> None:
         """Code all rows of ``values``. With ``keeping``, they hold afterwards what the codes miss."""
-        for line, stretch in zip(self._short, self.section.short, strict=True):
-            line[: stretch.length].copy_(part_of(values, stretch))
-            line[stretch.length :].zero_()  # not zero after a step that was not finite
-        self._rows.encode(self._pieces(values), noise, keeping=keeping)
+        self._pieces.take_short(values)
+        self._rows.encode(self._pieces.of(values), noise, keeping=keeping)
         if keeping:
-            self._put_short(values)
+            self._pieces.put_short(values)
 
     def encode_own(self, noise: Tensor | None, *, keeping: bool) -> None:
         """Code this rank's share of the mean. With ``keeping``, ``own`` holds afterwards what the codes miss."""
@@ -123,22 +117,8 @@ class Part:
             if all_rows.table is not None:
                 scales = scales[all_rows.parameter[rows]]
             all_rows.scales.index_copy_(0, rows, scales)
-        all_rows.decode(self._pieces(values))
-        self._put_short(values)
-
-    def _pieces(self, values: Tensor) -> list[Tensor]:
-        """Views of ``values`` (1-D, the bucket's elements) as rows, run by run; the short ones stand apart."""
-        pieces = [part_of(values, stretch).view(-1, self.codec.row) for stretch in self.section.full]
-        return [*pieces, self._short] if len(self._short) else pieces
-
-    def _put_short(self, values: Tensor) -> None:
-        for line, stretch in zip(self._short, self.section.short, strict=True):
-            part_of(values, stretch).copy_(line[: stretch.length])
-
-
-def part_of(values: Tensor, stretch: Stretch) -> Tensor:
-    """The elements of ``values`` (1-D) that a stretch means."""
-    return values.narrow(0, stretch.offset, stretch.length)
+        all_rows.decode(self._pieces.of(values))
+        self._pieces.put_short(values)
 
 
 def _in_words(codes: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Rows:
         parameters: how many there are; ``parameter`` may name one more, for rows of none.
         dtype: of the values and the scales.
         runs: all rows once, in order: how many follow one another, and their counts.
+        memory: for the codes, and for what travels of the scales; its own by default.
 
     Attributes:
         codes: (rows, bytes).
@@ -50,15 +51,25 @@ class Rows:
     """
 
     def __init__(
-        self, codec: Codec, parameter: Tensor, parameters: int, dtype: torch.dtype, runs: Sequence[tuple[int, Tensor]]
+        self,
+        codec: Codec,
+        parameter: Tensor,
+        parameters: int,
+        dtype: torch.dtype,
+        runs: Sequence[tuple[int, Tensor]],
+        memory: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         device = parameter.device
+        codes, travels = memory
+        whole = getattr(codec, "whole", False)
         self.codec, self.parameter = codec, parameter
-        self.codes = torch.zeros(len(parameter), codec.row_bytes(dtype), dtype=code_dtype(codec), device=device)
-        self.scales = torch.zeros(len(parameter), codec.scales, dtype=dtype, device=device)
-        self.table: Tensor | None = None
-        if getattr(codec, "whole", False):
-            self.table = torch.zeros(parameters + 1, codec.scales, dtype=dtype, device=device)
+        if codes is None:
+            codes = torch.zeros(len(parameter), codec.row_bytes(dtype), dtype=code_dtype(codec), device=device)
+        if travels is None:
+            travels = torch.zeros(parameters + 1 if whole else len(parameter), codec.scales, dtype=dtype, device=device)
+        self.codes = codes
+        self.table: Tensor | None = travels if whole else None
+        self.scales = travels.new_zeros(len(parameter), codec.scales) if whole else travels
         self.runs: list[Run] = []
         end = 0
         for count, counts in runs:

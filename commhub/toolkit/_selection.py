@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from commhub._errors import HookOptionError
-from commhub.protocol._collectives import AllReduce
+from commhub.protocol._collectives import AllReduce, ReduceScatter
 
+from ._columns import columns_of, put_columns
 from ._rules import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Container, Generator, Mapping
 
     from commhub.protocol._bucket import Bucket
     from commhub.protocol._collectives import Collective
@@ -67,10 +68,13 @@ class Selection:
             HookOptionError: if a rule matches no parameter.
         """
         settings = self._rules.settings(setup.names)
+        first = 1 if setup.scatters else 0  # a vector stays one, in however many pieces
         self._chosen = {
             name: its
             for name, shape, dtype in zip(setup.names, setup.shapes, setup.dtypes, strict=True)
-            if (its := settings[name]) is not None and dtype.is_floating_point and self._fits(shape, its)
+            if (its := settings[name]) is not None
+            and dtype.is_floating_point
+            and self._fits(len(shape) - first, prod(shape), its)
         }
         return self._chosen
 
@@ -83,15 +87,19 @@ class Selection:
     def beside(self, bucket: Bucket, collective: Collective) -> Generator[Any, Any, Tensor]:
         """The result of ``collective``: ``result = yield from selection.beside(bucket, collective)``.
 
-        In the same stage an all-reduce averages what is not compressed in this step. Its mean is in the bucket then.
+        In the same stage an all-reduce averages what is not compressed in this step. Its mean is in the bucket then. In
+        a bucket for ``reduce_scatter`` a reduce-scatter does, and its mean is in ``bucket.shard``.
         """
         taken = set(self.places(bucket))
+        result: Tensor
+        if bucket.shard is not None:
+            result = yield from _beside(bucket, bucket.shard, taken, collective)
+            return result
         rest = [segment for i, segment in enumerate(bucket.segments) if i not in taken]
         exact = torch.cat(rest) if rest else bucket.flat.new_empty(0)
         if not exact.numel():
             alone: Tensor = yield collective
             return alone
-        result: Tensor
         result, mean = yield (collective, AllReduce(exact))
         for segment, its in zip(rest, mean.split([segment.numel() for segment in rest]), strict=True):
             segment.copy_(its)
@@ -100,10 +108,26 @@ class Selection:
     @staticmethod
     def exactly(bucket: Bucket) -> Exchange:
         """Average a bucket of which nothing is compressed: ``yield from selection.exactly(bucket)``."""
+        if bucket.shard is not None:
+            bucket.shard = yield ReduceScatter(bucket.flat)
+            return
         bucket.flat.copy_((yield AllReduce(bucket.flat)))
 
-    def _fits(self, shape: Sequence[int], settings: Mapping[str, object]) -> bool:
-        numel = prod(shape)
-        if settings.get("dense_small", self._dense_small) and (len(shape) < 2 or numel < _SMALL):
+    def _fits(self, dimensions: int, numel: int, settings: Mapping[str, object]) -> bool:
+        if settings.get("dense_small", self._dense_small) and (dimensions < 2 or numel < _SMALL):
             return False
         return self._least <= numel and (self._most is None or numel <= self._most)
+
+
+def _beside(
+    bucket: Bucket, shard: Tensor, taken: Container[int], collective: Collective
+) -> Generator[Any, Any, Tensor]:
+    rest = [columns for i, columns in enumerate(columns_of(bucket)) if i not in taken]
+    exact = torch.cat([bucket.parts[:, columns] for columns in rest], dim=1) if rest else bucket.flat.new_empty(0)
+    if not exact.numel():
+        alone: Tensor = yield collective
+        return alone
+    result: Tensor
+    result, mean = yield (collective, ReduceScatter(exact.view(-1)))
+    put_columns(shard, rest, mean)
+    return result

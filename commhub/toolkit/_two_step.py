@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,16 +13,18 @@ from commhub._errors import HookOptionError
 from commhub.protocol._collectives import AllGather, AllToAll
 
 from ._codec import checked, shown
+from ._columns import columns_of
 from ._feedback import ErrorFeedback
 from ._layout import Stretch, in_turn, joined, section
 from ._messages import Messages
 from ._noise import Noise
-from ._part import part_of
 from ._per_bucket import PerBucket
+from ._pieces import part_of
+from ._scatter import Scatter
 from ._selection import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from commhub.protocol._bucket import Bucket
     from commhub.protocol._hook import Exchange
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ._codec import Codec, FullCodec
     from ._layout import Owners
     from ._part import Part
+    from ._scatter import Coded
 
 
 class TwoStep:
@@ -84,13 +86,13 @@ class TwoStep:
         self._codec, self._selection, self._wanted = codec, selection, feedback
         self._residual_dtype, self._within, self._owners = residual_dtype, within, owners
         self._codecs: dict[str, Codec] = {}
-        self._messages = PerBucket(self._lay_out)
+        self._messages, self._scatters = PerBucket(self._lay_out), PerBucket(self._lay_out_parts)
         self._feedback: ErrorFeedback | None = None
         self._noise: Noise | None = None
 
     def prepare(self, setup: Setup) -> None:
         """Choose how each parameter is coded; allocate residuals; have codecs prepare."""
-        self._messages = PerBucket(self._lay_out)
+        self._messages, self._scatters = PerBucket(self._lay_out), PerBucket(self._lay_out_parts)
         made: dict[Codec, Codec] = {}  # equal ones are one
         chosen = self._selection.choose(setup)
         codecs = {name: self._code(settings) for name, settings in chosen.items()}
@@ -148,6 +150,44 @@ class TwoStep:
         if values is not bucket.flat:
             self._put_back(bucket, messages, values)
 
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """Steps 1 to 3 alone: an all-to-all of bytes, of which each rank makes the mean of its part.
+
+        Rows never cross a rank's part, and residuals are what this rank's own codes missed.
+        """
+        assert bucket.shard is not None
+        if not self._selection.places(bucket):
+            yield from self._selection.exactly(bucket)
+            return
+        scatter, columns = self._scatters[bucket], columns_of(bucket)
+        values = scatter.wide("values", bucket.flat)
+        if values is not bucket.flat:
+            values.copy_(bucket.flat)
+        parts = values.view(bucket.parts.shape)
+        kept = [
+            (one.codec, line.place) for one in scatter.coded for line in one.section.lines if self._keeps(one.codec)
+        ]
+        feedback = cast("ErrorFeedback", self._feedback)  # there is one if anything is kept
+        for _, place in kept:
+            feedback.add(bucket, place, parts[:, columns[place]])
+        for rank, part in enumerate(parts):
+            for one in scatter.coded:
+                one.encode(part, rank, self._draw_for(one, bucket, rank), keeping=self._keeps(one.codec))
+        scatter.fill(parts, bucket.divisor)
+        first = AllToAll(scatter.message.view(-1))
+        if self._within:
+            received = yield first
+        else:
+            received = yield from self._selection.beside(bucket, first)
+        for codec, place in kept:  # where a row was not finite, its rank says so at the end of the step
+            feedback.keep(bucket, place, parts[:, columns[place]], finite=getattr(codec, "bounded", False))
+        out = scatter.wide("out", bucket.shard)
+        scatter.sum(received, out, bucket.divisor)
+        if out is not bucket.shard:
+            coded = [line.place for one in scatter.coded for line in one.section.lines]
+            for place in range(len(columns)) if self._within else coded:
+                bucket.shard[columns[place]] = out[columns[place]]
+
     def _keep(self, bucket: Bucket, part: Part, values: Tensor, feedback: ErrorFeedback) -> None:
         row = 0
         for line in part.owned:
@@ -171,15 +211,8 @@ class TwoStep:
                 bucket.segments[line.place].copy_(part_of(values, line.stretch))
 
     def _lay_out(self, bucket: Bucket) -> Messages:
-        sizes = [segment.numel() for segment in bucket.segments]
-        spans = [Stretch(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-        by_codec: dict[Codec, list[int]] = {}
-        rest = []
-        for place, name in enumerate(bucket.names):
-            if name in self._codecs:
-                by_codec.setdefault(self._codecs[name], []).append(place)
-            else:
-                rest.append(spans[place])
+        spans = [Stretch(span.offset, span.numel) for span in bucket.spans]
+        by_codec, rest = self._sorted(bucket, spans)
         p = bucket.world_size
         return Messages(
             [section(codec, places, bucket.names, spans, p, self._owners) for codec, places in by_codec.items()],
@@ -189,6 +222,36 @@ class TwoStep:
             dtype=torch.promote_types(bucket.flat.dtype, torch.float32),
             device=bucket.flat.device,
         )
+
+    def _lay_out_parts(self, bucket: Bucket) -> Scatter:
+        p = bucket.world_size
+        spans = [Stretch(span.offset, span.numel // p) for span in bucket.spans]
+        by_codec, rest = self._sorted(bucket, spans)
+        return Scatter(
+            [section(codec, places, bucket.names, spans, 1, in_turn) for codec, places in by_codec.items()],
+            joined(rest) if self._within else (),
+            p=p,
+            dtype=torch.promote_types(bucket.flat.dtype, torch.float32),
+            device=bucket.flat.device,
+        )
+
+    def _sorted(self, bucket: Bucket, spans: Sequence[Stretch]) -> tuple[dict[Codec, list[int]], list[Stretch]]:
+        """Places of the parameters by their codec, and where those lie that have none."""
+        by_codec: dict[Codec, list[int]] = {}
+        rest = []
+        for place, name in enumerate(bucket.names):
+            if name in self._codecs:
+                by_codec.setdefault(self._codecs[name], []).append(place)
+            else:
+                rest.append(spans[place])
+        return by_codec, rest
+
+    def _draw_for(self, coded: Coded, bucket: Bucket, rank: int) -> Tensor | None:
+        seed = getattr(coded.codec, "seed", None)
+        if seed is None or self._noise is None:
+            return None
+        purpose = bucket.rank, rank
+        return self._noise.draw(coded.noise, coded.section.lines, bucket, seed, purpose, packed=False)
 
     def _draw(self, part: Part, bucket: Bucket, *, own: bool) -> Tensor | None:
         seed = getattr(part.codec, "seed", None)

@@ -18,10 +18,10 @@ from commhub.training.saving._saved import to_dict
 from commhub.training.saving._saving import select
 from commhub.training.steps._own_hooks import PlainMean
 
+from ._fit import made
 from ._loading import load, load_alone
 from ._running import Running
 from ._schedule import Schedule, next_one
-from ._start import check_fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +107,7 @@ class Registration:
         try:
             self._check_usable()
             self.finish()
-            schedule = Schedule.of(hooks, self.step, lambda chosen: check_fit(target, chosen))
+            schedule = Schedule.of(hooks, self.step, lambda chosen: made(target, chosen))
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
         rendezvous = Rendezvous.of(target.group, target.timeout)

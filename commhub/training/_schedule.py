@@ -42,7 +42,7 @@ class Schedule:
         self.texts: dict[int, str] = {}
 
     @classmethod
-    def of(cls, hooks: Mapping[int, object], done: int, check: Callable[[Recipe], None]) -> Schedule:
+    def of(cls, hooks: Mapping[int, object], done: int, check: Callable[[Recipe], object]) -> Schedule:
         """The schedule that a user wrote when ``done`` steps were done. Each hook is made once, to see that it can be.
 
         ``check`` raises for a hook that could not be registered here.

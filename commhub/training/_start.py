@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from commhub._errors import CommhubError, RegistrationError, described
-from commhub._version import __version__
 from commhub.drivers._driver import make_driver
 from commhub.drivers._meeting import Unmet
-from commhub.protocol._bucket import lay_out
 from commhub.protocol._hook import is_averager
-from commhub.protocol._nesting import LocalSteps
 from commhub.protocol._setup import Setup
 from commhub.protocol._state import State
-from commhub.protocol._wire import short_dtype, wire_dtype
+from commhub.protocol._wire import wire_dtype
 from commhub.training.averaging._averaging import Averaging
 from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
@@ -28,8 +25,10 @@ from commhub.training.rendezvous._everywhere import HASTE, LATER
 from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
+from ._facts import facts_of
+from ._fit import made
 from ._session import Session, at_work, taken
-from ._trained import Trained, nbytes_of
+from ._trained import Trained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,14 +96,11 @@ def _start(
     try:
         chosen = choose()
         wire = wire_dtype(chosen.reserved.get("wire"))
-        hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
-        check_fit(target, chosen)
-        if target.no_optimizer and getattr(hook, "steps_optimizer", False):
-            raise RegistrationError(f"{chosen.label} steps the optimizer in backward. {target.no_optimizer}")
+        hook = made(target, chosen)
         if former is not None and (why := former.in_use()):
             raise RegistrationError(f"the former hook cannot be replaced yet: {why}")
         at_end.enter_context(taken(hook, chosen.name, former))
-        facts = _facts(target, chosen, wire)
+        facts = facts_of(target, chosen, wire)
     except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
         failure = error
     hosts = agree(rendezvous, call, facts, failure, verify=target.verify, more=True)
@@ -176,20 +172,6 @@ def _refuse(error: CommhubError, call: str, group: dist.ProcessGroup | None, sec
     raise error
 
 
-def check_fit(target: Target, chosen: Recipe) -> None:
-    """Raise RegistrationError where the hook cannot work on ``target``, or needs what was not given."""
-    if target.device.type not in chosen.devices:
-        raise RegistrationError(
-            f"{chosen.label} works on {', '.join(chosen.devices)}; the gradients are on {target.device}."
-        )
-    for name, parameter in target.parameters:
-        nbytes_of(name, parameter)
-    given = {"optimizer": bool(target.optimizers), "scaler": target.scaler is not None}
-    for need in chosen.needs:
-        if not given.get(need, True):
-            raise RegistrationError(f"{chosen.label} needs {need}=; pass it to register().")
-
-
 def _prepared(
     target: Target,
     rendezvous: Rendezvous,
@@ -218,15 +200,16 @@ def _prepared(
     if prepare is not None:
         setup = Setup(
             names=names,
-            shapes=tuple(tuple(t.shape) for t in tensors),
+            shapes=tuple(target.shape(name, t) for name, t in target.parameters),
             dtypes=tuple(target.dtypes.get(name, t.dtype) for name, t in target.parameters),
-            strides=tuple(span.stride for span in lay_out(names, tensors)),
+            strides=tuple(target.stride(name, t) for name, t in target.parameters),
             parameters=tuple(tensors),
             device=target.device,
             rank=rendezvous.rank,
             world_size=rendezvous.size,
             hosts=hosts,
             wire=wire,
+            scatters=bool(target.scatters),
             unused=target.unused,
             optimizers=target.optimizers,
             scaler=target.scaler,
@@ -272,26 +255,3 @@ def _timetable(
     engine.callbacks.after_step.append(averaging.look)
     is_late = target.after_optimizers and is_averager(at_work(engine.hook))
     return Timetable(averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late)
-
-
-def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:
-    described = [[name, list(p.shape), str(p.dtype), list(p.stride())] for name, p in target.parameters]
-    return {
-        "hook": chosen.name,
-        "version": f"{chosen.distribution} {chosen.version}".strip(),
-        **{f"version of {name}": version for name, version in _others(chosen).items()},
-        **{f"option {key}": _shown(value) for key, value in chosen.options.items()},
-        "wire": None if wire is None else short_dtype(wire),
-        "parameters": described,
-        **target.traits,
-    }
-
-
-def _others(chosen: Recipe) -> dict[str, str]:
-    """The versions of what else takes part: the core, and the packages of nested hooks."""
-    return {n: v for n, v in {**chosen.packages(), "commhub": __version__}.items() if n != chosen.distribution}
-
-
-def _shown(value: object) -> str:
-    """An option's value as ranks compare it: equal dicts alike, in whatever order they were written."""
-    return repr(dict(sorted(value.items(), key=repr)) if isinstance(value, dict) else value)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
 from commhub._errors import RegistrationError
 from commhub._printable import shown
+from commhub.protocol._bucket import lay_out
 
 if TYPE_CHECKING:
     import weakref
     from collections.abc import Callable, Mapping
 
-    import torch
     import torch.distributed as dist
 
 LONGEST = 1e8
@@ -34,6 +35,9 @@ class Target:
         after_optimizers: whether an averager by itself is asked after the optimizers' steps, when the user says so.
         optimizers, scaler, timeout, verify: as given to ``register``.
         dtypes: by name, those of gradients that come in another dtype than their parameter's.
+        shapes: by name, those of gradients that come in another shape than their parameter's.
+        scatters: where ``reduce_scatter`` is called, inside the group that a model is sharded over: what can be done
+            with a hook that has none. Empty elsewhere.
         others: ranks that hold other parts of the same model, each part averaged in a group of its own; what takes all
             ranks succeeds in all of these groups or in none.
         part: which part this is, for a folder that all of them save into; empty if it is the whole model.
@@ -54,11 +58,23 @@ class Target:
     timeout: float = 1800.0
     verify: bool = True
     dtypes: Mapping[str, torch.dtype] = attrs.Factory(dict)
+    shapes: Mapping[str, tuple[int, ...]] = attrs.Factory(dict)
+    scatters: str = ""
     others: dist.ProcessGroup | None = None
     part: str = ""
     kept: Callable[[], tuple[tuple[str, torch.nn.Parameter], ...]] | None = None
     no_averager: str = ""
     no_optimizer: str = ""
+
+    def shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Of the gradient of one of the parameters."""
+        return self.shapes.get(name, tuple(parameter.shape))
+
+    def stride(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Of that gradient by itself."""
+        shape = self.shapes.get(name)
+        like = parameter if shape is None else torch.empty(shape, device="meta")
+        return lay_out([name], [like])[0].stride
 
     @property
     def loss_scale(self) -> float:

@@ -17,13 +17,10 @@ from commhub._errors import RegistrationError
 from commhub.training._trained import local, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
-    Hook = Callable[[Tensor], None]
-
-_CALLBACK = "_root_post_backward_final_callback"
 _STATE = "_get_fsdp_state"
 
 
@@ -34,13 +31,16 @@ class Shard:
         name: the parameter's, in the model.
         size: shape of the part.
         numel: its elements.
-        padded: elements that it takes in a buffer of its unit: as many as the first rank's part.
+        padded_size: that of the first rank's part, as which each takes room in a buffer of its unit.
+        padded: so many elements.
+        ranks: how many have a part.
     """
 
-    def __init__(self, name: str, kept: Any) -> None:
-        self.name, self._there = name, weakref.ref(kept)
+    def __init__(self, name: str, kept: Any, ranks: int) -> None:
+        self.name, self._there, self.ranks = name, weakref.ref(kept), ranks
         self.size = tuple(kept.sharded_size)
         self.numel = kept.sharded_size.numel()
+        self.padded_size = tuple(kept.padded_sharded_param_size)
         self.padded = kept.padded_sharded_param_size.numel()
 
     @property
@@ -88,39 +88,40 @@ class Unit:
 
     def __init__(self, name: str, group: Any, names: dict[int, str]) -> None:
         self.name, self._there = name, weakref.ref(group)
-        self.shards = tuple(Shard(_name(kept, names), kept) for kept in group.fsdp_params)
+        self.shards = tuple(Shard(_name(kept, names), kept, self.shard_group.size()) for kept in group.fsdp_params)
 
     @property
-    def _group(self) -> Any:
+    def group(self) -> Any:
+        """FSDP's own object for it."""
         return _alive(self._there())
 
     @property
     def device(self) -> torch.device:
         """Where its gradients are reduced."""
-        device: torch.device = self._group.device
+        device: torch.device = self.group.device
         return device
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
         """The ranks that the parameters are sharded over."""
-        group: dist.ProcessGroup = self._group.mesh_info.shard_process_group
+        group: dist.ProcessGroup = self.group.mesh_info.shard_process_group
         return group
 
     @property
     def divide_factor(self) -> float | None:
         """What the user has set for FSDP to divide by in place of the number of ranks."""
-        factor: float | None = self._group.gradient_divide_factor
+        factor: float | None = self.group.gradient_divide_factor
         return factor
 
     @property
     def sends(self) -> bool:
         """Whether the user wants gradients exchanged between replicas now: ``set_requires_all_reduce``."""
-        return bool(self._group.all_reduce_grads)
+        return bool(self.group.all_reduce_grads)
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Of its buffers; ``None`` where nothing is trained."""
-        policy = self._group.mp_policy
+        policy = self.group.mp_policy
         trained = [shard.local.dtype for shard in self.shards if shard.is_trained]
         if not trained:
             return None
@@ -132,40 +133,18 @@ class Unit:
 
     def takes_part(self) -> list[tuple[Shard, bool]]:
         """The shards whose gradients are about to be reduced, and for each whether backward has reached it."""
-        fills = self._group.reduce_scatter_unused_params
+        fills = self.group.reduce_scatter_unused_params
         return [(s, s.has_gradient) for s in self.shards if s.has_gradient or (fills and s.is_zero_filled)]
-
-    def enter(self, before: Callable[[], None], reduce: Hook) -> Callable[[], None]:
-        """Have ``reduce`` called with each buffer that was reduced over the shards, and ``before`` ahead of that.
-
-        Returns:
-            What puts everything back.
-        """
-        group = self._group
-        former: Hook | None = group._all_reduce_hook
-        post_backward = group.post_backward
-
-        def watched(*unused: Any) -> None:
-            before()
-            post_backward(*unused)
-
-        group._all_reduce_hook = reduce
-        group.post_backward = watched
-
-        there = self._there
-
-        def leave() -> None:
-            found = there()
-            if found is not None:
-                found._all_reduce_hook = former
-                del found.post_backward
-
-        return leave
 
     @property
     def has_hook(self) -> bool:
         """Whether an all-reduce hook of somebody else is set."""
-        return self._group._all_reduce_hook is not None
+        return self.group._all_reduce_hook is not None
+
+    @property
+    def has_reduce_scatter(self) -> bool:
+        """Whether a reduce-scatter of somebody else is set."""
+        return not type(self.group._reduce_scatter_comm).__module__.startswith("torch.")
 
 
 def _alive(found: Any) -> Any:
@@ -207,7 +186,7 @@ def units_of(root: nn.Module) -> list[Unit]:
     """
     names = {id(module): unwrapped(name) for name, module in root.named_modules()}
     units = []
-    for name, state in _states(root):
+    for name, state in states_of(root):
         groups = state._fsdp_param_groups
         if len(groups) > 1:
             raise RegistrationError(
@@ -221,7 +200,7 @@ def units_of(root: nn.Module) -> list[Unit]:
 
 
 def _refuse(unit: Unit) -> None:
-    info = unit._group.mesh_info
+    info = unit.group.mesh_info
     if info.shard_mesh_dim is not None and info.replicate_mesh_dim is not None:
         raise RegistrationError(
             "fully_shard was given a mesh of two dimensions: FSDP then averages between replicas itself, and no hook "
@@ -230,7 +209,7 @@ def _refuse(unit: Unit) -> None:
         )
 
 
-def _states(root: nn.Module) -> list[tuple[str, Any]]:
+def states_of(root: nn.Module) -> list[tuple[str, Any]]:
     """FSDP's states, each under the name of the first module that has it."""
     kind: type = sys.modules["torch.distributed.fsdp"].FSDPModule
     found: dict[int, tuple[str, Any]] = {}
@@ -245,34 +224,3 @@ def _name(kept: Any, names: dict[int, str]) -> str:
     info = kept._module_info
     prefix = names.get(id(info.module), "")
     return f"{prefix}.{info.param_name}" if prefix else str(info.param_name)
-
-
-def at_end_of_backward(root: nn.Module, function: weakref.WeakMethod[Callable[[], None]]) -> Callable[[], None]:
-    """Have ``function`` called when FSDP has ended a backward: gradients are then where the user reads them.
-
-    Returns:
-        What ends that.
-    """
-    states = [state for _, state in _states(root)]
-
-    def wrap(original: Callable[[], None]) -> Callable[[], None]:
-        def ended() -> None:
-            original()
-            then = function()
-            if then is not None:
-                then()
-
-        return ended
-
-    for state in states:
-        setattr(state, _CALLBACK, wrap(getattr(state, _CALLBACK)))
-
-    there = [weakref.ref(state) for state in states]
-
-    def leave() -> None:
-        for state in there:
-            found = state()
-            if found is not None:
-                found.__dict__.pop(_CALLBACK, None)
-
-    return leave

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import attrs
+import torch
+from torch import Tensor
 
 from commhub.drivers._asked import Position
 from commhub.drivers._stats import Stats
-from commhub.protocol._collectives import AllReduce
+from commhub.protocol._collectives import AllReduce, ReduceScatter
 
 from ._callbacks import Callbacks, call_after
 from ._own_hooks import PlainMean, SparseMean
@@ -20,9 +22,6 @@ from ._step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    import torch
-    from torch import Tensor
 
     from commhub._errors import HookError
     from commhub.drivers._driver import Driver
@@ -123,16 +122,20 @@ class Engine:
         used: tuple[bool, ...],
         done: Callable[[], None] = lambda: None,
         *,
+        shard: Tensor | None = None,
         plain: bool = False,
         last: bool = False,
     ) -> None:
         """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
 
+        With a ``shard`` it is scattered: the mean of this rank's part is left there.
+
         ``done`` is called when it is over, whether it went well or not. ``last``: no more come before ``wait``.
         """
         step = self._under_way
         assert step is not None
-        bucket = self.rounds.bucket(flat, parameters, spans, step=self.step, index=len(step.tasks), used=used)
+        index = len(step.tasks)
+        bucket = self.rounds.bucket(flat, parameters, spans, step=self.step, index=index, used=used, shard=shard)
         bucket.divisor, bucket.divides, bucket.loss_scale = step.divisor, step.divides, step.loss_scale
         own = (SparseMean() if flat.is_sparse else PlainMean()) if plain or flat.is_sparse else None
         size = flat._values().nbytes + flat._indices().nbytes if flat.is_sparse else flat.nbytes
@@ -143,7 +146,7 @@ class Engine:
             self._position(bucket.index, compared=not flat.is_sparse),
             wire=self.wire if own is None else None,
             watch=step.watch,
-            logical_bytes=AllReduce.sent_bytes(size, self.world_size),
+            logical_bytes=(AllReduce if shard is None else ReduceScatter).sent_bytes(size, self.world_size),
             last=last,
             done=done,
         )
@@ -165,10 +168,11 @@ class Engine:
         assert step is not None
         self._say_what_is_missing(step)
         figures = self.rounds.finish()
+        finite = step.finite
         if step.tasks:
-            self._confirm(step, linger=linger)
+            finite = self._confirm(step, finite, linger=linger)
         failure = self.rounds.failure
-        told, finite = ("", step.finite) if elsewhere is None else elsewhere(failure, step.finite)
+        told, finite = ("", finite) if elsewhere is None else elsewhere(failure, finite)
         if failure is None and told:
             self.rounds.fail(told, self.step)
             failure = self.rounds.failure
@@ -221,8 +225,8 @@ class Engine:
         about = self.step - 1, type(self.hook).__name__, self.rank
         return next(filter(None, [call_after(function, *about) for function in functions]), None)
 
-    def _confirm(self, step: Step, *, linger: bool) -> None:
-        """Hear from every rank that its step ended well.
+    def _confirm(self, step: Step, finite: Tensor | bool, *, linger: bool) -> Tensor | bool:
+        """Hear from every rank that its step ended well; and whether what it has is finite, if that may differ.
 
         A rank may fail after its last collective, when its peers need nothing more of it. Without this they would go
         on, a step ahead, and meet in different collectives.
@@ -233,7 +237,12 @@ class Engine:
         local = self.averages is not None and None not in met
         step.asked = not self.has_failed
         groups = sorted(filter(None, met), key=lambda group: group.key) if local else [None]
-        self.rounds.confirm(groups, self.step, linger=linger)
+        if not step.scatters or not isinstance(finite, Tensor):
+            self.rounds.confirm(groups, self.step, linger=linger)
+            return finite
+        infinite = torch.where(finite, 0.0, 1.0).view(1)
+        self.rounds.confirm(groups, self.step, flag=infinite, linger=linger)
+        return infinite[0] == 0
 
     def fail(self, text: str) -> None:
         """Have the step fail, here and on the peers, for what an attachment could not do."""

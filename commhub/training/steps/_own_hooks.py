@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from commhub._errors import HookError, described
-from commhub.protocol._collectives import AllGather, AllReduce
+from commhub.protocol._collectives import AllGather, AllReduce, ReduceScatter
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -22,6 +22,10 @@ class PlainMean:
     def reduce(self, bucket: Bucket) -> Exchange:
         """Average ``bucket.flat`` over all ranks."""
         bucket.flat.copy_((yield AllReduce(bucket.flat)))
+
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """Average this rank's part of it."""
+        bucket.shard = yield ReduceScatter(bucket.flat)
 
 
 class WholeMean:

@@ -132,6 +132,7 @@ class Rounds:
         index: int = 0,
         used: tuple[bool, ...] | None = None,
         group: Subgroup | None = None,
+        shard: Tensor | None = None,
     ) -> Bucket:
         """A bucket; its rank and size are those in ``group``."""
         size = self.world_size if group is None else len(group)
@@ -145,6 +146,7 @@ class Rounds:
             rank=self.rank if group is None else group.ranks.index(self.rank),
             world_size=size,
             group=group,
+            shard=shard,
             spans=spans,
         )
 

@@ -45,6 +45,11 @@ class Step:
         return {group for task in self.tasks for group in task.groups}
 
     @property
+    def scatters(self) -> bool:
+        """Whether each rank has a part of the results alone."""
+        return any(task.bucket.shard is not None for task in self.tasks)
+
+    @property
     def finite(self) -> Tensor | bool:
         """Whether all its results were finite, as far as that was watched."""
         return torch.stack([task.bucket.finite for task in self.tasks]).all() if self.tasks and self.watch else True

@@ -68,3 +68,7 @@ class FP8:
     def reduce(self, bucket: Bucket) -> Exchange:
         """An all-to-all and an all-gather of bytes; beside the first an all-reduce of what is averaged exactly."""
         return self._two_step.reduce(bucket)
+
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """The all-to-all alone, and beside it a reduce-scatter of what is averaged exactly."""
+        return self._two_step.reduce_scatter(bucket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from commhub import AllReduce, Bucket, Exchange
+from commhub import AllReduce, Bucket, Exchange, ReduceScatter
 
 
 @attrs.frozen
@@ -14,3 +14,7 @@ class Allreduce:
     def reduce(self, bucket: Bucket) -> Exchange:
         """One all-reduce of ``bucket.flat`` (1-D, any dtype)."""
         bucket.flat.copy_((yield AllReduce(bucket.flat)))
+
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """One reduce-scatter of ``bucket.flat``."""
+        bucket.shard = yield ReduceScatter(bucket.flat)

@@ -90,6 +90,10 @@ class _Quantize:
         """An all-to-all and an all-gather, of bytes; one plain all-reduce where nothing is compressed."""
         return self._two_step.reduce(bucket)
 
+    def reduce_scatter(self, bucket: Bucket) -> Exchange:
+        """The all-to-all alone, of which each rank makes the mean of its part."""
+        return self._two_step.reduce_scatter(bucket)
+
     def _keeps(self, codes: Codes) -> bool:
         if self.error_feedback is None:
             return codes.coding.bits < 8 and not self.stochastic_rounding  # by chance, nothing is lost on average

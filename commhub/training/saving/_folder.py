@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import stat
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from commhub._errors import CheckpointError, described
 from commhub._printable import shown
 
+from ._manifest import DATA, Entry, Manifest, written
 from ._saved import Saved
 from ._saving import Part, assemble, of_other_part
 
@@ -34,34 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MANIFEST = "commhub.json"
-FORMAT = 1
-_DATA = re.compile(r"commhub-(?:([a-z0-9-]+)-)?rank(0|[1-9]\d*)-[0-9a-f]{16}\.pt")
 _LIMIT = 2**26  # bytes of a manifest: a rank takes about 200 of them
 _ADVICE = "Load another checkpoint, or go on without: then what the hook remembered is lost."
-
-
-@attrs.frozen
-class Entry:
-    """One rank's file, as the manifest names it."""
-
-    file: str
-    bytes: int
-    blake2b: str
-
-
-@attrs.frozen
-class Manifest:
-    """Which files are the checkpoint, by part of the model and in rank order; ``checksum`` is its own."""
-
-    hook: str
-    step: int
-    parts: Mapping[str, tuple[Entry, ...]]
-    checksum: str
-
-    @property
-    def files(self) -> set[str]:
-        """The names of all files."""
-        return {entry.file for ranks in self.parts.values() for entry in ranks}
 
 
 class Folder:
@@ -129,9 +103,6 @@ class Folder:
     def switch(self, hook: str, step: int, parts: Mapping[str, Sequence[Entry]]) -> None:
         """Make the files of all ranks, by part of the model, the checkpoint; remove those that were it."""
         partial = self.path / f"{MANIFEST}.partial"
-        named = {part: [attrs.asdict(entry) for entry in ranks] for part, ranks in parts.items()}
-        body = {"commhub": FORMAT, "hook": hook, "step": step}
-        body |= {"ranks": named[""]} if named.keys() == {""} else {"parts": named}
         try:
             for part, ranks in parts.items():
                 for rank, entry in enumerate(ranks):
@@ -142,7 +113,7 @@ class Folder:
                             "not see it there. Save into a directory that all ranks share."
                         )
             with partial.open("w", encoding="utf-8") as file:
-                json.dump({**body, "checksum": _checksum(body)}, file, indent=1)
+                json.dump(written(hook, step, parts), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path / MANIFEST)
@@ -154,7 +125,7 @@ class Folder:
     def _remove_all_but(self, kept: set[str]) -> None:
         with contextlib.suppress(OSError):  # what stays is removed next time
             for name in os.listdir(self.path):
-                if (_DATA.fullmatch(name) and name not in kept) or name == f"{MANIFEST}.partial":
+                if (DATA.fullmatch(name) and name not in kept) or name == f"{MANIFEST}.partial":
                     with contextlib.suppress(OSError):
                         os.unlink(self.path / name)
 
@@ -168,7 +139,7 @@ class Folder:
                 f"{self.path} holds no hook state: there is no {MANIFEST}. Give the directory that Registration.save() "
                 "was given; a first save that did not end leaves none."
             )
-        return _reading(path, lambda file: _manifest(file.read(_LIMIT)))
+        return _reading(path, lambda file: Manifest.read(file.read(_LIMIT)))
 
     def read(self, rank: int, world_size: int) -> Part:
         """What one of ``world_size`` ranks needs: its own file, or all of its part's if their number was another."""
@@ -233,32 +204,6 @@ class _Hashing:
 
 def _new_hash() -> Any:
     return hashlib.blake2b(digest_size=32)
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _manifest(text: bytes) -> Manifest:
-    body = json.loads(text)
-    known = {"commhub", "hook", "step", "checksum"}
-    if not isinstance(body, dict) or not body.keys() >= known or ("ranks" in body) == ("parts" in body):
-        raise CheckpointError("it is no manifest of a checkpoint.")
-    told = body.pop("checksum")
-    if told != _checksum(body):
-        raise CheckpointError("its checksum is wrong: it was changed since it was written.")
-    if body["commhub"] != FORMAT:
-        raise CheckpointError(f"it is of format {body['commhub']!r}, which this version of commhub does not know.")
-    named = body["parts"] if "parts" in body else {"": body["ranks"]}
-    parts = {part: tuple(Entry(**entry) for entry in entries) for part, entries in named.items()}
-    if not all([*parts.values(), parts]):
-        raise CheckpointError("it names no file.")
-    for part, ranks in parts.items():
-        for rank, entry in enumerate(ranks):
-            name = _DATA.fullmatch(entry.file)
-            if name is None or (name[1] or "", int(name[2])) != (part, rank):
-                raise CheckpointError(f"it names {entry.file!r} as rank {rank}'s file.")
-    return Manifest(body["hook"], body["step"], parts, told)
 
 
 def _reading(path: Path, take: Callable[[BinaryIO], T]) -> T:

@@ -7,14 +7,13 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
 from commhub.training.rendezvous._agree import Rendezvous
-from commhub.training.rendezvous._everywhere import LATER, agree_everywhere
+from commhub.training.rendezvous._everywhere import LATER, agree_everywhere, among
 
-from ._folder import Entry, Folder
+from ._folder import Folder
+from ._manifest import Entry
 from ._saved import check_finite
 
 if TYPE_CHECKING:
@@ -34,9 +33,10 @@ class Phases:
 
     def __init__(self, target: Target, doing: str) -> None:
         self._doing = doing
-        self._rendezvous = self._told("", lambda: Rendezvous.of(target.group, target.timeout))
-        self._others = self._told("", lambda: others_of(target))
+        self._rendezvous = self._told("", lambda: rendezvous_of(target))
+        self._everyone = self._told("", lambda: everyone_of(target))
         self.rank, self.size = self._rendezvous.rank, self._rendezvous.size
+        self._meets = self._rendezvous if self._everyone is None else self._everyone
 
     @contextlib.contextmanager
     def phase(self, so: str = "", *, more: bool = True) -> Iterator[dict[str, Any]]:
@@ -65,7 +65,7 @@ class Phases:
                 failure.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - the same
             failure = error
-        agreed = partial(agree_everywhere, self._rendezvous, self._others, self._doing, facts, failure, more=more)
+        agreed = partial(agree_everywhere, self._rendezvous, self._everyone, self._doing, facts, failure, more=more)
         self._told(so, agreed, failure)
 
     def _told(self, so: str, function: Callable[[], Any], failure: BaseException | None = None) -> Any:
@@ -79,36 +79,33 @@ class Phases:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the first of those that average its part, and of those that it meets of other parts."""
-        return self.rank == 0 and (self._others is None or self._others.rank == 0)
+        """Whether this rank is the first of all."""
+        return bool(self._meets.rank == 0)
 
-    def give(self, entry: Entry) -> None:
-        """Tell those of the same part of this rank's file, within a phase."""
-        self._set(self._rendezvous, [dist.get_rank(), entry.file, entry.bytes, entry.blake2b])
+    def give(self, part: str, entry: Entry) -> None:
+        """Tell the first of all of this rank's file, within a phase."""
+        text = json.dumps([part, self.rank, entry.file, entry.bytes, entry.blake2b])
+        store = self._meets.branch("files")
+        within(self._meets.timeout, lambda: store.set(str(self._meets.rank), text))
 
-    def pass_on(self, part: str) -> None:
-        """Tell those of the other parts of this part's files, within a phase after that."""
-        if self._others is not None:
-            self._set(self._others, [part, self._get(self._rendezvous)])
-
-    def given(self, part: str) -> tuple[bool, dict[str, list[Entry]]]:
-        """After that phase: whether this rank is the first of all, and all files, by part and in rank order."""
-        lists = [[part, self._get(self._rendezvous)]] if self._others is None else self._get(self._others)
-        first = min(entry[0] for _, entries in lists for entry in entries)
-        return first == dist.get_rank(), {name: [Entry(*entry[1:]) for entry in entries] for name, entries in lists}
-
-    def _set(self, rendezvous: Rendezvous, content: Any) -> None:
-        store, text = rendezvous.branch("files"), json.dumps(content)
-        within(self._rendezvous.timeout, lambda: store.set(str(rendezvous.rank), text))
-
-    def _get(self, rendezvous: Rendezvous) -> list[Any]:
-        store, ranks = rendezvous.branch("files"), range(rendezvous.size)
-        return within(self._rendezvous.timeout, lambda: [json.loads(store.get(str(rank))) for rank in ranks])
+    def given(self) -> dict[str, list[Entry]]:
+        """On the first of all, after that phase: the files, by part of the model and in rank order."""
+        store, ranks = self._meets.branch("files"), range(self._meets.size)
+        found = within(self._meets.timeout, lambda: sorted(json.loads(store.get(str(rank))) for rank in ranks))
+        parts: dict[str, list[Entry]] = {}
+        for part, _, *entry in found:
+            parts.setdefault(part, []).append(Entry(*entry))
+        return parts
 
 
-def others_of(target: Target) -> Rendezvous | None:
-    """Where the ranks that average other parts of the model meet, if there are any."""
-    return None if target.others is None else Rendezvous.of(target.others, LATER * target.timeout)
+def rendezvous_of(target: Target) -> Rendezvous:
+    """Where the ranks meet that average the same part as this one."""
+    return Rendezvous.of(target.group, target.timeout, numbered=target.others is not None)
+
+
+def everyone_of(target: Target) -> Rendezvous | None:
+    """Where the ranks meet that average any part of the model, if it has several."""
+    return among(target.everyone, LATER * target.timeout) if target.everyone else None
 
 
 def folder_of(target: Target, directory: str | Path) -> Folder:
@@ -137,12 +134,7 @@ def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[st
         if phases.leads:
             folder.tidy()
     with phases.phase(so):
-        phases.give(folder.write(phases.rank, state))
-    if target.part:
-        with phases.phase(so):
-            phases.pass_on(target.part)
+        phases.give(target.part, folder.write(phases.rank, state))
     with phases.phase(more=False):
         if phases.leads:
-            is_first, files = phases.given(target.part)
-            if is_first:
-                folder.switch(state["hook"], state["step"], files)
+            folder.switch(state["hook"], state["step"], phases.given())

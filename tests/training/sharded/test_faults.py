@@ -23,6 +23,7 @@ from commhub.training import _loading
 from commhub.training.attachments._elsewhere import Elsewhere
 from commhub.training.attachments._shards import Shards
 from commhub.training.rendezvous._rendezvous import Rendezvous
+from commhub.training.saving import _phases
 from commhub.training.saving._folder import Folder
 
 from .sharding import Loop, gradients, loss_of, mesh, same, sharded
@@ -74,8 +75,9 @@ FAULTS = {"killed": killed, "stopped": stopped, "interrupted": interrupted, "rai
 PLACES = {
     "register": ("choose", "prepare", "elsewhere"),
     "swap": ("choose", "prepare", "elsewhere"),
-    "save": ("make", "write", "switch"),
+    "save": ("elsewhere", "make", "write", "switch"),
     "load": ("read", "fit", "restore"),
+    "schedule": ("choose",),
     "step": ("encode", "decode", "shards", "told"),
 }
 
@@ -120,6 +122,8 @@ def places(victim, stack, others):
     """Have every place struck that is the core's own."""
     victim.before(stack, Recipe, "make", "choose")
     victim.before(stack, Rendezvous, "of", "elsewhere", lambda group, *_: group is others)
+    victim.before(stack, _start, "among", "elsewhere")
+    victim.before(stack, _phases, "among", "elsewhere")
     for name in ("make", "write", "switch", "read"):
         victim.before(stack, Folder, name, name)
     victim.before(stack, _loading, "fit", "fit")
@@ -144,6 +148,8 @@ def act(call, on, model, registration, victim, folder):
         registration.save(folder)
     elif call == "load":
         registration.load(folder)
+    elif call == "schedule":
+        registration.schedule({5: "fp16"})
     else:
         loss_of(model, 3).backward()
 

@@ -160,8 +160,8 @@ def _before(rendezvous: Rendezvous) -> str:
     words = _words(rendezvous.missed)
     calls = " and ".join(dict.fromkeys(word.call for word in words.values()))
     return (
-        f" Before, {_ranks(rendezvous, list(words))} had come to {calls}, waited {rendezvous.missed.waited:g} s and given up: this "
-        f"rank, rank {rendezvous.called(rendezvous.rank)}, was late."
+        f" Before, {_ranks(rendezvous, list(words))} had come to {calls}, waited {rendezvous.missed.waited:g} s and "
+        f"given up: this rank, rank {rendezvous.called(rendezvous.rank)}, was late."
     )
 
 

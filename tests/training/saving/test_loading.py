@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhub
 from commhub.checkpoint import HookState
 from commhub.testing import Living, assert_equal_across_ranks, bitwise_equal
-from commhub.training.saving import _saving
+from commhub.training.saving import _manifest, _saving
 from commhub.training.saving._folder import Folder
 
 from .comparing import same

@@ -11,6 +11,7 @@ import torch
 from commhub._errors import CheckpointError
 from commhub._printable import shown
 from commhub.training._registration import Registration
+from commhub.training.saving._saving import of_other_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -79,7 +80,7 @@ class HookState:
         self._nothing = None if mine else {own: {}}
         saved_ranks = self._saved_ranks
         if self._checkpoint_id is not None:
-            saved_ranks = _ranks_that_saved(self._checkpoint_id, _paths(mine))
+            saved_ranks = _ranks_that_saved(self._checkpoint_id, self._part, _paths(mine))
         if saved_ranks is not None and saved_ranks != state["world_size"]:
             state["world_size"] = _ToBeLoaded(saved_ranks)
             state["local"] = {f"rank{rank}": _zeros(mine) for rank in range(saved_ranks)}
@@ -120,8 +121,8 @@ def _paths(tables: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
     return [f"{name}.{key}" for name, table in tables.items() for key in table]
 
 
-def _ranks_that_saved(checkpoint_id: str | os.PathLike[str], paths: Iterable[str]) -> int | None:
-    """How many ranks saved tensors under these paths; None if there is nothing that differs from rank to rank."""
+def _ranks_that_saved(checkpoint_id: str | os.PathLike[str], part: str, paths: Iterable[str]) -> int | None:
+    """How many ranks saved tensors of this part of a model under these paths; None if none differs between ranks."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # only who uses it pays for it
 
     try:
@@ -129,6 +130,8 @@ def _ranks_that_saved(checkpoint_id: str | os.PathLike[str], paths: Iterable[str
     except Exception as error:
         text = f"{os.fspath(checkpoint_id)}: no checkpoint of torch.distributed.checkpoint can be read there ({error})."
         raise CheckpointError(text) from error
+    if (parts := _parts_in(names)) and part not in parts:
+        raise CheckpointError(f"{os.fspath(checkpoint_id)}: {of_other_part(sorted(parts), part)}")
     ranks: dict[str, set[int]] | None = None
     for path in paths:
         mine: dict[str, set[int]] = {}
@@ -143,6 +146,13 @@ def _ranks_that_saved(checkpoint_id: str | os.PathLike[str], paths: Iterable[str
             f"{os.fspath(checkpoint_id)}: different numbers of ranks saved {under}; give saved_ranks=."
         )
     return counts.pop() if counts else None
+
+
+def _parts_in(names: Iterable[str]) -> set[str]:
+    """Of which parts of models hook state was saved; an empty name stands for all of one."""
+    paths = (name.split(".") for name in names)
+    above = (path[-2] if len(path) > 1 else "" for path in paths if path[-1] == "world_size")
+    return {one if re.fullmatch(r"shard\d+-of-\d+|inside-\d+-shards", one) else "" for one in above}
 
 
 def _found(names: Iterable[str], path: str) -> Iterator[tuple[str, int]]:

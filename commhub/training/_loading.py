@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from commhub.registry._recipe import choose
-from commhub.training.rendezvous._everywhere import OWN
 from commhub.training.saving._phases import Phases
 from commhub.training.saving._saving import check_hook, fit, restore
 
@@ -46,7 +45,7 @@ def load(running: Running, schedule: Schedule, take: Callable[[int, int], Part])
         part = take(phases.rank, phases.size)
         text = schedule.due(part.step)
         check_hook(part, former.chosen if text is None else choose(text, {}), former.target.part)
-        facts.update({OWN: part.source, "step": part.step, "hook": text})
+        facts.update({"checkpoint": part.source, "step": part.step, "hook": text})
     session = former if text is None else running.start(lambda: choose(text, {}), "load", loading=True)
     try:
         with phases.phase(so):

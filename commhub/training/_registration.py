@@ -11,9 +11,8 @@ from commhub._printable import shown
 from commhub.drivers._network import Network
 from commhub.drivers._observers import Observer
 from commhub.registry._recipe import Recipe
-from commhub.training.rendezvous._agree import Rendezvous
 from commhub.training.rendezvous._everywhere import agree_everywhere
-from commhub.training.saving._phases import folder_of, others_of, save
+from commhub.training.saving._phases import everyone_of, folder_of, rendezvous_of, save
 from commhub.training.saving._saved import to_dict
 from commhub.training.saving._saving import select
 from commhub.training.steps._own_hooks import PlainMean
@@ -110,9 +109,9 @@ class Registration:
             schedule = Schedule.of(hooks, self.step, lambda chosen: made(target, chosen))
         except BaseException as error:  # noqa: BLE001 - it is raised again, after the peers were told
             failure = error
-        rendezvous = Rendezvous.of(target.group, target.timeout)
+        rendezvous = rendezvous_of(target)
         facts = {"schedule": schedule.texts}
-        agree_everywhere(rendezvous, others_of(target), "schedule", facts, failure, verify=target.verify)
+        agree_everywhere(rendezvous, everyone_of(target), "schedule", facts, failure, verify=target.verify)
         self._schedule = schedule
         self._running.attachment.after = weakref.WeakMethod(self._follow_schedule)
         self._follow_schedule()

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 import torch.distributed as dist
 
@@ -21,7 +22,7 @@ from commhub.training.averaging._optimizers import check_local, watch_steps
 from commhub.training.averaging._timetable import Timetable
 from commhub.training.rendezvous._agree import Rendezvous, agree, number_hosts
 from commhub.training.rendezvous._comparisons import Comparisons
-from commhub.training.rendezvous._everywhere import HASTE, LATER
+from commhub.training.rendezvous._everywhere import HASTE, LATER, all_ranks, among
 from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
@@ -78,19 +79,25 @@ def start(
         try:
             facts = {} if session is None else {"hook": str(session)}
             patience = LATER * target.timeout if failure is None else min(target.timeout, HASTE)
-            agree(Rendezvous.of(target.others, patience), call, facts, failure, verify=target.verify)
+            everyone = target.everyone
+            if not everyone:
+                others = Rendezvous.of(target.others, patience, numbered=True)
+                agree(others, call, facts, failure, verify=target.verify, more=True)
+                everyone = all_ranks(others, dist.get_process_group_ranks(target.group))
+            agree(among(everyone, patience), call, facts, failure, verify=target.verify)
         except BaseException:
             if session is not None:
                 session.stop()
             raise
         assert session is not None
+        session.target = attrs.evolve(session.target, everyone=everyone)
         return session
 
 
 def _start(
     target: Target, choose: Callable[[], Recipe], former: Session | None, call: str, at_end: contextlib.ExitStack
 ) -> Session:
-    rendezvous = Rendezvous.of(target.group, target.timeout)
+    rendezvous = Rendezvous.of(target.group, target.timeout, numbered=target.others is not None)
     failure: BaseException | None = None
     facts: dict[str, Any] = {}
     try:

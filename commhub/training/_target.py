@@ -40,6 +40,7 @@ class Target:
             with a hook that has none. Empty elsewhere.
         others: ranks that hold other parts of the same model, each part averaged in a group of its own; what takes all
             ranks succeeds in all of these groups or in none.
+        everyone: all ranks that average any part, by their numbers among all, once they have met.
         part: which part this is, for a folder that all of them save into; empty if it is the whole model.
         kept: gives the parameters by name as optimizers have them, where they are not simply the module's.
         no_averager, no_optimizer: why parameters cannot be averaged here, or the optimizer not be stepped in backward,
@@ -61,6 +62,7 @@ class Target:
     shapes: Mapping[str, tuple[int, ...]] = attrs.Factory(dict)
     scatters: str = ""
     others: dist.ProcessGroup | None = None
+    everyone: tuple[int, ...] = ()
     part: str = ""
     kept: Callable[[], tuple[tuple[str, torch.nn.Parameter], ...]] | None = None
     no_averager: str = ""

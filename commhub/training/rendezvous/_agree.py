@@ -99,7 +99,7 @@ def agree(
             if told := _absent(rendezvous, topic, everyone):
                 raise RegistrationError(told)
             raise HookMismatchError(
-                _difference([json.loads(everyone.brought[rank]) for rank in range(rendezvous.size)])
+                _difference(rendezvous, [json.loads(everyone.brought[rank]) for rank in range(rendezvous.size)])
             )
     except (RegistrationError, HookMismatchError) as error:
         if failure is None:
@@ -124,7 +124,11 @@ def _words(verdict: Verdict) -> dict[int, _Word]:
 def _trouble(rendezvous: Rendezvous, topic: str, verdict: Verdict, words: Mapping[int, _Word]) -> str:
     """Why nobody goes on, if so: a failure on a rank first, because the others' absence may follow from it."""
     failed = {rank: word for rank, word in words.items() if word.failure}
-    told = [f"rank {rank} could not go on: {word.failure}" for rank, word in failed.items() if not word.hearsay][:1]
+    told = [
+        f"rank {rendezvous.called(rank)} could not go on: {word.failure}"
+        for rank, word in failed.items()
+        if not word.hearsay
+    ][:1]
     told = told or [f"{word.failure}{_before(rendezvous)}" for word in failed.values()][:1]
     if not told and (absent := _absent(rendezvous, topic, verdict)):
         told.append(absent)
@@ -132,21 +136,21 @@ def _trouble(rendezvous: Rendezvous, topic: str, verdict: Verdict, words: Mappin
     for rank, word in words.items():
         calls.setdefault(word.call, []).append(rank)
     if len(calls) > 1:
-        several = "; ".join(f"{_ranks(ranks)}: {call}" for call, ranks in calls.items())
+        several = "; ".join(f"{_ranks(rendezvous, ranks)}: {call}" for call, ranks in calls.items())
         told.append(f"the ranks called different things ({several}); each of them is to be called on all ranks.")
     return " And ".join(told)
 
 
 def _absent(rendezvous: Rendezvous, topic: str, verdict: Verdict) -> str:
     if verdict.left is not None:
-        return f"rank {verdict.left} was interrupted while it waited for the others."
+        return f"rank {rendezvous.called(verdict.left)} was interrupted while it waited for the others."
     missing = [rank for rank in range(rendezvous.size) if rank not in verdict.brought]
     if not missing:
         return ""
     if rendezvous.rank in missing:
         return f"this rank came to {topic} when the others had waited {verdict.waited:g} s and given up."
-    told = f"{_ranks(missing)} did not come to {topic} within {verdict.waited:g} s; it is to be called on all ranks."
-    return told + _before(rendezvous)
+    told = f"{_ranks(rendezvous, missing)} did not come to {topic} within {verdict.waited:g} s"
+    return f"{told}; it is to be called on all ranks.{_before(rendezvous)}"
 
 
 def _before(rendezvous: Rendezvous) -> str:
@@ -156,8 +160,8 @@ def _before(rendezvous: Rendezvous) -> str:
     words = _words(rendezvous.missed)
     calls = " and ".join(dict.fromkeys(word.call for word in words.values()))
     return (
-        f" Before, {_ranks(list(words))} had come to {calls}, waited {rendezvous.missed.waited:g} s and given up: this "
-        f"rank, rank {rendezvous.rank}, was late."
+        f" Before, {_ranks(rendezvous, list(words))} had come to {calls}, waited {rendezvous.missed.waited:g} s and "
+        f"given up: this rank, rank {rendezvous.called(rendezvous.rank)}, was late."
     )
 
 
@@ -165,20 +169,20 @@ def _differ(words: Mapping[int, _Word]) -> bool:
     return any(word.verify for word in words.values()) and len({word.digest for word in words.values()}) > 1
 
 
-def _difference(everyone: list[dict[str, Any]]) -> str:
+def _difference(rendezvous: Rendezvous, everyone: list[dict[str, Any]]) -> str:
     lines = []
     for key in sorted({key for facts in everyone for key in facts}):
         values: dict[str, list[int]] = {}
         for rank, facts in enumerate(everyone):
             values.setdefault(json.dumps(facts.get(key)), []).append(rank)
         if len(values) > 1:
-            told = (f"{_ranks(ranks)}: {_short(value, list(values))}" for value, ranks in values.items())
+            told = (f"{_ranks(rendezvous, ranks)}: {_short(value, list(values))}" for value, ranks in values.items())
             lines.append(f"{key} ({'; '.join(told)})")
     return f"ranks disagree on {', '.join(lines)}. Register the same hook with the same options and model everywhere."
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _ranks(rendezvous: Rendezvous, ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rendezvous.called(rank)) for rank in ranks)}"
 
 
 def _short(value: str, every: list[str]) -> str:

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -27,7 +28,7 @@ from commhub.drivers._board import FAREWELL
 from commhub.drivers._notice import SILENT
 from commhub.drivers._store import is_held_here, own_connection, peek, told_lost, wait_for, within
 
-from ._unanswered import connect, counter, say, told
+from ._unanswered import connected, counter, say, told
 from ._verdict import Verdict
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Rendezvous:
     timeout: float
     topic: str = attrs.field(default="a call of all ranks", init=False)
     _base: Store
+    _numbers: tuple[int, ...] = ()
     missed: Verdict | None = attrs.field(default=None, init=False)
     unanswered: str = attrs.field(default="", init=False)
     _number: int | None = None
@@ -73,26 +75,26 @@ class Rendezvous:
     _abandoned: bool = False
 
     @classmethod
-    def of(cls, group: ProcessGroup, timeout: float) -> Rendezvous:
+    def of(cls, group: ProcessGroup, timeout: float, *, numbered: bool = False) -> Rendezvous:
         """The group's next rendezvous. It begins with the first round, or the first ``branch``.
+
+        ``numbered``: whether ranks are called by their numbers among all ranks, and not by those in the group.
 
         Raises:
             RegistrationError: if the group has no store.
         """
         try:
             rank, size = dist.get_rank(group), dist.get_world_size(group)
+            numbers = dist.get_process_group_ranks(group) if numbered else ()
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             text = f"the process group is gone ({error}). Registrations end before destroy_process_group() is called."
             raise RegistrationError(text) from error
-        try:
-            given = dist.distributed_c10d._get_process_group_store(group)
-            base = connect(given, rank, size, timeout)
-        except (KeyError, ValueError, AttributeError) as error:
-            text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
-            raise RegistrationError(text) from error
-        except (RuntimeError, TimeoutError) as error:
-            raise RegistrationError(f"{told_lost(given, size, error)}: {error}") from error
-        return cls(group.group_name, rank, size, timeout, base)
+        given = partial(dist.distributed_c10d._get_process_group_store, group)
+        return cls(group.group_name, rank, size, timeout, connected(group, given, rank, size, timeout), tuple(numbers))
+
+    def called(self, rank: int) -> int:
+        """The number under which people know a rank."""
+        return self._numbers[rank] if self._numbers else rank
 
     def branch(self, name: str) -> Store:
         """A part of the store for something made at this rendezvous."""
@@ -202,8 +204,8 @@ class Rendezvous:
                 "%s waits for rank%s %s of 0..%d (%g s so far, until %g s); it is to be called on all ranks.",
                 self.topic,
                 "s" if len(missing) > 1 else "",
-                ", ".join(map(str, missing)),
-                self.size - 1,
+                ", ".join(str(self.called(rank)) for rank in missing),
+                self.called(self.size - 1),
                 SILENT,
                 patience,
             )

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from commhub.drivers._store import holder, is_held_here, own_connection, peek, within
+from commhub._errors import RegistrationError
+from commhub.drivers._store import holder, is_held_here, own_connection, peek, told_lost, within
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch.distributed.distributed_c10d import ProcessGroup
 
 
 def counter(size: int) -> str:
@@ -44,6 +47,23 @@ def connect(given: Store, rank: int, size: int, seconds: float) -> Store:
     except TimeoutError:
         late.set()
         raise
+
+
+def connected(group: ProcessGroup, given: Callable[[], Store], rank: int, size: int, timeout: float) -> Store:
+    """A connection of our own to commhub's part of the store that ``given()`` returns.
+
+    Raises:
+        RegistrationError: if there is no store, it is gone, or does not answer.
+    """
+    try:
+        store = given()
+        try:
+            return connect(store, rank, size, timeout)
+        except (RuntimeError, TimeoutError) as error:
+            raise RegistrationError(f"{told_lost(store, size, error)}: {error}") from error
+    except (KeyError, ValueError, AttributeError) as error:
+        text = f"process group {group.group_name!r} has no working store to agree on a hook through: {error}"
+        raise RegistrationError(text) from error
 
 
 def say(base: Store, rank: int, number: int, seconds: float) -> None:

@@ -1,9 +1,9 @@
 """A checkpoint's directory: one file per rank and a manifest that says which files are the checkpoint.
 
-It is replaced as a whole. Every rank writes a file under a new name; when all are complete rank 0 replaces the
-manifest, which is one operation of the file system, and only then removes what the former manifest named. A process may
-be killed between any two operations: what the manifest names is complete, and what it does not name is removed by the
-next save. Files of others in the directory are left alone.
+It is replaced as a whole, for all parts of a model. Every rank writes a file under a new name; when all are complete
+one rank replaces the manifest, which is one operation of the file system, and only then removes what the former
+manifest named. A process may be killed between any two operations: what the manifest names is complete, and what it
+does not name is removed by the next save. Files of others in the directory are left alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import stat
 from pathlib import Path
@@ -25,8 +24,9 @@ import torch
 from commhub._errors import CheckpointError, described
 from commhub._printable import shown
 
+from ._manifest import DATA, Entry, Manifest, written
 from ._saved import Saved
-from ._saving import Part, assemble
+from ._saving import Part, assemble, of_other_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,39 +34,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MANIFEST = "commhub.json"
-FORMAT = 1
-_DATA = re.compile(r"commhub-rank(0|[1-9]\d*)-[0-9a-f]{16}\.pt")
 _LIMIT = 2**26  # bytes of a manifest: a rank takes about 200 of them
 _ADVICE = "Load another checkpoint, or go on without: then what the hook remembered is lost."
-
-
-@attrs.frozen
-class Entry:
-    """One rank's file, as the manifest names it."""
-
-    file: str
-    bytes: int
-    blake2b: str
-
-
-@attrs.frozen
-class Manifest:
-    """Which files are the checkpoint, in rank order; ``checksum`` is its own."""
-
-    hook: str
-    step: int
-    ranks: tuple[Entry, ...]
-    checksum: str
 
 
 class Folder:
     """A directory that all ranks see. Nothing here communicates: the ranks agree on when to call what.
 
+    Args:
+        directory: its path.
+        part: of the model, which this rank saves and loads; empty for all of it.
+
     Raises:
         CheckpointError: whatever goes wrong, in every method, with the file's name.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, part: str = "") -> None:
+        self.part = part
         try:
             self.path = Path(directory)
             os.fsencode(self.path)
@@ -75,7 +59,7 @@ class Folder:
         if "\0" in str(self.path):
             raise CheckpointError(f"{shown(directory)} is no path of a directory.")
 
-    # Saving: `make` everywhere, `tidy` on rank 0, `write` everywhere, `switch` on rank 0.
+    # Saving: `make` everywhere, `tidy` on one rank, `write` everywhere, `switch` on one rank.
 
     def make(self) -> None:
         """Make the directory if it is not there."""
@@ -91,14 +75,15 @@ class Folder:
         """Remove what earlier saves left behind that did not end."""
         try:
             missing = _is_missing(self.path / MANIFEST)
-            kept = set() if missing else {entry.file for entry in self.manifest().ranks}
+            kept = set() if missing else self.manifest().files
         except (CheckpointError, OSError):
             return  # nobody can tell which files it names; when it is replaced, none of them counts
         self._remove_all_but(kept)
 
     def write(self, rank: int, state: Mapping[str, Any]) -> Entry:
         """Write one rank's file, beside what is there."""
-        path = self.path / f"commhub-rank{rank}-{secrets.token_hex(8)}.pt"
+        part = f"{self.part}-" if self.part else ""
+        path = self.path / f"commhub-{part}rank{rank}-{secrets.token_hex(8)}.pt"
         writer: _Hashing | None = None
         try:
             with path.open("xb") as file:
@@ -115,32 +100,32 @@ class Folder:
             raise _unwritten(path, cause) from cause
         return Entry(path.name, writer.bytes, writer.hash.hexdigest())
 
-    def switch(self, hook: str, step: int, ranks: Sequence[Entry]) -> None:
-        """Make the files of all ranks the checkpoint, and remove those that were it."""
+    def switch(self, hook: str, step: int, parts: Mapping[str, Sequence[Entry]]) -> None:
+        """Make the files of all ranks, by part of the model, the checkpoint; remove those that were it."""
         partial = self.path / f"{MANIFEST}.partial"
-        body = {"commhub": FORMAT, "hook": hook, "step": step, "ranks": [attrs.asdict(entry) for entry in ranks]}
         try:
-            for rank, entry in enumerate(ranks):
-                path = self.path / entry.file
-                if not path.exists() or path.stat().st_size != entry.bytes:
-                    raise CheckpointError(
-                        f"{path}: rank {rank} has written it, and rank 0 does not see it there. Save into a directory "
-                        "that all ranks share."
-                    )
+            for part, ranks in parts.items():
+                for rank, entry in enumerate(ranks):
+                    path = self.path / entry.file
+                    if not path.exists() or path.stat().st_size != entry.bytes:
+                        raise CheckpointError(
+                            f"{path}: rank {rank}{f' of {part}' if part else ''} has written it, and rank 0 does "
+                            "not see it there. Save into a directory that all ranks share."
+                        )
             with partial.open("w", encoding="utf-8") as file:
-                json.dump({**body, "checksum": _checksum(body)}, file, indent=1)
+                json.dump(written(hook, step, parts), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path / MANIFEST)
             _sync(self.path)
         except OSError as error:
             raise _unwritten(self.path / MANIFEST, error) from error
-        self._remove_all_but({entry.file for entry in ranks})
+        self._remove_all_but({entry.file for ranks in parts.values() for entry in ranks})
 
     def _remove_all_but(self, kept: set[str]) -> None:
         with contextlib.suppress(OSError):  # what stays is removed next time
             for name in os.listdir(self.path):
-                if (_DATA.fullmatch(name) and name not in kept) or name == f"{MANIFEST}.partial":
+                if (DATA.fullmatch(name) and name not in kept) or name == f"{MANIFEST}.partial":
                     with contextlib.suppress(OSError):
                         os.unlink(self.path / name)
 
@@ -154,22 +139,26 @@ class Folder:
                 f"{self.path} holds no hook state: there is no {MANIFEST}. Give the directory that Registration.save() "
                 "was given; a first save that did not end leaves none."
             )
-        return _reading(path, lambda file: _manifest(file.read(_LIMIT)))
+        return _reading(path, lambda file: Manifest.read(file.read(_LIMIT)))
 
     def read(self, rank: int, world_size: int) -> Part:
-        """What one of ``world_size`` ranks needs: its own file, or all of them where their number was another."""
+        """What one of ``world_size`` ranks needs: its own file, or all of its part's if their number was another."""
         manifest = self.manifest()
-        former = len(manifest.ranks)
+        if self.part not in manifest.parts:
+            raise CheckpointError(f"{self.path} cannot be loaded: {of_other_part(manifest.parts, self.part)}")
+        entries = manifest.parts[self.part]
+        former = len(entries)
         ranks = [rank] if former == world_size else range(former)
         part = assemble((self._saved(manifest, one) for one in ranks), rank, world_size)
-        where = self.path / manifest.ranks[rank].file if former == world_size else self.path
+        where = self.path / entries[rank].file if former == world_size else self.path
         return attrs.evolve(part, where=str(where), source=manifest.checksum)
 
     def _saved(self, manifest: Manifest, rank: int) -> Saved:
-        entry, path = manifest.ranks[rank], self.path / manifest.ranks[rank].file
+        entries = manifest.parts[self.part]
+        entry, path = entries[rank], self.path / entries[rank].file
         if _is_missing(path):
             raise CheckpointError(
-                f"{self.path} holds the state of {len(manifest.ranks)} ranks, but rank {rank}'s is missing: "
+                f"{self.path} holds the state of {len(entries)} ranks, but rank {rank}'s is missing: "
                 f"{path.name}. {_ADVICE}"
             )
 
@@ -181,8 +170,8 @@ class Folder:
                 raise CheckpointError("its checksum is wrong: bytes in it have changed since it was written.")
             file.seek(0)
             saved = Saved.of(torch.load(file, map_location="cpu", weights_only=True, mmap=False))
-            found = saved.hook, saved.step, saved.world_size, list(saved.local)
-            if found != (manifest.hook, manifest.step, len(manifest.ranks), [rank]):
+            found = saved.hook, saved.step, saved.world_size, list(saved.local), saved.part
+            if found != (manifest.hook, manifest.step, len(entries), [rank], self.part):
                 raise CheckpointError(f"it is not what {MANIFEST} says, but of another checkpoint or rank.")
             return attrs.evolve(saved, where=str(path))
 
@@ -215,29 +204,6 @@ class _Hashing:
 
 def _new_hash() -> Any:
     return hashlib.blake2b(digest_size=32)
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _manifest(text: bytes) -> Manifest:
-    body = json.loads(text)
-    if not isinstance(body, dict) or not body.keys() >= {"commhub", "hook", "step", "ranks", "checksum"}:
-        raise CheckpointError("it is no manifest of a checkpoint.")
-    told = body.pop("checksum")
-    if told != _checksum(body):
-        raise CheckpointError("its checksum is wrong: it was changed since it was written.")
-    if body["commhub"] != FORMAT:
-        raise CheckpointError(f"it is of format {body['commhub']!r}, which this version of commhub does not know.")
-    ranks = tuple(Entry(**entry) for entry in body["ranks"])
-    if not ranks:
-        raise CheckpointError("it names no file.")
-    for rank, entry in enumerate(ranks):
-        name = _DATA.fullmatch(entry.file)
-        if name is None or int(name[1]) != rank:
-            raise CheckpointError(f"it names {entry.file!r} as rank {rank}'s file.")
-    return Manifest(body["hook"], body["step"], ranks, told)
 
 
 def _reading(path: Path, take: Callable[[BinaryIO], T]) -> T:

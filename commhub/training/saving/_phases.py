@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from commhub._errors import CheckpointError, CommhubError, described
 from commhub.drivers._store import within
 from commhub.training.rendezvous._agree import Rendezvous
-from commhub.training.rendezvous._everywhere import LATER, agree_everywhere
+from commhub.training.rendezvous._everywhere import LATER, agree_everywhere, among
 
-from ._folder import Entry, Folder
+from ._folder import Folder
+from ._manifest import Entry
 from ._saved import check_finite
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ class Phases:
 
     def __init__(self, target: Target, doing: str) -> None:
         self._doing = doing
-        self._rendezvous = self._told("", lambda: Rendezvous.of(target.group, target.timeout))
-        self._others = self._told("", lambda: others_of(target))
+        self._rendezvous = self._told("", lambda: rendezvous_of(target))
+        self._everyone = self._told("", lambda: everyone_of(target))
         self.rank, self.size = self._rendezvous.rank, self._rendezvous.size
+        self._meets = self._rendezvous if self._everyone is None else self._everyone
 
     @contextlib.contextmanager
     def phase(self, so: str = "", *, more: bool = True) -> Iterator[dict[str, Any]]:
@@ -63,7 +65,7 @@ class Phases:
                 failure.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - the same
             failure = error
-        agreed = partial(agree_everywhere, self._rendezvous, self._others, self._doing, facts, failure, more=more)
+        agreed = partial(agree_everywhere, self._rendezvous, self._everyone, self._doing, facts, failure, more=more)
         self._told(so, agreed, failure)
 
     def _told(self, so: str, function: Callable[[], Any], failure: BaseException | None = None) -> Any:
@@ -75,32 +77,44 @@ class Phases:
                 raise
             raise CheckpointError(f"{self._doing}: {error} {so}".strip()) from error
 
-    def give(self, entry: Entry) -> None:
-        """Tell rank 0 of this rank's file, within a phase."""
-        text = json.dumps([entry.file, entry.bytes, entry.blake2b])
-        store = self._rendezvous.branch("files")
-        within(self._rendezvous.timeout, lambda: store.set(str(self.rank), text))
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of all."""
+        return bool(self._meets.rank == 0)
 
-    def given(self) -> list[Entry]:
-        """On rank 0, after that phase: the files in rank order."""
-        store = self._rendezvous.branch("files")
-        ranks = range(self.size)
-        return within(self._rendezvous.timeout, lambda: [Entry(*json.loads(store.get(str(rank)))) for rank in ranks])
+    def give(self, part: str, entry: Entry) -> None:
+        """Tell the first of all of this rank's file, within a phase."""
+        text = json.dumps([part, self.rank, entry.file, entry.bytes, entry.blake2b])
+        store = self._meets.branch("files")
+        within(self._meets.timeout, lambda: store.set(str(self._meets.rank), text))
+
+    def given(self) -> dict[str, list[Entry]]:
+        """On the first of all, after that phase: the files, by part of the model and in rank order."""
+        store, ranks = self._meets.branch("files"), range(self._meets.size)
+        found = within(self._meets.timeout, lambda: sorted(json.loads(store.get(str(rank))) for rank in ranks))
+        parts: dict[str, list[Entry]] = {}
+        for part, _, *entry in found:
+            parts.setdefault(part, []).append(Entry(*entry))
+        return parts
 
 
-def others_of(target: Target) -> Rendezvous | None:
-    """Where the ranks that average other parts of the model meet, if there are any."""
-    return None if target.others is None else Rendezvous.of(target.others, LATER * target.timeout)
+def rendezvous_of(target: Target) -> Rendezvous:
+    """Where the ranks meet that average the same part as this one."""
+    return Rendezvous.of(target.group, target.timeout, numbered=target.others is not None)
+
+
+def everyone_of(target: Target) -> Rendezvous | None:
+    """Where the ranks meet that average any part of the model, if it has several."""
+    return among(target.everyone, LATER * target.timeout) if target.everyone else None
 
 
 def folder_of(target: Target, directory: str | Path) -> Folder:
-    """The folder in ``directory`` for this rank's part of the model; ``directory`` itself if that is the whole.
+    """The directory, for this rank's part of the model.
 
     Raises:
         CheckpointError: if ``directory`` is no path.
     """
-    folder = Folder(directory)
-    return Folder(folder.path / target.part) if target.part else folder
+    return Folder(directory, target.part)
 
 
 def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[str, Any]]) -> None:
@@ -117,10 +131,10 @@ def save(target: Target, directory: str | Path, state_dict: Callable[[], dict[st
         facts["step"] = state["step"]
         folder = folder_of(target, directory)
         folder.make()
-        if phases.rank == 0:
+        if phases.leads:
             folder.tidy()
     with phases.phase(so):
-        phases.give(folder.write(phases.rank, state))
+        phases.give(target.part, folder.write(phases.rank, state))
     with phases.phase(more=False):
-        if phases.rank == 0:
+        if phases.leads:
             folder.switch(state["hook"], state["step"], phases.given())

@@ -149,15 +149,20 @@ class Mean:
         return self._sums
 
 
+def of_other_part(saved: Iterable[str], here: str) -> str:
+    """Why a rank cannot go on from the state of these parts of a model, which has or is another part."""
+    of, works_on = ("; ".join(filter(None, parts)) or "a model that is not sharded" for parts in (saved, [here]))
+    return (
+        f"the state is of {of}, and this rank works on {works_on}. A hook goes on with the shards that it was saved "
+        "with, on any number of replicas."
+    )
+
+
 def check_hook(part: Part, hook: Recipe, of: str = "") -> None:
     """Raise CheckpointError unless the state is of ``hook``, whatever its wire, on the part ``of`` the model."""
     with _named(part.where):
         if part.part != of:
-            saved, here = (text or "a model that is not sharded" for text in (part.part, of))
-            raise CheckpointError(
-                f"the state is of {saved}, and this rank works on {here}. A hook goes on with the shards that it was "
-                "saved with, on any number of replicas."
-            )
+            raise CheckpointError(of_other_part([part.part], of))
         try:
             alike = hook.wrote(part.hook)
         except Exception as error:

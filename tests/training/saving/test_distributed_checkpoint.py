@@ -164,8 +164,8 @@ def test_what_others_saved_piecemeal_is_not_this_registrations(tmp_path):
         "b": {"local": {"rank0": {"y": one, "z": one}, "rank1": {"y": one, "z": one}}},
     }
     dcp.save(places, checkpoint_id=tmp_path, no_dist=True)
-    assert _ranks_that_saved(tmp_path, ["y.residual", "z.residual"]) == 2
-    assert _ranks_that_saved(tmp_path, ["x.residual", "y.residual", "z.residual"]) is None
+    assert _ranks_that_saved(tmp_path, "", ["y.residual", "z.residual"]) == 2
+    assert _ranks_that_saved(tmp_path, "", ["x.residual", "y.residual", "z.residual"]) is None
 
 
 def without_memory(path, saves):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhub
 from commhub.checkpoint import HookState
 from commhub.testing import Living, assert_equal_across_ranks, bitwise_equal
-from commhub.training.saving import _folder, _saving
+from commhub.training.saving import _manifest, _saving
 from commhub.training.saving._folder import Folder
 
 from .comparing import same
@@ -244,7 +244,7 @@ def signed(folder, content, **entry):
     folder = Folder(folder)
     folder.make()
     written = folder.write(0, content)
-    folder.switch(entry.get("hook", content["hook"]), entry.get("step", content["step"]), [written])
+    folder.switch(entry.get("hook", content["hook"]), entry.get("step", content["step"]), {"": [written]})
 
 
 class Evil:
@@ -347,9 +347,9 @@ def escaping(folder):
     (folder / "in").mkdir()
     entry = Folder(folder).write(0, state)
     for name in (f"../{entry.file}", str(folder / entry.file), entry.file.replace("rank0", "rank1"), "x"):
-        Folder(folder / "in").switch(state["hook"], 0, [])
+        Folder(folder / "in").switch(state["hook"], 0, {"": []})
         body = {"commhub": 1, "hook": state["hook"], "step": 0, "ranks": [{**attrs.asdict(entry), "file": name}]}
-        (folder / "in" / "commhub.json").write_text(json.dumps({**body, "checksum": _folder._checksum(body)}))
+        (folder / "in" / "commhub.json").write_text(json.dumps({**body, "checksum": _manifest.checksum(body)}))
         assert "as rank 0's file" in refused(registration, lambda: registration.load(folder / "in"))
 
 

@@ -176,7 +176,7 @@ def save_all(folder, world_size, value):
         Folder(folder).make()
     Folder(folder).tidy()
     entries = [Folder(folder).write(rank, state(rank, world_size, value)) for rank in range(world_size)]
-    Folder(folder).switch("h", value, entries)
+    Folder(folder).switch("h", value, {"": entries})
 
 
 def found(folder, world_size):
@@ -199,8 +199,8 @@ def killed_everywhere(folder, former, latter):
         _, status = os.waitpid(pid, 0)
         manifest = Folder(folder).manifest()
         value = {1: former, 2: latter}
-        assert value[manifest.step] == len(manifest.ranks)
-        assert found(folder, len(manifest.ranks)) == {manifest.step}, number
+        assert value[manifest.step] == len(manifest.parts[""])
+        assert found(folder, len(manifest.parts[""])) == {manifest.step}, number
         if not os.WIFSIGNALED(status):
             assert (os.WEXITSTATUS(status), manifest.step) == (0, 2)
             assert len(names(folder)) == latter + 2

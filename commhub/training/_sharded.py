@@ -101,6 +101,13 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
     theirs = any(unit.has_reduce_scatter if scatters else unit.has_hook for unit in units)
     if former is None and theirs and session.engine.rank == 0:
         logger.warning("%s: takes the place of a custom %s that was set on the model, until remove().", session, taken)
+    if scatters and group.size() < dist.get_world_size() and session.engine.rank == 0:
+        logger.warning(
+            "%s: works inside the %d ranks that the model is sharded over; commhub averages nothing between these and "
+            "the other ranks.",
+            session,
+            group.size(),
+        )
     registration = Registration(session, shards)
     if replaced is not None:
         replaced._retire(session)

@@ -1,5 +1,8 @@
 """Models that FSDP2 shards, on a mesh of replicas and shards, and a loop that trains them."""
 
+import contextlib
+import io
+import logging
 import os
 
 import attrs
@@ -129,6 +132,18 @@ def same(a, b):
     return len(a) == len(b) and all(
         x.keys() == y.keys() and all(bitwise_equal(x[name], y[name]) for name in x) for x, y in zip(a, b, strict=True)
     )
+
+
+@contextlib.contextmanager
+def warnings_of_commhub():
+    """A function that tells what is logged meanwhile."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("commhub").addHandler(handler)
+    try:
+        yield stream.getvalue
+    finally:
+        logging.getLogger("commhub").removeHandler(handler)
 
 
 def error_of(action, *args, **kwargs):

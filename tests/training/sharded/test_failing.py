@@ -203,8 +203,6 @@ def refused(what):
     on = mesh()
     if what == "hsdp":
         model, group = shard(Transformer(), on), on["replicate"]
-    elif what == "shards":
-        model, group = shard(Transformer(), on["shard"]), on["shard"]
     elif what == "world":
         model, group = shard(Transformer(), on["shard"]), dist.group.WORLD
     elif what == "mesh":
@@ -226,7 +224,6 @@ def refused(what):
     ("what", "says"),
     [
         ("hsdp", 'mesh["shard"]'),
-        ("shards", "keep different shards"),
         ("world", "keep different shards"),
         ("mesh", "2 dimensions"),
         ("none", 'process_group=mesh["replicate"]'),

@@ -19,7 +19,20 @@ from commhub import ReduceScatter
 from commhub.checkpoint import HookState
 from commhub.training.steps._engine import Engine
 
-from .sharding import EVERY, Loop, Transformer, error_of, gradients, inside, loss_of, mesh, parameters, same, shard
+from .sharding import (
+    EVERY,
+    Loop,
+    Transformer,
+    error_of,
+    gradients,
+    inside,
+    loss_of,
+    mesh,
+    parameters,
+    same,
+    shard,
+    warnings_of_commhub,
+)
 
 FEEDBACK = "quantize_per_channel(bits=4, dense_small=False, group_size=32)"
 TIMEOUT = 10.0
@@ -379,12 +392,13 @@ def in_shards_of_a_mesh():
     """In place of the reduce-scatter of each shard group by itself, because the user says so."""
     on = mesh(2)
     model, native = (shard(Transformer(), on["shard"]) for _ in range(2))
-    registration = commhub.register(model, "allreduce", process_group=on["shard"], timeout=TIMEOUT)
-    return same(Loop(model).run(2), Loop(native).run(2)), registration.step
+    with warnings_of_commhub() as said:
+        registration = commhub.register(model, "allreduce", process_group=on["shard"], timeout=TIMEOUT)
+    return same(Loop(model).run(2), Loop(native).run(2)), registration.step, "averages nothing between" in said()
 
 
-def test_inside_each_shard_group_of_a_mesh(ranks):
-    assert ranks(in_shards_of_a_mesh, 4) == [(True, 2)] * 4
+def test_inside_each_shard_group_of_a_mesh_with_a_warning(ranks):
+    assert ranks(in_shards_of_a_mesh, 4) == [(True, 2, rank % 2 == 0) for rank in range(4)]
 
 
 def scheduled():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from commhub._errors import CommhubError, RegistrationError
 from commhub.training.attachments._ddp import check_device, group_in, group_of
-from commhub.training.attachments._fsdp import units_of
+from commhub.training.attachments._fsdp import gather_anew, units_of
 from commhub.training.attachments._shards import Shards, trained
 
 from ._registration import Registration
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("commhub")
 
-_AVERAGERS = (
-    "Between replicas of a sharded model gradients are averaged, not parameters. Register averagers on models of "
-    "DistributedDataParallel."
-)
 _STEPS = "FSDP puts gradients where optimizers read them only after the hook. Register the hook inside it by itself."
 _WHOLE = (
     "Shard inside a group of ranks and register between the groups: "
@@ -85,10 +81,8 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
         dtypes={shard.name: unit.dtype for unit in units for shard in unit.shards if unit.dtype is not None},
         others=shard_group if shard_group.size() > 1 else None,
         part=f"shard{shard_group.rank()}-of-{shard_group.size()}",
-        kept=lambda: tuple(
-            (shard.name, shard.parameter) for unit in units for shard in unit.shards if shard.is_trained
-        ),
-        no_averager=_AVERAGERS,
+        kept=lambda: tuple((shard.name, shard.parameter) for unit in units for shard in unit.shards),
+        written=lambda: gather_anew(units),
         no_optimizer=_STEPS,
     )
     former = Shards.on(root)

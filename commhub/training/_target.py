@@ -37,9 +37,10 @@ class Target:
         others: ranks that hold other parts of the same model, each part averaged in a group of its own; what takes all
             ranks succeeds in all of these groups or in none.
         part: which part this is, for a folder that all of them save into; empty if it is the whole model.
-        kept: gives the parameters by name as optimizers have them, where they are not simply the module's.
-        no_averager, no_optimizer: why parameters cannot be averaged here, or the optimizer not be stepped in backward,
-            if that is so.
+        kept: gives the parameters by name as optimizers have them, frozen ones too, where they are not simply the
+            module's.
+        written: has the module compute with what was written into them, where it may have a copy.
+        no_optimizer: why the optimizer cannot be stepped in backward, if that is so.
     """
 
     group: dist.ProcessGroup
@@ -57,7 +58,7 @@ class Target:
     others: dist.ProcessGroup | None = None
     part: str = ""
     kept: Callable[[], tuple[tuple[str, torch.nn.Parameter], ...]] | None = None
-    no_averager: str = ""
+    written: Callable[[], None] | None = None
     no_optimizer: str = ""
 
     @property

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ._averages import Averages
 
-    Elsewhere = Callable[[HookError | None, Tensor | bool], tuple[str, Tensor | bool]]
+    Elsewhere = Callable[[BaseException | None, Tensor | bool], tuple[str, Tensor | bool]]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -235,9 +235,10 @@ class Engine:
         groups = sorted(filter(None, met), key=lambda group: group.key) if local else [None]
         self.rounds.confirm(groups, self.step, linger=linger)
 
-    def fail(self, text: str) -> None:
-        """Have the step fail, here and on the peers, for what an attachment could not do."""
+    def fail(self, text: str) -> HookError | None:
+        """Have the step fail, here and on the peers, for what an attachment could not do; return the error."""
         self.rounds.fail(text, self.step)
+        return self.rounds.failure
 
     def abandon(self) -> None:
         """Forget a step that backward did not finish, after what was begun has ended.

@@ -21,12 +21,12 @@ EVERY = "COMMHUB_EVERY_CHECK" in os.environ
 class Transformer(nn.Module):
     """An embedding, blocks, and a head; ``(rows, WORDS)`` numbers below 32 to ``(rows, WORDS, 32)``."""
 
-    def __init__(self, blocks=2, seed=0, tied=False):
+    def __init__(self, blocks=2, seed=0, tied=False, inner=24):
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(32, WIDTH)
         layer = nn.TransformerEncoderLayer
-        self.blocks = nn.ModuleList(layer(WIDTH, 2, 24, dropout=0.0, batch_first=True) for _ in range(blocks))
+        self.blocks = nn.ModuleList(layer(WIDTH, 2, inner, dropout=0.0, batch_first=True) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 32, bias=False)
         if tied:
             self.head.weight = self.embedding.weight

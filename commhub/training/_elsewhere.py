@@ -1,4 +1,9 @@
-"""Ranks that average other parts of the same model, each with a hook of its own: a step counts on all or on none."""
+"""Ranks that average other parts of the same model, each with a hook of its own: a step counts on all or on none.
+
+They meet when a step has ended, and where parameters are averaged when an average has. Ranks may come to an average in
+different places: some as the optimizer has stepped, one whose step was skipped in its next forward, which takes all of
+them. So whoever has averaged meets again until everyone has.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from commhub._errors import described
+from commhub._errors import HookError, described
 from commhub.training._target import LONGEST
 from commhub.training.rendezvous._everywhere import LATER
 
@@ -17,12 +22,13 @@ if TYPE_CHECKING:
 
     from commhub.training._target import Target
 
+_GONE = "the ranks that keep this replica's other shards cannot be reached any more"
 _SHOWN = 1000
 """How many bytes of an error the others are told."""
 
 
 class Elsewhere:
-    """The end of one step, told among them once. On a device that the host does not wait for, nothing is told.
+    """The end of one step or average, told among them once. On a device that the host does not wait for nothing is.
 
     Args:
         target: whose ``others`` they are; it may have none.
@@ -50,17 +56,40 @@ class Elsewhere:
         if self._group is None:
             return "", finite
         try:
-            counts = torch.tensor([float(failure is not None), float(not finite)])
-            dist.all_reduce(counts, group=self._group, async_op=True).wait(self._patience)
-            failed, infinite = counts.tolist()
+            failed, infinite, asking = self._counted(failure is not None, not finite)
+            while asking:  # those are about to average, and say then how it went
+                failed, infinite, asking = self._counted(failure is not None, not finite)
             if not failed:
                 return "", not infinite
             texts = self._gathered("" if failure is None else described(failure))
         except RuntimeError as error:
-            said = f"the ranks that keep this replica's other shards cannot be reached any more: {described(error)}"
-            return said, finite
+            return f"{_GONE}: {described(error)}", finite
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         return f"the step failed where shard {rank} is averaged: {text}", finite
+
+    def everywhere(self, holds: bool) -> bool | None:
+        """Where an average is due, hear whether something holds for all of them; called on all ranks.
+
+        Returns:
+            ``None`` where some rank has averaged already, and waits until this one has.
+
+        Raises:
+            HookError: if they cannot be reached.
+        """
+        if self._group is None:
+            return holds
+        try:
+            _, failing, asking = self._counted(False, not holds, True)
+        except RuntimeError as error:
+            raise HookError(f"{_GONE}: {described(error)}") from error
+        return not failing if int(asking) == dist.get_world_size(self._group) else None
+
+    def _counted(self, *flags: bool) -> list[float]:
+        counts = torch.zeros(3)
+        counts[: len(flags)] = torch.tensor(flags, dtype=counts.dtype)
+        dist.all_reduce(counts, group=self._group, async_op=True).wait(self._patience)
+        found: list[float] = counts.tolist()
+        return found
 
     def _gathered(self, text: str) -> list[str]:
         mine = torch.zeros(_SHOWN, dtype=torch.uint8)

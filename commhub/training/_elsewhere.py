@@ -1,8 +1,7 @@
 """Ranks that average other parts of the same model, each with a hook of its own: a step counts on all or on none.
 
-They meet when a step has ended, and where parameters are averaged when an average has. Ranks may come to an average in
-different places: some as the optimizer has stepped, one whose step was skipped in its next forward, which takes all of
-them. So whoever has averaged meets again until everyone has.
+They meet when a step has ended, and before and after parameters are averaged. Ranks may come to an average in different
+places: some as the optimizer has stepped, one whose step was skipped in its next forward, which takes all of them.
 """
 
 from __future__ import annotations
@@ -35,12 +34,13 @@ class Elsewhere:
 
     Attributes:
         was_told: whether this rank has had its say.
+        is_lost: whether they could not be reached; then nobody is waited for again.
     """
 
     def __init__(self, target: Target) -> None:
         self._group = target.others if target.device.type == "cpu" else None
         self._patience = timedelta(seconds=min(LATER * target.timeout, LONGEST))
-        self.was_told = False
+        self.was_told = self.is_lost = False
 
     def told(self, failure: BaseException | None, finite: Tensor | bool = True) -> tuple[str, Tensor | bool]:
         """Tell them how the step went here, and hear how it went elsewhere.
@@ -53,40 +53,43 @@ class Elsewhere:
             What went wrong elsewhere, empty if nothing did; whether everything is finite, here too.
         """
         self.was_told = True
-        if self._group is None:
+        if self._group is None or self.is_lost:
             return "", finite
         try:
-            failed, infinite, asking = self._counted(failure is not None, not finite)
-            while asking:  # those are about to average, and say then how it went
-                failed, infinite, asking = self._counted(failure is not None, not finite)
+            failed, infinite = self._counted(failure is not None, not finite)
             if not failed:
                 return "", not infinite
             texts = self._gathered("" if failure is None else described(failure))
         except RuntimeError as error:
+            self.is_lost = True
             return f"{_GONE}: {described(error)}", finite
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         return f"the step failed where shard {rank} is averaged: {text}", finite
 
-    def everywhere(self, holds: bool) -> bool | None:
-        """Where an average is due, hear whether something holds for all of them; called on all ranks.
+    def meet(self, *, begins: bool, holds: bool) -> tuple[bool, bool]:
+        """Meet where an average is due; on all ranks.
+
+        Args:
+            begins: whether this rank is going to average whatever it hears.
+            holds: whether it can.
 
         Returns:
-            ``None`` where some rank has averaged already, and waits until this one has.
+            Whether any of them is going to; whether all of them can.
 
         Raises:
             HookError: if they cannot be reached.
         """
-        if self._group is None:
-            return holds
+        if self._group is None or self.is_lost:
+            return begins, holds
         try:
-            _, failing, asking = self._counted(False, not holds, True)
+            beginning, lacking = self._counted(begins, not holds)
         except RuntimeError as error:
+            self.is_lost = True
             raise HookError(f"{_GONE}: {described(error)}") from error
-        return not failing if int(asking) == dist.get_world_size(self._group) else None
+        return bool(beginning), not lacking
 
     def _counted(self, *flags: bool) -> list[float]:
-        counts = torch.zeros(3)
-        counts[: len(flags)] = torch.tensor(flags, dtype=counts.dtype)
+        counts = torch.tensor(flags, dtype=torch.float32)
         dist.all_reduce(counts, group=self._group, async_op=True).wait(self._patience)
         found: list[float] = counts.tolist()
         return found

@@ -259,22 +259,21 @@ def _timetable(
     if engine.world_size > 1 and module is not None:
         check_local(target.optimizers, module.parameters() if target.kept is None else dict(target.kept()).values())
         engine.callbacks.at_end.append(watch_steps(module))
+    elsewhere = Elsewhere(target)
     averaging = Averaging(
         averager=averager,
         setup=setup,
         engine=weakref.ref(engine),
         trained=Trained(target.module, target.kept, target.written),
         optimizers=target.optimizers,
-        elsewhere=None if target.others is None else lambda *about: Elsewhere(target).told(*about),
+        elsewhere=None if target.others is None else elsewhere.told,
     )
     if averaging.optimizer_state and not target.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
     is_late = target.after_optimizers and is_averager(at_work(engine.hook))
-    everywhere = None if target.kept is None else Elsewhere(target).everywhere
-    return Timetable(
-        averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late, everywhere=everywhere
-    )
+    meet = None if target.kept is None else elsewhere.meet
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late, meet=meet)
 
 
 def _facts(target: Target, chosen: Recipe, wire: torch.dtype | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub._errors import HookError
+from commhub._errors import HookError, described
 from commhub.protocol._bucket import lay_out
 from commhub.training._trained import local, nbytes_of
 from commhub.training.steps._between import Between
@@ -87,6 +87,8 @@ class Averaging:
         run = _Run(Between(engine, step, group), self.setup.device)
         with torch.no_grad():
             run.between.begin()
+            if failure is not None and self.elsewhere is not None:  # all ranks of the mesh give up
+                engine.fail(described(failure))
             try:
                 mine = self._mine()
                 failure = failure or self._known(run, mine) or self._new(run, mine)

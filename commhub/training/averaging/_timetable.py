@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Averager
 
+    from ._together import Meet
+
 
 class Timetable:
     """Asks an averager after each step, and averages when its time has come.
@@ -43,8 +45,8 @@ class Timetable:
         parameters: what is averaged, as it is now, by name.
         tell: lets the peers know that this rank's averager has failed.
         is_late: steps are counted after the optimizers' steps, and their averages asked for at once.
-        everywhere: for a model that is sharded, where its own forward gathers the parameters: whether something holds
-            on the ranks of all shards, ``None`` where some of them have averaged already.
+        meet: for a model that is sharded, where its own forward gathers the parameters: how the ranks of all shards
+            meet where an average is due.
 
     ``then`` is what waits for the optimizers to have used a step's gradients.
     """
@@ -58,10 +60,10 @@ class Timetable:
         tell: Callable[[str], None],
         *,
         is_late: bool = False,
-        everywhere: Callable[[bool], bool | None] | None = None,
+        meet: Meet | None = None,
     ) -> None:
         self.then: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._is_late, self._together = is_late, Together(everywhere)
+        self._is_late, self._together = is_late, Together(meet)
         self._averager, self._average, self._world_size, self._parameters = averager, average, world_size, parameters
         self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._handles: list[Any] = []
@@ -124,8 +126,8 @@ class Timetable:
         self._waiting = True
         self._keep_place()
 
-    def run_due(self) -> None:
-        """Average now what is due; between steps.
+    def run_due(self, *, met: bool = False) -> None:
+        """Average now what is due; between steps. ``met``: the ranks of all shards know that this one does.
 
         Raises:
             HookError: what went wrong.
@@ -134,7 +136,7 @@ class Timetable:
         if not self._ended:
             return
         self._ended = False
-        failure = self._run()
+        failure = self._run(met=met)
         if failure is not None:
             raise failure
         then = None if self.then is None else self.then()
@@ -153,7 +155,7 @@ class Timetable:
                 "an average is due, and the parameters were moved since the backward before, while no optimizer given "
                 "to register() has stepped. Put them back and take the step, or load other state, first."
             )
-        self.run_due()
+        self.run_due(met=True)
         self.renew()
 
     def let_through(self) -> None:
@@ -210,14 +212,15 @@ class Timetable:
             handle.remove()
         self._handles.clear()
 
-    def _run(self) -> BaseException | None:
-        failure: BaseException | None = None
+    def _run(self, failure: BaseException | None = None, *, met: bool = False) -> BaseException | None:
         try:
+            if self._due and not met and failure is None:
+                self._together.begin()
             self.renew()  # weights loaded since the step are where training goes on
         except HookError as error:
             if not self._due:
                 return error
-            failure = error
+            failure = failure or error
         self._waiting = False
         self._place.forget()
         due, self._due = self._due, []
@@ -244,19 +247,18 @@ class Timetable:
             self._place.keep(bits=bool(self._due) or self._waiting)
 
     def _may_run(self, *, begins: bool = True) -> bool:
-        """Whether what is due runs here; ``begins``: unless it is under way on other shards, and waits for this rank.
+        """Whether what is due runs here, with ``run_due(met=True)``; ``begins``: also where no other shard's rank does.
 
         Raises:
-            HookError: where it is, and this rank's parameters are not in place.
+            HookError: where others do, and it cannot run on some rank.
         """
         holds = self._place.holds()
         if not self._due:
             return holds and begins
         try:
             return self._together.may_run(holds, begins=begins)
-        except LookupError as error:
-            step, group = self._due.pop(0)
-            raise (self._average(step, group, HookError(*error.args)) or error) from None
+        except HookError as error:
+            raise (self._run(error) or error) from None
 
     # What the hooks on the module and the optimizers call.
 
@@ -270,8 +272,10 @@ class Timetable:
         begins = trains or not self._together.is_sharded  # one replica may evaluate while the others wait for it
         if self._is_late:
             self.renew()
-        elif not self._optimizers or ((self._due or self._waiting) and self._may_run(begins=begins)):
+        elif not self._optimizers:
             self.run_due()
+        elif (self._due or self._waiting) and self._may_run(begins=begins):
+            self.run_due(met=True)
 
     def _step_begins(self, _optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_late:

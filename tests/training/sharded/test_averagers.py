@@ -16,24 +16,24 @@ TIMEOUT = 20.0
 POST = "post_local_sgd(start_step=2, period=3, local_gradients=false)"
 
 
-def mean_(tensors, group):
-    """The mean over a group in float64, in place."""
+def mean_(tensors, group, dtype=torch.float64):
+    """The mean over a group in float64, rounded to a dtype, in place."""
     for tensor in tensors:
         every = [torch.empty_like(tensor, dtype=torch.float64) for _ in range(dist.get_world_size(group))]
         if tensor.numel():
             dist.all_gather(every, tensor.detach().to(torch.float64).contiguous(), group=group)
-            tensor.copy_(torch.stack(every).mean(0))
+            tensor.copy_(torch.stack(every).mean(0).to(dtype))
 
 
 @torch.no_grad()
-def by_hand(model, optimizer, on, steps, averages, *, exchanged=0, buffers=False):
+def by_hand(model, optimizer, on, steps, averages, *, exchanged=0, buffers=False, dtype=torch.float64):
     """FSDP on the shards alone, and the replicas' mean: of gradients in the first steps, of parameters after some."""
     group, seen = on["replicate"].get_group(), []
     for step in range(steps):
         with torch.enable_grad():
             loss_of(model, step).backward()
         if step < exchanged:
-            mean_([p.grad.to_local() for p in model.parameters() if p.grad is not None], group)
+            mean_([p.grad.to_local() for p in model.parameters() if p.grad is not None], group, dtype)
         seen.append(gradients(model))
         optimizer.step()
         optimizer.zero_grad()
@@ -97,7 +97,8 @@ def against_the_hand(hook, steps, averages, exchanged, kind, shards=2):
     optimizer = adam(model)
     registration = commhub.register(model, hook, process_group=on["replicate"], optimizer=optimizer, timeout=TIMEOUT)
     native = shard(make(), on["shard"], **options)
-    expected = by_hand(native, adam(native), on, steps, averages, exchanged=exchanged)
+    dtype = torch.bfloat16 if kind == "reduced in bfloat16" else torch.float64
+    expected = by_hand(native, adam(native), on, steps, averages, exchanged=exchanged, dtype=dtype)
     found = trained(model, optimizer, steps)
     return same(found, expected), registration.step
 
@@ -116,6 +117,44 @@ def test_an_averager_by_itself_is_what_is_done_by_hand(ranks, nproc, kind):
     assert (
         ranks(against_the_hand, nproc, "periodic(period=2)", 5, {0, 2, 4}, 0, kind, nproc // 2) == [(True, 5)] * nproc
     )
+
+
+def in_groups(hook, shards):
+    """After each step: how far from the float64 mean of some replicas' parameters, in parts of float32's rounding."""
+    on = mesh(shards)
+    model = shard(Transformer(), on["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    twin = torch.optim.SGD(model.parameters(), lr=0.1)  # steps without averages
+    replicas, own = on["replicate"].size(), on["replicate"].get_local_rank()
+    commhub.register(model, hook, process_group=on["replicate"], optimizer=optimizer, timeout=TIMEOUT)
+    worst = []
+    for step in range(4):
+        loss_of(model, step).backward()
+        before = [p.detach().to_local().clone() for p in model.parameters()]
+        twin.step()
+        stepped = [p.detach().to_local().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), before, strict=True):
+                p.to_local().copy_(value)
+        optimizer.step()
+        optimizer.zero_grad()
+        errors = []
+        for p, value in zip(model.parameters(), stepped, strict=True):
+            every = [torch.empty_like(value) for _ in range(replicas)]
+            dist.all_gather(every, value, group=on["replicate"].get_group())
+            among = range(replicas) if step % 2 == 0 else [own - own % 2, own - own % 2 + 1]
+            some = torch.stack([every[r].double() for r in among])
+            # A sum of n numbers in float32, in whatever order, is off by n - 1 roundings of the sum of their sizes.
+            bound = (len(some) - 1) * 2.0**-24 * some.abs().mean(0)
+            off = (p.detach().to_local().double() - some.mean(0)).abs()
+            errors.append(float((off / bound.clamp_min(1e-45)).max()))
+        worst.append(max(errors))
+    return worst
+
+
+def test_a_hierarchy_of_replicas(ranks):
+    for worst in ranks(in_groups, 4, "hierarchical(periods={1: 2, 2: 4})", 1):
+        assert max(worst) <= 1.0, worst
 
 
 def under_ddp(steps):

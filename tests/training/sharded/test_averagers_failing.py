@@ -159,6 +159,28 @@ def test_parameters_that_were_moved_on_some_shards_wait_for_the_step_on_all(rank
     assert ranks(moved, 4, shards) == [("RegistrationError", True, True, True)] * 4
 
 
+def moved_since():
+    """Ranks of one shard write to their parameters after the last average."""
+    on = mesh()
+    model = shard(Transformer(), on["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    registration = commhub.register(
+        model, "periodic(period=1)", process_group=on["replicate"], optimizer=optimizer, timeout=TIMEOUT
+    )
+    trained(model, optimizer, 1)
+    mine = next(model.parameters()).to_local().detach()
+    if on["shard"].get_local_rank() == 0:
+        mine.add_(float(dist.get_rank()))
+    registration.remove()
+    every = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(every, mine, group=on["replicate"].get_group())
+    return torch.equal(*every)
+
+
+def test_what_one_shard_has_moved_since_the_last_average_is_averaged_at_the_end(ranks):
+    assert ranks(moved_since, 4) == [True] * 4
+
+
 def with_a_scaler():
     """Under a loss scaler one replica alone meets an Inf, in rows of one shard."""
     on = mesh()

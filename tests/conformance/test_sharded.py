@@ -62,14 +62,12 @@ def wrong(tmp_path_factory):
 @pytest.mark.parametrize("name", [*WRONG, *AVERAGERS])
 def test_what_is_wrong_there_fails_exactly_its_check(wrong, ranks, name):
     results = check_hook(name, where=("sharded",), pool=ranks.pool)
-    assert [r.check for r in results if r.status == "failed"] == [({**WRONG, **AVERAGERS})[name][2]], results
+    assert [r.check for r in results if r.status == "failed"] == [{**WRONG, **AVERAGERS}[name][2]], results
 
 
 def test_every_check_has_a_hook_that_fails_it():
     fails = {check for *_, check in [*WRONG.values(), *AVERAGERS.values()]}
     assert fails == {c.name for c in all_checks() if c.where == "sharded"}
-        c.name for c in all_checks() if c.where == "sharded"
-    }
 
 
 def test_the_command_runs_those_checks_alone():

@@ -66,7 +66,7 @@ def _build(subject: Subject) -> _Sharded:
     if getattr(commhub.create(hook), "steps_optimizer", False):
         raise NotApplicableError("it steps the optimizer in backward, which reads its gradients elsewhere under FSDP")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = fully_shard(Given(_WIDE), mesh=mesh["shard"])
+    model: Any = fully_shard(Given(_WIDE), mesh=mesh["shard"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     options: dict[str, Any] = {"process_group": mesh["replicate"], "optimizer": optimizer, "timeout": 30}
     return _Sharded(mesh, model, optimizer, commhub.register(model, hook, **options))

@@ -117,12 +117,14 @@ class Setup:
     def average(self, averager: Averager) -> None:
         """Prepare ``averager`` and have the model's parameters averaged on its timetable.
 
-        It runs after the optimizers' steps. One averager serves a registration.
+        It runs after the optimizers' steps. One averager serves a registration. The setup that it is given has the
+        parameters' own dtypes, where gradients come in others.
         """
-        self._average((averager, self))
+        setup = attrs.evolve(self, dtypes=tuple(p.dtype for p in self.parameters)) if self.parameters else self
+        self._average((averager, setup))
         prepare = getattr(averager, "prepare", None)
         if prepare is not None:
-            prepare(self)
+            prepare(setup)
 
     def agree(self, what: str, value: Callable[[], str], here: str = "") -> None:
         """Have the ranks compare ``value()`` when all are prepared, where there are others.

@@ -23,8 +23,6 @@ def made(target: Target, chosen: Recipe) -> Hook:
     Raises:
         RegistrationError: where it cannot work on ``target``, or needs what was not given.
     """
-    if chosen.kind != "hook" and target.no_averager:
-        raise RegistrationError(f"{chosen.label} averages parameters. {target.no_averager}")
     hook = chosen.make() if chosen.kind == "hook" else LocalSteps(cast("Averager", chosen.make()))
     if target.device.type not in chosen.devices:
         raise RegistrationError(

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from commhub._errors import HookError
 from commhub.training.averaging._optimizers import is_sharded
 from commhub.training.steps._between import Between
 
+from ._elsewhere import Elsewhere
 from ._handing import Handed, Mean, StateHanded
 from ._trained import Trained
 
 if TYPE_CHECKING:
-    from commhub._errors import HookError
     from commhub.training.steps._engine import Engine
 
     from ._session import Session
@@ -51,7 +52,11 @@ class Reunion:
         told[size + engine.rank] = float(former.engine.has_failed or former.engine.in_doubt)
         counts = engine.sum(told, counted=False).tolist()
         steps = tuple(map(int, counts[:size]))
-        return cls(session, former, steps, any(counts[size:]) or len(set(steps)) > 1)
+        failed = any(counts[size:]) or len(set(steps)) > 1
+        if former.timetable is not None and session.target.others is not None:  # they average together, or none does
+            failure = HookError(f"{former} has failed") if failed else None
+            failed = bool(Elsewhere(session.target).told(failure)[0]) or failed
+        return cls(session, former, steps, failed)
 
     @property
     def step(self) -> int:
@@ -84,15 +89,22 @@ class Reunion:
             logger.warning("after a failure the parameters may differ between ranks, and still do: %s", failure)
 
     def _mean(self) -> HookError | None:
-        trained = Trained(self.session.target.module).look()
-        return self._between().tell(Mean(trained), self.session.target.device, topic="mean")
+        trained = self._trained()
+        try:
+            return self._between().tell(Mean(trained.parts()), self.session.target.device, topic="mean")
+        finally:
+            trained.written()
 
     def _handed(self) -> HookError | None:
         """Every rank takes what the first of those has that are ahead."""
         source, target, between = self.steps.index(self.step), self.session.target, self._between()
-        parameters = Trained(target.module).look() if target.kept is None else target.kept()
+        trained = self._trained()
+        parameters = trained.look()
         handed = Handed(source, parameters)
-        failure = between.tell(handed, target.device, topic="handed")
+        try:
+            failure = between.tell(handed, target.device, topic="handed")
+        finally:
+            trained.written()
         if failure is None:
             optimizers = [o for o in target.optimizers or self.former.target.optimizers if not is_sharded(o)]
             state = StateHanded(source, parameters, optimizers)
@@ -108,6 +120,10 @@ class Reunion:
                 "." if optimizers else ", but the state of an optimizer may differ: give optimizer= to register().",
             )
         return failure
+
+    def _trained(self) -> Trained:
+        target = self.session.target
+        return Trained(target.module, target.kept, target.written)
 
     def _between(self) -> Between:
         return Between(self.session.engine, self.step)

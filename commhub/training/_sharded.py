@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from commhub._errors import CommhubError, RegistrationError
 from commhub.training.attachments._ddp import check_device, group_in, group_of
-from commhub.training.attachments._fsdp import units_of
+from commhub.training.attachments._fsdp import gather_anew, units_of
 from commhub.training.attachments._replicas import Replicas
 from commhub.training.attachments._scattered import Scattered
 from commhub.training.attachments._shards import Shards
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("commhub")
 
-_AVERAGERS = "Gradients of a sharded model are averaged, not parameters. Register averagers on a model that is not."
 _STEPS = "FSDP puts gradients where optimizers read them only after the hook. Register the hook inside it by itself."
 _BETWEEN = (
     "Shard inside a group of ranks and register between the groups: "
@@ -90,7 +89,6 @@ def register_sharded(root: nn.Module, given: Given) -> Registration:
         timeout=usable_timeout(given.timeout, group, device),
         verify=given.verify is not False,
         dtypes={shard.name: unit.dtype for unit in units for shard in unit.shards if unit.dtype is not None},
-        no_averager=_AVERAGERS,
         no_optimizer=_STEPS,
     )
     target = attrs.evolve(target, **(_inside(units) if scatters else _between(units, shard_group, target.traits)))
@@ -121,9 +119,8 @@ def _between(units: Sequence[Unit], shard_group: dist.ProcessGroup, traits: Mapp
         "traits": {**traits, "shard": f"{rank} of {size}"},
         "others": shard_group if size > 1 else None,
         "part": f"shard{rank}-of-{size}",
-        "kept": lambda: tuple(
-            (shard.name, shard.parameter) for unit in units for shard in unit.shards if shard.is_trained
-        ),
+        "kept": lambda: tuple((shard.name, shard.parameter) for unit in units for shard in unit.shards),
+        "written": lambda: gather_anew(units),
     }
 
 

@@ -26,6 +26,7 @@ from commhub.training.rendezvous._everywhere import HASTE, LATER, all_ranks, amo
 from commhub.training.steps._callbacks import Callbacks
 from commhub.training.steps._engine import Engine
 
+from ._elsewhere import Elsewhere
 from ._facts import facts_of
 from ._fit import made
 from ._session import Session, at_work, taken
@@ -243,22 +244,25 @@ def _timetable(
 ) -> Timetable:
     if len(averagers) > 1:
         raise RegistrationError(f"the hook brings {len(averagers)} averagers; one serves a registration.")
-    if target.no_averager:
-        raise RegistrationError(f"the hook averages parameters. {target.no_averager}")
+    if target.scatters:
+        raise RegistrationError(f"the hook averages parameters, of which no two ranks hold the same. {target.scatters}")
     averager, setup = averagers[0]
     module = target.module()
     if engine.world_size > 1 and module is not None:
-        check_local(target.optimizers, module.parameters())
+        check_local(target.optimizers, module.parameters() if target.kept is None else dict(target.kept()).values())
         engine.callbacks.at_end.append(watch_steps(module))
+    elsewhere = Elsewhere(target)
     averaging = Averaging(
         averager=averager,
         setup=setup,
         engine=weakref.ref(engine),
-        trained=Trained(target.module),
+        trained=Trained(target.module, target.kept, target.written),
         optimizers=target.optimizers,
+        elsewhere=None if target.others is None else elsewhere.told,
     )
     if averaging.optimizer_state and not target.optimizers:
         raise RegistrationError("to average the optimizer's state, pass optimizer= to register().")
     engine.callbacks.after_step.append(averaging.look)
     is_late = target.after_optimizers and is_averager(at_work(engine.hook))
-    return Timetable(averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late)
+    meet = None if target.kept is None else elsewhere.meet
+    return Timetable(averager, averaging, engine.world_size, averaging.prepared, tell, is_late=is_late, meet=meet)

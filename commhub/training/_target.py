@@ -42,9 +42,10 @@ class Target:
             ranks succeeds in all of these groups or in none.
         everyone: all ranks that average any part, by their numbers among all, once they have met.
         part: which part this is, for a folder that all of them save into; empty if it is the whole model.
-        kept: gives the parameters by name as optimizers have them, where they are not simply the module's.
-        no_averager, no_optimizer: why parameters cannot be averaged here, or the optimizer not be stepped in backward,
-            if that is so.
+        kept: gives the parameters by name as optimizers have them, frozen ones too, where they are not simply the
+            module's.
+        written: has the module compute with what was written into them, where it may have a copy.
+        no_optimizer: why the optimizer cannot be stepped in backward, if that is so.
     """
 
     group: dist.ProcessGroup
@@ -65,7 +66,7 @@ class Target:
     everyone: tuple[int, ...] = ()
     part: str = ""
     kept: Callable[[], tuple[tuple[str, torch.nn.Parameter], ...]] | None = None
-    no_averager: str = ""
+    written: Callable[[], None] | None = None
     no_optimizer: str = ""
 
     def shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from ._replicated import home_of, ignored_buffers, replicated
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -89,19 +89,36 @@ class Trained:
 
     Args:
         module: whose; a DDP model or a bare one.
+        kept: gives the parameters, where they are not simply the module's.
+        written: called when some were written to.
     """
 
-    def __init__(self, module: weakref.ref[nn.Module]) -> None:
-        self._module = module
+    def __init__(
+        self,
+        module: weakref.ref[nn.Module],
+        kept: Callable[[], Sequence[Named]] | None = None,
+        written: Callable[[], None] | None = None,
+    ) -> None:
+        self._module, self._kept, self._written = module, kept, written
         self._names: set[str] = set()
         self.look()
 
     def look(self) -> tuple[Named, ...]:
         """Those that the module holds now, in its order; to be asked after each step that may train others."""
         module = self._module()
-        every = () if module is None else tuple(named(module))
+        every = () if module is None else tuple(named(module) if self._kept is None else self._kept())
         self._names.update(name for name, parameter in every if parameter.requires_grad)
         return tuple((name, parameter) for name, parameter in every if name in self._names)
+
+    def parts(self) -> tuple[tuple[str, Tensor], ...]:
+        """What this rank keeps of them: all of each, or of a DTensor its part, unless that has no elements."""
+        every = ((name, parameter, local(parameter)) for name, parameter in self.look())
+        return tuple((name, part) for name, parameter, part in every if part is parameter or part.numel())
+
+    def written(self) -> None:
+        """Have the module compute with what was written into its parameters."""
+        if self._written is not None:
+            self._written()
 
     def buffers(self) -> tuple[tuple[str, Tensor], ...]:
         """The buffers that the module holds now."""

@@ -7,14 +7,17 @@ from click.testing import CliRunner
 
 import commhub
 from commhub.cli import main
+from commhub.registry._documented import AVERAGERS as DOCUMENTED
 from commhub.registry._documented import HOOKS
 from commhub.testing import check_hook, parametrize_with_checks, temporary_plugin
 from commhub.testing.conformance._list import all_checks
 
 from .zoo import EXACT, ROUGH, SOURCE
 
-EVERY = [name for name in commhub.hooks() if name in HOOKS]
-SOME = ["powersgd_rank2", "quantize_per_channel"]
+GIVEN = {"periodic": "periodic(period=3)", "hierarchical": "hierarchical(periods={1: 1, 2: 2})"}
+LOCAL = "post_local_sgd(start_step=0, period=2, local_gradients=false)"
+EVERY = [GIVEN.get(name, name) for name in commhub.hooks() if name in {*HOOKS, *DOCUMENTED}] + [LOCAL]
+SOME = ["powersgd_rank2", "quantize_per_channel", "periodic(period=3)"]
 
 
 @parametrize_with_checks(EVERY if "COMMHUB_EVERY_CHECK" in os.environ else SOME, where=("sharded",))
@@ -90,26 +93,30 @@ WRONG = {
     "scatters_by_memory": ("ScattersByMemory", EXACT, "scattered_resumes"),
     "scatters_once": ("ScattersOnce", EXACT, "scattered_failing_rank"),
 }
+AVERAGERS = {"replaces_memory_of_shards": ("ReplacesMemory", ROUGH, "sharded_averages")}
 
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory):
     hooks = {name: {"factory": kind, **fields} for name, (kind, fields, _) in WRONG.items()}
+    averagers = {name: {"factory": kind, **fields} for name, (kind, fields, _) in AVERAGERS.items()}
     source = f"from commhub import ReduceScatter\n{SOURCE}\n\n{ALTERNATES}\n\n{SCATTERERS}"
-    with temporary_plugin(tmp_path_factory.mktemp("wrong"), "commhub-wrong-on-shards", hooks=hooks, source=source):
+    with temporary_plugin(
+        tmp_path_factory.mktemp("wrong"), "commhub-wrong-on-shards", hooks=hooks, averagers=averagers, source=source
+    ):
         yield
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", [*WRONG, *AVERAGERS])
 def test_what_is_wrong_there_fails_exactly_its_check(wrong, ranks, name):
     results = check_hook(name, where=("sharded",), pool=ranks.pool)
-    assert [r.check for r in results if r.status == "failed"] == [WRONG[name][2]] * (WRONG[name][2] is not None), (
-        results
-    )
+    expected = {**WRONG, **AVERAGERS}[name][2]
+    assert [r.check for r in results if r.status == "failed"] == ([] if expected is None else [expected]), results
 
 
 def test_every_check_has_a_hook_that_fails_it():
-    assert {fails for *_, fails in WRONG.values()} - {None} == {c.name for c in all_checks() if c.where == "sharded"}
+    fails = {check for *_, check in [*WRONG.values(), *AVERAGERS.values()]} - {None}
+    assert fails == {c.name for c in all_checks() if c.where == "sharded"}
 
 
 def test_the_command_runs_those_checks_alone():

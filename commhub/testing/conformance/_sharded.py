@@ -74,3 +74,21 @@ def sharded_resumes(subject: Subject) -> None:
 def sharded_failing_rank(subject: Subject) -> None:
     """When it fails on one rank all ranks of the mesh raise, other shards' too, and FSDP goes on after a swap."""
     fails_everywhere(subject)
+
+
+@rule("sharded", kinds=("averager",))
+def sharded_averages(subject: Subject) -> None:
+    """Between replicas it averages shards after the optimizer's steps, in place, and replicas end with the same."""
+    sharded = build(subject)
+    shards = {name: p.detach().to_local() for name, p in sharded.model.named_parameters()}
+    kept = {name: (part.data_ptr(), part.stride()) for name, part in shards.items()}
+    for step in range(6):
+        sharded.give(drawn(dist.get_rank(), step, WIDE))
+        sharded.optimizer.step()
+    sharded.registration.remove()
+    for name, p in sharded.model.named_parameters():
+        part = p.detach().to_local()
+        assert (part.data_ptr(), part.stride()) == kept[name], f"the memory of {name} was replaced"
+        assert part.isfinite().all(), f"{name} is not finite"
+        shards[name] = part
+    assert_equal_across_ranks(shards, sharded.replicas)

@@ -17,7 +17,7 @@ from commhub._errors import RegistrationError
 from commhub.training._trained import local, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -197,6 +197,13 @@ def units_of(root: nn.Module) -> list[Unit]:
     for unit in units:
         _refuse(unit)
     return units
+
+
+def gather_anew(units: Iterable[Unit]) -> None:
+    """Have the next forward gather the parameters from the shards as they are now; no forward is under way."""
+    for unit in units:
+        unit.group.wait_for_unshard()  # of an ``unshard()`` that the user has begun
+        unit.group._to_sharded()
 
 
 def _refuse(unit: Unit) -> None:

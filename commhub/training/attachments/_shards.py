@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 
 from commhub._errors import RegistrationError, described
+from commhub.training._elsewhere import Elsewhere
 
 from ._ddp import SLOT
-from ._elsewhere import Elsewhere
 from ._fsdp_entry import at_end_of_backward
 from ._uncompiled import queue, uncompiled
 
@@ -195,7 +195,7 @@ class Shards:
         self._way.end()
         if engine is None or session is None or not came:
             return
-        elsewhere = Elsewhere(session.target)
+        elsewhere, steps = Elsewhere(session.target), engine.step
         if error is not None or not engine.in_step:  # nothing was to be sent, which may have failed elsewhere
             engine.settle()
             told, _ = elsewhere.told(error)
@@ -214,6 +214,11 @@ class Shards:
                 elsewhere.told(interrupted)
             raise
         failure = failure or engine.after_step()
+        if session.timetable is not None and engine.step > steps:  # the averager was asked, on each rank by itself
+            told, _ = Elsewhere(session.target).told(failure)
+            if told or failure is not None:
+                failed = engine.fail(told if failure is None else described(failure))
+                failure = failure or failed
         after = None if self.after is None else self.after()
         if after is not None and failure is None:
             after()

@@ -15,9 +15,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from commhub._errors import HookError
+from commhub._errors import HookError, described
 from commhub.protocol._spans import lay_out
-from commhub.training._trained import nbytes_of
+from commhub.training._trained import local, nbytes_of
 from commhub.training.steps._between import Between
 from commhub.training.steps._callbacks import call_after
 from commhub.training.steps._own_hooks import Failure, WholeMean
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from commhub.protocol._setup import Setup
     from commhub.training._trained import Trained
     from commhub.training.steps._between import Round
-    from commhub.training.steps._engine import Engine
+    from commhub.training.steps._engine import Elsewhere, Engine
 
 logger = logging.getLogger("commhub")
 
@@ -55,6 +55,7 @@ class Averaging:
         setup: what the averager's ``prepare`` got.
         trained: the parameters, and the buffers beside them.
         optimizers: whose state may be averaged too.
+        elsewhere: as for ``Engine.end``.
     """
 
     averager: Averager
@@ -62,6 +63,7 @@ class Averaging:
     setup: Setup
     trained: Trained
     optimizers: Sequence[torch.optim.Optimizer]
+    elsewhere: Elsewhere | None = None
     _prepared: set[Entry] = attrs.field(default=attrs.Factory(lambda self: set(_entries(self.setup)), takes_self=True))
     _said: set[Entry] = attrs.Factory(set)
     _agreed: dict[Subgroup | None, tuple[Entry, ...]] = attrs.Factory(dict)
@@ -72,17 +74,33 @@ class Averaging:
         """Whether the averager asks for the optimizers' state."""
         return bool(getattr(self.averager, "optimizer_state", False))
 
-    def __call__(self, step: int, group: Subgroup | None) -> HookError | None:
-        """Average everything among ``group``, all ranks where it is ``None``; return what went wrong."""
+    def __call__(self, step: int, group: Subgroup | None, failure: BaseException | None = None) -> BaseException | None:
+        """Average everything among ``group``, all ranks where it is ``None``; return what went wrong.
+
+        Args:
+            step: the last one.
+            group: who meets.
+            failure: why this rank cannot.
+        """
         engine = self.engine()
         assert engine is not None
         run = _Run(Between(engine, step, group), self.setup.device)
         with torch.no_grad():
-            mine = self._mine()
-            failure = self._known(run, mine) or self._new(run, mine)
-            if failure is None and self.optimizer_state:
-                failure = self._optimizer_state(run, mine)
-            return failure
+            run.between.begin()
+            if failure is not None and self.elsewhere is not None:  # all ranks of the mesh give up
+                engine.fail(described(failure))
+            try:
+                mine = self._mine()
+                failure = failure or self._known(run, mine) or self._new(run, mine)
+                if failure is None and self.optimizer_state:
+                    failure = self._optimizer_state(run)
+            except BaseException as error:
+                run.between.end(error, self.elsewhere)
+                raise
+            finally:
+                self.trained.written()
+            failure = run.between.end(failure, self.elsewhere)
+            return failure or (self._extend(run, mine) if float(run.changed) else None)
 
     def look(self, _step: int) -> None:
         """See what this step has trained, even if it is frozen again when an average is due."""
@@ -90,14 +108,15 @@ class Averaging:
 
     def prepared(self) -> list[Named]:
         """The parameters that the averager itself reduces."""
-        every = ((Entry.of("parameter", name, p), p) for name, p in self.trained.look())
+        every = ((Entry.of("parameter", name, p), p) for name, p in self.trained.parts())
         return [(entry.name, p) for entry, p in every if entry in self._prepared]
 
     def _mine(self) -> dict[Entry, Tensor]:
         """What this rank has to average, in the model's order."""
-        found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.look()}
+        found: dict[Entry, Tensor] = {Entry.of("parameter", name, p): p for name, p in self.trained.parts()}
         if getattr(self.averager, "buffers", False):
-            floating = ((name, b) for name, b in self.trained.buffers() if b.is_floating_point() or b.is_complex())
+            every = ((name, local(b)) for name, b in self.trained.buffers())
+            floating = ((name, b) for name, b in every if b.is_floating_point() or b.is_complex())
             found.update((Entry.of("buffer", name, b), b) for name, b in floating)
         return found
 
@@ -128,7 +147,7 @@ class Averaging:
             )
         former, words = set(self._agreed.get(run.group, ())), {str(entry): entry for entry in mine}
         agreed = self._agreed[run.group] = tuple(words[word] for word in told.everyone[0])
-        return self._exchange(run, {e: mine[e] for e in agreed if e not in former}) or self._extend(run, mine)
+        return self._exchange(run, {e: mine[e] for e in agreed if e not in former})
 
     def _exchange(self, run: _Run, tensors: dict[Entry, Tensor], flag: Tensor | None = None) -> HookError | None:
         mean = [(e.name, t) for e, t in tensors.items() if e.kind == "parameter" and e not in self._prepared]
@@ -160,16 +179,16 @@ class Averaging:
         )
         return call_after(lambda _: extend(setup), run.step, type(self.averager).__name__, run.rank)
 
-    def _optimizer_state(self, run: _Run, mine: dict[Entry, Tensor]) -> HookError | None:
+    def _optimizer_state(self, run: _Run) -> HookError | None:
         """Average the tensors that every rank of the group has. A rank whose optimizer never stepped has none yet."""
         found: dict[str, Tensor] = {}
-        for entry, parameter in mine.items():
-            for number, optimizer in enumerate(self.optimizers if entry.kind == "parameter" else ()):
+        for name, parameter in self.trained.look():
+            for number, optimizer in enumerate(self.optimizers):
                 table: dict[str, Any] = optimizer.state.get(parameter, {})
                 for key, value in sorted(table.items()):
                     fits = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
                     if fits and key != "step":
-                        found[f"{entry.name}:{key}" if number == 0 else f"{entry.name}:{number}:{key}"] = value
+                        found[f"{name}:{key}" if number == 0 else f"{name}:{number}:{key}"] = local(value)
         words = {name: f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in found.items()}
         told = SharedText(frozenset(words.values()), self._common.get(run.group))
         failure = run.tell(told, counted=True)
@@ -231,7 +250,7 @@ class _Run:
         for chunk in some:
             names, tensors = [name for name, _ in chunk], [tensor for _, tensor in chunk]
             spans = lay_out(names, tensors)
-            flat = tensors[0].new_empty(sum(span.numel for span in spans))
+            flat = torch.empty(sum(span.numel for span in spans), dtype=tensors[0].dtype, device=self.device)
             bucket = self.between.bucket(flat, tensors, spans, index=self._index)
             self._index += 1
             for view, tensor in zip(bucket.gradients, tensors, strict=True):

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -43,3 +44,18 @@ def is_collective(module: nn.Module) -> bool:
 def bare(module: nn.Module) -> nn.Module:
     """The module that computes: its mode is what counts, whatever mode its wrapper says it is in."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], around: Callable[[], AbstractContextManager[None]]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of an optimizer's step with its closure called within ``around()``; ``None`` without a closure."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return None
+
+    def evaluated(*inputs: Any, **more: Any) -> object:
+        with around():
+            return closure(*inputs, **more)
+
+    return ((args[0], evaluated, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluated})

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from commhub.protocol._hook import Hook
     from commhub.protocol._spans import Span
 
-    from ._engine import Engine
+    from ._engine import Elsewhere, Engine
 
     Round = tuple[Hook, Iterable[Bucket], Tensor | None]
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Between:
-    """Rounds of a group between two steps.
+    """Rounds of a group between two steps. What hooks remember in ``reduce`` counts when ``end`` says so.
 
     Attributes:
         engine: whose steps.
@@ -38,6 +38,7 @@ class Between:
     engine: Engine
     step: int
     group: Subgroup | None = None
+    _finite: bool = attrs.field(init=False, default=True)
 
     @property
     def ranks(self) -> Sequence[int]:
@@ -69,28 +70,46 @@ class Between:
         word = self.bucket(torch.zeros(1, device=device))
         return self._run(hook, [word], topic=topic, counted=counted, observed=False)
 
+    def begin(self) -> None:
+        """What hooks remember from now on counts if ``end`` says so."""
+        self.engine.state.begin()
+
     def reduce(self, rounds: Iterable[Round]) -> HookError | None:
         """Run rounds, each asked for when the one before it went well; return what went wrong.
 
         A round is a hook, its buckets, and a flag or ``None``: one element, summed over the group in the confirming
-        round. What the hooks remember counts if all of it is finite. The figures count for the step before.
+        round. The figures count for the step before.
         """
-        state = self.engine.state
-        state.begin()
-        finite, forgets = True, state.is_empty()
-        try:
-            for hook, buckets, flag in rounds:
-                reduced: list[Bucket] = []
-                failure = self._run(hook, _noted(buckets, reduced), flag=flag)
-                if failure is not None:
-                    state.rollback()
-                    return failure
-                finite = finite and (forgets or all(bool(bucket.finite) for bucket in reduced))
-        except BaseException:
-            state.rollback()
-            raise
-        state.commit(finite)
+        forgets = self.engine.state.is_empty()
+        for hook, buckets, flag in rounds:
+            reduced: list[Bucket] = []
+            failure = self._run(hook, _noted(buckets, reduced), flag=flag)
+            if failure is not None:
+                return failure
+            self._finite = self._finite and (forgets or all(bool(bucket.finite) for bucket in reduced))
         return None
+
+    def end(self, failure: BaseException | None, elsewhere: Elsewhere | None = None) -> BaseException | None:
+        """Keep what the hooks remember, if nothing went wrong and all that was reduced is finite.
+
+        Args:
+            failure: what went wrong here, if anything.
+            elsewhere: as for ``Engine.end``.
+
+        Returns:
+            What went wrong, here or there.
+        """
+        engine, finite = self.engine, self._finite
+        if elsewhere is not None:
+            told, everywhere = elsewhere(failure, finite)
+            finite = bool(everywhere)
+            if failure is None and told:
+                failure = engine.fail(told)
+        if failure is None:
+            engine.state.commit(finite)
+        else:
+            engine.state.rollback()
+        return failure
 
     def extend(self, names: Iterable[str]) -> None:
         """Have state for more parameters."""

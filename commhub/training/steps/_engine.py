@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ._averages import Averages
 
-    Elsewhere = Callable[[HookError | None, Tensor | bool], tuple[str, Tensor | bool]]
+    Elsewhere = Callable[[BaseException | None, Tensor | bool], tuple[str, Tensor | bool]]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -247,9 +247,10 @@ class Engine:
         self.rounds.confirm(groups, self.step, flag=infinite, linger=linger)
         return infinite[0] == 0
 
-    def fail(self, text: str) -> None:
-        """Have the step fail, here and on the peers, for what an attachment could not do."""
+    def fail(self, text: str) -> HookError | None:
+        """Have the step fail, here and on the peers, for what an attachment could not do; return the error."""
         self.rounds.fail(text, self.step)
+        return self.rounds.failure
 
     def abandon(self) -> None:
         """Forget a step that backward did not finish, after what was begun has ended.

@@ -18,7 +18,7 @@ class Always:
 def test_a_forward_waits_for_the_average(trains):
     module, done = torch.nn.Linear(2, 2), []
 
-    def average(step, group):
+    def average(step, group, failure=None):
         time.sleep(0.2)
         done.append(step)
 

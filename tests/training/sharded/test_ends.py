@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import commhub
-from commhub.training.attachments._elsewhere import Elsewhere
+from commhub.training._elsewhere import Elsewhere
 from commhub.training.steps._engine import Engine
 
 from .sharding import EVERY, Loop, Transformer, error_of, loss_of, mesh, same, shard, sharded

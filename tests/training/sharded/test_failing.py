@@ -229,8 +229,6 @@ def refused(what):
         ("none", 'process_group=mesh["replicate"]'),
         ("several roots", "Apply fully_shard to the whole model too"),
         ("optimizer_overlap", "optimizer"),
-        ("periodic(period=2)", "averages parameters"),
-        ("post_local_sgd(start_step=0)", "averages parameters"),
     ],
 )
 def test_what_cannot_work_says_so(ranks, what, says):

@@ -22,7 +22,7 @@ from commhub import AllReduce
 from commhub.registry._recipe import Recipe
 from commhub.testing import current
 from commhub.training import _loading, _start
-from commhub.training.attachments._elsewhere import Elsewhere
+from commhub.training._elsewhere import Elsewhere
 from commhub.training.attachments._shards import Shards
 from commhub.training.rendezvous._rendezvous import Rendezvous
 from commhub.training.saving import _phases

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 import commhub
-from commhub.training.attachments._elsewhere import Elsewhere
+from commhub.training._elsewhere import Elsewhere
 
 from .sharding import EVERY, Loop, gradients, loss_of, mesh, parameters, same, sharded
 

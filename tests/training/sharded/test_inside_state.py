@@ -377,7 +377,7 @@ def refused(what):
         ("powersgd_rank2", 2, ("has no reduce_scatter", 'process_group=mesh["replicate"]')),
         ("optimizer_overlap", 2, ("steps the optimizer",)),
         ("post_local_sgd", 2, ("has no reduce_scatter",)),
-        ("periodic", 2, ("averages parameters",)),
+        ("periodic", 2, ("has no reduce_scatter",)),
         ("fp16", 4, ("sharded over 2 of 4 ranks", 'process_group=mesh["shard"]')),
         ("both", 4, ("in another place already", "remove()")),
     ],
@@ -386,6 +386,31 @@ def test_what_cannot_work_is_refused_with_the_way_out(ranks, what, nproc, said):
     for kind, text in ranks(refused, nproc, what):
         assert kind == "RegistrationError", text
         assert all(some in text for some in said), text
+
+
+class BringsAnAverager(Raises):
+    """Can scatter, and would average parameters."""
+
+    def prepare(self, setup):
+        setup.average(Often())
+
+
+class Often:
+    def due(self, step):
+        return None
+
+    def reduce(self, bucket):
+        yield from ()
+
+
+def bringing():
+    return error_of(commhub.register, inside()[0], BringsAnAverager(0), timeout=TIMEOUT)
+
+
+def test_a_hook_that_averages_parameters_is_refused(ranks):
+    for kind, text in ranks(bringing, 2):
+        assert kind == "RegistrationError"
+        assert "no two ranks hold the same" in text
 
 
 def in_shards_of_a_mesh():

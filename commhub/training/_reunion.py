@@ -79,7 +79,15 @@ class Reunion:
     def end(self) -> None:
         """Have all ranks on one state, where the former hook has failed and was to keep them so; collective."""
         spec = self.former.chosen.spec
-        if self.failed and self.former.timetable is None and getattr(spec, "agrees", True):
+        if self.session.target.scatters:  # each rank has shards of its own, which nobody can hand to it
+            ahead = [str(rank) for rank, step in enumerate(self.steps) if step == self.step]
+            if len(ahead) < len(self.steps) and self.session.engine.rank == 0:
+                logger.warning(
+                    "after a step that failed, the shards are of different steps: it ended well on ranks %s alone. "
+                    "Load a checkpoint.",
+                    ", ".join(ahead),
+                )
+        elif self.failed and self.former.timetable is None and getattr(spec, "agrees", True):
             self._bring_together(self._handed())
 
     def _bring_together(self, failure: HookError | None) -> None:

@@ -238,6 +238,24 @@ def test_a_hook_that_raises_ends_the_step_on_every_rank_and_fsdp_goes_on(ranks, 
         assert max(float((found[n] - native[n]).abs().max()) for n in found if found[n].numel()) < 1e-5
 
 
+def a_step_ahead(victim):
+    """A step that has ended on all ranks but one, as far as that one knows."""
+    model, registration = inside("fp16", register={"timeout": TIMEOUT})
+    loss_of(model, 0).backward()
+    before = parameters(model)
+    if dist.get_rank() == victim:
+        engine = registration._session.engine
+        engine.step = 0
+        engine.fail("the last word was lost")
+    with warnings_of_commhub() as said:
+        registration.swap("allreduce")
+    return "different steps" in said() and "ranks 0, 2 alone" in said(), same([before], [parameters(model)])
+
+
+def test_shards_of_different_steps_are_told_of_and_left_alone(ranks):
+    assert ranks(a_step_ahead, 3, 1) == [(True, True), (False, True), (False, True)]
+
+
 def interrupted(victim):
     """A Ctrl-C on one rank as it waits for its peers in backward."""
     model, registration = inside("allreduce", register={"timeout": 3.0})

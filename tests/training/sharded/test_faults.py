@@ -258,9 +258,14 @@ def test_a_fault_of_one_rank_is_told_to_all_and_no_checkpoint_is_in_part(ranks, 
         else:
             assert kind in ("CheckpointError", "RegistrationError", "HookError", "HookTimeoutError"), (number, text)
             if call != "step":
-                assert re.search(rf"ranks? [\d, ]*\b{rank}\b", text), (number, text)
+                own = "this rank came|" if number == rank else ""
+                assert re.search(rf"{own}ranks? [\d, ]*\b{rank}\b", text), (number, text)
         assert seconds < (GROUPS if call == "step" else 2 * TIMEOUT) + 3, (number, text)
         if call != "step" or fault in ("raises", "interrupted"):
             assert after == "", (number, after)
     (step,) = set(ranks(loaded, 4, tmp_path))
-    assert step == 2
+    assert step == 2 or (step, fault, place) == (
+        3,
+        "stopped",
+        "switch",
+    )  # it goes on and completes what all have written

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from commhub.registry._recipe import Recipe
 from commhub.testing import current
 from commhub.training import _loading, _start
 from commhub.training._elsewhere import Elsewhere
-from commhub.training.attachments._shards import Shards
+from commhub.training.attachments._fsdp import Unit
 from commhub.training.rendezvous._rendezvous import Rendezvous
 from commhub.training.saving import _phases
 from commhub.training.saving._folder import Folder
@@ -93,6 +94,7 @@ class Victim:
     rank: int
     armed: bool = False
     over: float | None = None
+    went_on: threading.Event = attrs.Factory(threading.Event)
 
     @property
     def is_here(self):
@@ -106,6 +108,7 @@ class Victim:
             FAULTS[self.fault]()
         finally:
             self.over = time.monotonic()
+            self.went_on.set()
 
     def before(self, stack, owner, name, place, when=lambda *_: True):
         """Strike ahead of a function."""
@@ -130,7 +133,7 @@ def places(victim, stack, others):
         victim.before(stack, Folder, name, name)
     victim.before(stack, _loading, "fit", "fit")
     victim.before(stack, _loading, "restore", "restore")
-    victim.before(stack, Shards, "_note", "shards", lambda self, number: number == 1)
+    victim.before(stack, Unit, "takes_part", "shards")
     victim.before(stack, Elsewhere, "told", "told")
 
 
@@ -153,7 +156,9 @@ def act(call, on, model, registration, victim, folder):
     elif call == "schedule":
         registration.schedule({5: "fp16"})
     else:
-        loss_of(model, 3).backward()
+        for step in (3, 4):  # who needs nothing more of the victim learns of it in the next one
+            model.zero_grad()
+            loss_of(model, step).backward()
 
 
 def live(fault, call, place, rank, folder):
@@ -189,12 +194,18 @@ def live(fault, call, place, rank, folder):
             act(call, on, model, registration, victim, folder)
         except BaseException as error:
             kind, text = type(error).__name__, str(error)
-        seconds = time.monotonic() - (began if victim.over is None else victim.over)
+        ended_at = time.monotonic()
+        if victim.is_here:
+            assert victim.went_on.wait(30), "the fault did not strike"
+        seconds = ended_at - (began if victim.over is None else victim.over)
     ended(hub, fault, victim)
-    if victim.is_here and fault != "killed":
-        assert victim.over is not None, "the fault did not strike"
-    after = "" if fault == "killed" else go_on(on, model)
+    after = "" if loses_a_group(fault, call, place) else go_on(on, model)
     return kind, text, seconds, after
+
+
+def loses_a_group(fault, call, place):
+    """Whether FSDP can no longer use its group: a rank is gone, or one did not come to FSDP's own exchange."""
+    return fault == "killed" or (call == "step" and (fault == "stopped" or place == "shards"))
 
 
 def ended(hub, fault, victim):
@@ -253,14 +264,18 @@ def test_a_fault_of_one_rank_is_told_to_all_and_no_checkpoint_is_in_part(ranks, 
         kind, text, seconds, after = result.value
         if number == rank and fault in ("raises", "interrupted"):
             assert kind in ("OSError", "KeyboardInterrupt", "CheckpointError", "RegistrationError", "HookError")
-        elif call == "step" and fault in ("killed", "stopped") and number // 2 == rank // 2:
+        elif call == "step" and loses_a_group(fault, call, place) and number // 2 == rank // 2:
             assert kind in ("RuntimeError", "HookError", "HookTimeoutError")  # FSDP's own exchange may be the first
         else:
             assert kind in ("CheckpointError", "RegistrationError", "HookError", "HookTimeoutError"), (number, text)
             if call != "step":
-                assert re.search(rf"ranks? [\d, ]*\b{rank}\b", text), (number, text)
+                own = "this rank came|" if number == rank else ""
+                assert re.search(rf"{own}ranks? [\d, ]*\b{rank}\b", text), (number, text)
         assert seconds < (GROUPS if call == "step" else 2 * TIMEOUT) + 3, (number, text)
-        if call != "step" or fault in ("raises", "interrupted"):
-            assert after == "", (number, after)
+        assert after == "", (number, after)
     (step,) = set(ranks(loaded, 4, tmp_path))
-    assert step == 2
+    assert step == 2 or (step, fault, place) == (
+        3,
+        "stopped",
+        "switch",
+    )  # it goes on and completes what all have written

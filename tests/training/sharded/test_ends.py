@@ -196,4 +196,4 @@ def many_times(rounds, blocks):
 @pytest.mark.parametrize("nproc", [2, 4] if EVERY else [4])
 @pytest.mark.parametrize("blocks", [1, 11] if EVERY else [1])
 def test_every_time(ranks, nproc, blocks):
-    assert ranks(many_times, nproc, 100 if blocks == 1 and EVERY else 8, blocks, timeout=300) == [True] * nproc
+    assert ranks(many_times, nproc, 30 if blocks == 1 and EVERY else 8, blocks, timeout=300) == [True] * nproc

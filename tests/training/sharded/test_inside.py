@@ -456,5 +456,5 @@ def many_times(rounds, blocks):
 @pytest.mark.parametrize("nproc", [2, 3, 4] if EVERY else [4])
 @pytest.mark.parametrize("blocks", [1, 11] if EVERY else [1])
 def test_every_time(ranks, nproc, blocks):
-    results = ranks(many_times, nproc, 100 if blocks == 1 and EVERY else 8, blocks, timeout=300)
+    results = ranks(many_times, nproc, 30 if blocks == 1 and EVERY else 8, blocks, timeout=300)
     assert all(far == 0.0 if nproc == 2 else far < 1e-5 for far in results)

@@ -216,7 +216,7 @@ def _refuse(unit: Unit) -> None:
         )
 
 
-def state_of(module: nn.Module) -> Any:
+def state_of(module: object) -> Any:
     """FSDP's state of a module that ``fully_shard`` was applied to."""
     return getattr(module, _STATE)()
 

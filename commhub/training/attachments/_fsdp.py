@@ -216,13 +216,18 @@ def _refuse(unit: Unit) -> None:
         )
 
 
+def state_of(module: object) -> Any:
+    """FSDP's state of a module that ``fully_shard`` was applied to."""
+    return getattr(module, _STATE)()
+
+
 def states_of(root: nn.Module) -> list[tuple[str, Any]]:
     """FSDP's states, each under the name of the first module that has it."""
     kind: type = sys.modules["torch.distributed.fsdp"].FSDPModule
     found: dict[int, tuple[str, Any]] = {}
     for name, module in root.named_modules():
         if isinstance(module, kind):
-            state = getattr(module, _STATE)()
+            state = state_of(module)
             found.setdefault(id(state), (unwrapped(name), state))
     return list(found.values())
 

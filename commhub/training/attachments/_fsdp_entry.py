@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from ._fsdp import states_of
+from ._fsdp import state_of, states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +107,14 @@ def _watched(group: Any, before: Callable[[], None], leave: Callable[[Any], None
             del found.post_backward
 
     return leave_all
+
+
+def is_backward_unended(root: nn.Module) -> bool:
+    """Whether FSDP waits for the end of a backward; where none is under way, one has ended in an exception.
+
+    FSDP then ends no backward any more: it asks for its callback only once in each.
+    """
+    return bool(state_of(root)._state_ctx.post_backward_final_callback_queued)
 
 
 def at_end_of_backward(root: nn.Module, function: weakref.WeakMethod[Callable[[], None]]) -> Callable[[], None]:

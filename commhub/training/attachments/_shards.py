@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
-from commhub._errors import RegistrationError, described
+from commhub._errors import HookError, RegistrationError, described
 from commhub.training._elsewhere import Elsewhere
 
 from ._ddp import SLOT
-from ._fsdp_entry import at_end_of_backward
+from ._fsdp_entry import at_end_of_backward, is_backward_unended
 from ._uncompiled import queue, uncompiled
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from commhub.training.steps._engine import Engine
 
     from ._fsdp import Shard, Unit
+
+_UNENDED = (
+    "the last backward of this model ended in an exception, and FSDP ends no other one until it is told: no step would "
+    "count, and no error of the hook come out. Call model.reset_iter_state() on the outermost sharded module after "
+    "such an exception, on every rank, before the next forward."
+)
 
 
 class Way(Protocol):
@@ -142,6 +148,9 @@ class Shards:
             self._error, self._came = None, False
             self._parts.clear()
             self._way.forget()
+        root = self._root()
+        if root is not None and is_backward_unended(root):
+            raise HookError(_UNENDED)
 
     def _note(self, number: int) -> None:
         """Take down which shards the unit's buffer is going to hold."""

@@ -169,7 +169,7 @@ def test_a_nested_hook_of_another_version_is_named(ranks, levelled, tmp_path):
 
 
 def other_core():
-    with patch("commhub.training._start.__version__", mine("0.1.0", "0.1.1")):
+    with patch("commhub.training._facts.__version__", mine("0.1.0", "0.1.1")):
         return error_of(commhub.register, model(), "fp16")
 
 

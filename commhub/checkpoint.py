@@ -11,6 +11,7 @@ import torch
 from commhub._errors import CheckpointError
 from commhub._printable import shown
 from commhub.training._registration import Registration
+from commhub.training._target import is_part
 from commhub.training.saving._saving import of_other_part
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _parts_in(names: Iterable[str]) -> set[str]:
     """Of which parts of models hook state was saved; an empty name stands for all of one."""
     paths = (name.split(".") for name in names)
     above = (path[-2] if len(path) > 1 else "" for path in paths if path[-1] == "world_size")
-    return {one if re.fullmatch(r"shard\d+-of-\d+|inside-\d+-shards", one) else "" for one in above}
+    return {one if is_part(one) else "" for one in above}
 
 
 def _found(names: Iterable[str], path: str) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ from commhub.training.attachments._shards import Shards
 
 from ._registration import Registration
 from ._start import refuse, start
-from ._target import Target, usable_timeout
+from ._target import Target, part_between, part_inside, usable_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,7 +118,7 @@ def _between(units: Sequence[Unit], shard_group: dist.ProcessGroup, traits: Mapp
     return {
         "traits": {**traits, "shard": f"{rank} of {size}"},
         "others": shard_group if size > 1 else None,
-        "part": f"shard{rank}-of-{size}",
+        "part": part_between(rank, size),
         "kept": lambda: tuple((shard.name, shard.parameter) for unit in units for shard in unit.shards),
         "written": lambda: gather_anew(units),
     }
@@ -130,7 +130,7 @@ def _inside(units: Sequence[Unit]) -> dict[str, Any]:
     return {
         "shapes": {shard.name: (size, *shard.padded_size) for unit in units for shard in unit.shards},
         "scatters": f"Take one that has, as the documentation on sharded models lists them. Or: {_BETWEEN}",
-        "part": f"inside-{size}-shards",
+        "part": part_inside(size),
         "kept": tuple,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 
 LONGEST = 1e8
 """The seconds that a timeout may be, three years; clocks and stores count no further than some times that."""
+
+
+def part_between(shard: int, shards: int) -> str:
+    """The name of the part that one shard is, in ``Target.part``."""
+    return f"shard{shard}-of-{shards}"
+
+
+def part_inside(shards: int) -> str:
+    """The name of what a hook works on in place of the reduce-scatter of so many shards."""
+    return f"inside-{shards}-shards"
+
+
+def is_part(name: str) -> bool:
+    """Whether it is one of these."""
+    return re.fullmatch(r"shard\d+-of-\d+|inside-\d+-shards", name) is not None
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -206,6 +206,25 @@ def test_another_number_of_shards_is_refused(ranks, tmp_path):
         assert "shards" in text
 
 
+def saves_in_dcp(folder):
+    model, registration = inside(FEEDBACK)
+    loss_of(model, 0).backward()
+    dcp.save({"hook": HookState(registration)}, checkpoint_id=folder)
+
+
+def loads_from_dcp(folder):
+    _, registration = inside(FEEDBACK)
+    return error_of(lambda: dcp.load({"hook": HookState(registration, folder)}, checkpoint_id=folder))
+
+
+def test_a_distributed_checkpoint_of_another_number_of_shards_is_refused_with_the_reason(ranks, tmp_path):
+    ranks(saves_in_dcp, 2, tmp_path / "saved")
+    for kind, text in ranks(loads_from_dcp, 3, tmp_path / "saved"):
+        assert kind == "CheckpointError"
+        assert "inside-2-shards" in text
+        assert "inside-3-shards" in text
+
+
 def raising(victim, after, kind=ValueError):
     """A step that goes well, one that fails, and what follows `after`."""
     model, registration = inside(Raises(victim, error=kind), register={"timeout": TIMEOUT})

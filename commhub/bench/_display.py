@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ._format import printable
-from ._progress import headline, measured
+from ._progress import TIMING, headline, measured
 
 if TYPE_CHECKING:
     from ._options import Settings
@@ -40,12 +40,13 @@ class PlainProgress:
         self._stream = stream
         self._steps = 0
         self._hook = ""
+        self._repeats = self._timed = self._to_time = 0
         self._sent = 0.0
 
-    def begin(self, settings: Settings, setup: dict[str, Any]) -> None:
+    def begin(self, settings: Settings, setup: dict[str, Any], link: str) -> None:
         """Say what is trained and where."""
-        self._steps = settings.steps
-        self._print(headline(settings, setup))
+        self._steps, self._repeats = settings.steps, settings.repeats
+        self._print(headline(settings, setup, link))
 
     def start(self, hook: str) -> None:
         """Remember the hook for the lines to come."""
@@ -57,6 +58,17 @@ class PlainProgress:
         done = record.step + 1
         if done * _LINES_PER_HOOK // self._steps > record.step * _LINES_PER_HOOK // self._steps:
             self._print(f"{self._hook}  step {done}/{self._steps}  {measured(record, self._sent)}")
+
+    def start_timing(self, hooks: int) -> None:
+        """Say what happens now."""
+        self._hook, self._timed, self._to_time = TIMING, 0, hooks * self._repeats
+        self._print(f"{TIMING}: {self._repeats} of each of {hooks} hooks, in shuffled order")
+
+    def timed(self) -> None:
+        """Print every so often."""
+        self._timed += 1
+        if self._timed * _LINES_PER_HOOK // self._to_time > (self._timed - 1) * _LINES_PER_HOOK // self._to_time:
+            self._print(f"{TIMING}  {min(self._timed, self._to_time)}/{self._to_time}")
 
     def end(self, text: str) -> None:
         """Only what went wrong is news."""

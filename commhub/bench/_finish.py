@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from commhub.bench import _table
 
 from ._check import NO_MATPLOTLIB
+from ._document import document
 from ._format import printable
 from ._verdict import verdict
 
@@ -34,7 +35,7 @@ def finish(outcome: Outcome, *, stopped: int) -> int:
     _say(f"\n{_table.table(outcome)}\n")
     for line in filter(None, [*_table.notes(outcome), verdict(outcome)]):
         _say(line)
-    kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(outcome.as_dict(), indent=1) + "\n")
+    kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(document(outcome), indent=1) + "\n")
     kept &= _write("Report", outcome.settings["report"], lambda: _html(outcome))
     if outcome.settings["report"] is None:
         print(f"No report: {NO_MATPLOTLIB}")

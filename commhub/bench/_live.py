@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ._format import printable
-from ._progress import headline, measured
+from ._progress import TIMING, headline, measured
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -29,16 +29,17 @@ class LiveProgress:
             TextColumn("{task.fields[figures]}", markup=False),
             console=self._console,
         )
-        self._steps = 0
+        self._steps = self._repeats = 0
         self._width = 0
         self._sent = 0.0
         self._task: TaskID | None = None
 
-    def begin(self, settings: Settings, setup: dict[str, Any]) -> None:
+    def begin(self, settings: Settings, setup: dict[str, Any], link: str) -> None:
         """Say what is trained and where, and start drawing."""
-        self._steps = settings.steps
+        self._steps, self._repeats = settings.steps, settings.repeats
         self._width = max(map(len, settings.hooks))
-        self._console.print(printable(headline(settings, setup), self._console.file), markup=False, soft_wrap=True)
+        text = printable(headline(settings, setup, link), self._console.file)
+        self._console.print(text, markup=False, soft_wrap=True)
         self._progress.start()
 
     def start(self, hook: str) -> None:
@@ -53,6 +54,15 @@ class LiveProgress:
         self._sent += record.sent_bytes
         if self._task is not None:
             self._progress.update(self._task, completed=record.step + 1, figures=measured(record, self._sent))
+
+    def start_timing(self, hooks: int) -> None:
+        """A line for all of them."""
+        self._task = self._progress.add_task(TIMING.ljust(self._width), total=hooks * self._repeats, figures="")
+
+    def timed(self) -> None:
+        """One more."""
+        if self._task is not None:
+            self._progress.advance(self._task)
 
     def end(self, text: str) -> None:
         """Only what went wrong is news."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_HOOKS = ("allreduce", "fp16", "bf16", "powersgd_rank2")
 DEFAULT_REPORT = "commhub-bench.html"
+_MOST_HOSTS = 64
 
 
 class BenchError(ValueError):
@@ -55,10 +56,14 @@ class Settings:
     """What one bench does; every field is a flag of ``commhub bench``.
 
     Attributes:
+        nproc: ranks in all; ``None`` means two, or one on each of the hosts.
+        hosts: hosts to make on this machine, with a link of their own each; 1 means this machine as it is.
+        steps: to train under each hook; with 0 only step times are measured.
+        repeats: steps of each hook that are timed in turn with those of the others; with 0 those of training are.
         shard: ranks in a group over which FSDP2 shards the model; hooks then work between the groups, or in place of
             the reduce-scatter where there is one.
         learning_rate: the highest one; ``None`` means the model's own.
-        bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``, which emulate a link.
+        bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``: of the hosts' links, or of a link to emulate.
         threads: per rank; ``None`` means the cores divided among the ranks.
         report: ``None`` writes ``DEFAULT_REPORT`` into the current folder if matplotlib is there, ``""`` writes none.
 
@@ -67,9 +72,11 @@ class Settings:
     """
 
     hooks: tuple[str, ...] = attrs.field(default=DEFAULT_HOOKS, converter=_strings, validator=_some)
-    nproc: int = attrs.field(default=2, validator=_at_least(1))
-    steps: int = attrs.field(default=100, validator=_at_least(1))
+    nproc: int | None = attrs.field(default=None, validator=_at_least(1))
+    hosts: int = attrs.field(default=1, validator=_at_least(1))
+    steps: int = attrs.field(default=100, validator=_at_least(0))
     warmup: int = attrs.field(default=5, validator=_at_least(0))
+    repeats: int = attrs.field(default=20, validator=_at_least(0))
     shard: int = attrs.field(default=1, validator=_at_least(1))
     batch: int = attrs.field(default=8, validator=_at_least(1))
     model: str = attrs.field(default="tiny", validator=_one_of(tuple(SIZES)))
@@ -86,17 +93,28 @@ class Settings:
     report: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.warmup >= self.steps:
+        if not self.steps and not self.repeats:
+            raise BenchError("--steps 0 --repeats 0 leaves nothing to be measured")
+        if self.steps and self.warmup >= self.steps:
             raise BenchError(f"--warmup {self.warmup} leaves none of --steps {self.steps} to be timed")
+        if self.ranks % self.hosts:
+            raise BenchError(f"--hosts {self.hosts}: {self.ranks} ranks cannot be dealt out evenly to that many")
+        if self.hosts > _MOST_HOSTS:
+            raise BenchError(f"--hosts is {self.hosts}, but must be at most {_MOST_HOSTS}")
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks are started."""
+        return self.nproc or max(2, self.hosts)
 
     @property
     def emulated(self) -> bool:
-        """Whether the link's speed is emulated."""
+        """Whether the link's speed is emulated, where there are no hosts."""
         return self.bandwidth is not None or self.latency is not None
 
     @property
     def link(self) -> str:
-        """The emulated link in words, such as ``100mbit, 1ms``; empty where none is emulated."""
+        """The link in words, such as ``100mbit, 1ms``; empty where it is as it is."""
         return ", ".join(part for part in (self.bandwidth, self.latency) if part is not None)
 
     @property

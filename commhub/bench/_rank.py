@@ -1,7 +1,8 @@
 """A rank's process: join the others, train under one hook after another, tell what happens as events.
 
-An event is a dict with a ``kind``: ``"setup"`` (what was found here), ``"start"``, ``"step"``, ``"done"`` and
-``"failed"`` (of the hook at ``index``), or ``"fatal"`` (no hook can be run). Started by
+An event is a dict with a ``kind``: ``"setup"`` (what was found here); ``"start"``, ``"step"``, ``"done"`` and
+``"failed"`` (training under the hook at ``index``); ``"race"``, ``"timed"``, ``"dropped"``, ``"raced"`` and
+``"race failed"`` (steps of all hooks in turn); or ``"fatal"`` (no hook can be run). Started by
 ``python -m commhub.bench._rank FOLDER`` from the launcher, it writes them to a file; under a torchrun that the user
 started, rank 0 hands them on directly.
 """
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from commhub._printable import message_of, type_name
+from commhub.bench import _format
 
+from ._hooks import in_steady_state, sending_nothing
 from ._lifeline import die_with
 from ._machine import threads_per_rank
 from ._options import Settings
+from ._timed import FLOOR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -38,15 +41,23 @@ _TIMEOUT = timedelta(minutes=5)
 
 
 def run_rank(
-    settings: Settings, indexes: Sequence[int], emit: Callable[[dict[str, Any]], None], *, go_on: bool
+    settings: Settings,
+    indexes: Sequence[int],
+    emit: Callable[[dict[str, Any]], None],
+    *,
+    go_on: bool,
+    raced: Sequence[int] = (),
 ) -> bool:
     """Train under the hooks at ``indexes``, each in a process group of its own: one that fails leaves nothing behind.
+
+    Then time steps of those that finished.
 
     Args:
         settings: what to do.
         indexes: of the hooks in ``settings.hooks``.
         emit: called with each event.
         go_on: whether to try the next hook after a failure, or to leave that to a fresh set of processes.
+        raced: indexes of hooks that are timed too, because they have finished in other processes.
 
     Returns:
         Whether all of them finished.
@@ -57,14 +68,17 @@ def run_rank(
     from torch.distributed.rendezvous import rendezvous
 
     from ._data import Text
-    from ._hooks import in_steady_state
+    from ._exchange import check_same_text
+    from ._race import race
     from ._sizes import SIZES
     from ._text import read_text
-    from ._train import check_same_text, train
+    from ._train import train
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    torch.set_num_threads(threads_per_rank(settings.threads, local_ranks))
+    if settings.hosts > 1:
+        os.environ["COMMHUB_HOST"] = f"host{rank * settings.hosts // world_size}"
+    torch.set_num_threads(threads_per_rank(settings.threads, world_size if settings.hosts > 1 else local_ranks))
     try:
         device = _device(settings, local_ranks)
         content = read_text(settings.data)
@@ -75,7 +89,7 @@ def run_rank(
         return False
     emit({"kind": "setup", **_setup(settings, device, world_size, len(content))})
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=_TIMEOUT))
-    finished = True
+    finished, raced = True, list(raced)
     for index in indexes:
         emit({"kind": "start", "index": index})
         try:
@@ -85,12 +99,31 @@ def run_rank(
                 on_step = partial(_emit_step, emit, index)
                 loss = train(settings, in_steady_state(settings.hooks[index]), text, device, on_step)
             emit({"kind": "done", "index": index, "validation_loss": loss})
+            raced.append(index)
         except Exception as err:  # noqa: BLE001 - whatever a hook raises becomes its row
-            emit({"kind": "failed", "index": index, "error": describe(err), "time": time.time()})
+            emit({"kind": "failed", "index": index, "error": _format.error(err), "time": time.time()})
             finished = False
             if not go_on:
                 return False
+    if not settings.repeats or not raced:
+        return finished
+    hooks = _to_time(settings, raced)
+    emit({"kind": "race", "hooks": len(hooks)})
+    try:
+        with _process_group(PrefixStore("commhub-bench-race", store), rank, world_size, device):
+            race(settings, hooks, text, device, emit)
+    except Exception as err:  # noqa: BLE001 - what was trained is told all the same
+        emit({"kind": "race failed", "error": _format.error(err), "time": time.time()})
+        return False
+    emit({"kind": "raced"})
     return finished
+
+
+def _to_time(settings: Settings, indexes: Iterable[int]) -> dict[int, str]:
+    """Hook strings by index, with a step without communication if none of them is that and it can be had."""
+    hooks = {index: in_steady_state(settings.hooks[index]) for index in sorted(indexes)}
+    floor = sending_nothing()
+    return hooks if floor is None or floor in hooks.values() else {**hooks, FLOOR: floor}
 
 
 def _emit_step(emit: Callable[[dict[str, Any]], None], index: int, record: StepRecord) -> None:
@@ -115,12 +148,6 @@ def _process_group(store: Store, rank: int, world_size: int, device: torch.devic
         dist.destroy_process_group()
 
 
-def describe(err: BaseException) -> str:
-    """An error in one line, with its type where the text alone would not tell."""
-    lines = message_of(err).strip().splitlines() or [""]
-    return f"{type_name(err)}: {lines[0]}".rstrip(": ")
-
-
 def _device(settings: Settings, local_ranks: int) -> torch.device:
     """One GPU per rank, or the CPU. A link is emulated by waiting on the CPU, so only there.
 
@@ -130,8 +157,11 @@ def _device(settings: Settings, local_ranks: int) -> torch.device:
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if settings.device == "cpu" or (settings.device == "auto" and (found < local_ranks or settings.emulated)):
+    shaped = settings.emulated or settings.hosts > 1
+    if settings.device == "cpu" or (settings.device == "auto" and (found < local_ranks or shaped)):
         return torch.device("cpu")
+    if settings.hosts > 1:
+        raise ValueError("hosts on one machine train on the CPU only: leave --device cuda, or --hosts")
     if settings.emulated:
         raise ValueError("a link can be emulated on the CPU only: leave --device cuda, or --bandwidth and --latency")
     if found < local_ranks:
@@ -170,6 +200,7 @@ def _main(folder: Path) -> int:
             job["indexes"],
             lambda event: print(json.dumps(event), file=events, flush=True),
             go_on=False,
+            raced=job["raced"],
         )
     return 0 if finished else 1
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
+
+if TYPE_CHECKING:
+    from ._timed import TimedStep
 
 BASELINE = "allreduce"
 SAME = 0.05
@@ -44,6 +47,7 @@ class HookResult:
         status: ``"done"``, ``"failed"``, ``"interrupted"`` or ``"not run"``.
         warmup: so many records count for the loss and not for the times.
         error: why it failed.
+        race: steps that were timed in turn with those of the other hooks; where there are any, times are theirs.
     """
 
     hook: str
@@ -53,6 +57,7 @@ class HookResult:
     records: tuple[StepRecord, ...] = ()
     validation_loss: float | None = None
     error: str | None = None
+    race: tuple[TimedStep, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,9 +65,9 @@ class HookResult:
         return self.hook.partition("(")[0]
 
     @property
-    def timed(self) -> tuple[StepRecord, ...]:
-        """The records after the warm-up."""
-        return tuple(record for record in self.records if record.step >= self.warmup)
+    def timed(self) -> tuple[StepRecord, ...] | tuple[TimedStep, ...]:
+        """What was timed in turn with others; else the records after the warm-up."""
+        return self.race or tuple(record for record in self.records if record.step >= self.warmup)
 
     @property
     def loss(self) -> float | None:
@@ -133,6 +138,12 @@ class Outcome:
 
     Attributes:
         setup: what rank 0 found: versions, device, backend, world_size, parameters, text_bytes.
+        link: what was emulated of it, in words; empty if nothing was.
+        told_link: what the ranks communicated over, in words.
+        hosts: that were made for it, with links of ``bandwidth`` if that was given; 0 if none were.
+        bandwidth: bits per second that each host, or each rank on an emulated link, could send; ``None`` if unknown.
+        floor: steps without communication, if there were any among those timed in turn.
+        remarks: what went otherwise than asked for.
     """
 
     settings: dict[str, Any]
@@ -141,6 +152,11 @@ class Outcome:
     setup: dict[str, Any]
     link: str
     results: tuple[HookResult, ...]
+    told_link: str = "as it is"
+    hosts: int = 0
+    bandwidth: float | None = None
+    floor: tuple[TimedStep, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> HookResult | None:
@@ -165,54 +181,9 @@ class Outcome:
     @property
     def measured(self) -> bool:
         """Whether at least one step was."""
-        return any(result.records for result in self.results)
+        return any(result.records or result.race for result in self.results)
 
     @property
     def failed(self) -> bool:
         """Whether a hook failed, or was never reached without the user having stopped the bench."""
         return any(result.status == "failed" for result in self.results)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The whole outcome as JSON knows it: seconds, bytes, nats per byte; None for what is not finite."""
-        base = self.baseline
-        hooks = [
-            {
-                "hook": result.hook,
-                "ran_as": result.ran_as,
-                "status": result.status,
-                "error": result.error,
-                "loss": result.loss,
-                "validation_loss": result.validation_loss,
-                "step_seconds": result.step_seconds,
-                "step_seconds_quartiles": result.step_quartiles,
-                "sent_bytes_per_step": result.sent_bytes,
-                "compression": result.compression,
-                "speedup": self.speedup(result),
-                "split_seconds": result.split,
-                "steps": [attrs.asdict(record) for record in result.records],
-            }
-            for result in self.results
-        ]
-        document = {
-            "schema": 1,
-            "command": self.command,
-            "settings": self.settings,
-            "machine": self.machine,
-            "setup": self.setup,
-            "emulated_link": self.link or None,
-            "baseline": base.hook if base else None,
-            "hooks": hooks,
-        }
-        finite: dict[str, Any] = _finite(document)
-        return finite
-
-
-def _finite(value: Any) -> Any:
-    """The same document without NaN and infinity, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -13,6 +13,7 @@ from ._check import checked
 from ._display import default_progress
 from ._finish import finish
 from ._launch import launch
+from ._options import BenchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ def run(settings: Settings) -> int:
     """Run the bench and print its table.
 
     Where torchrun has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise it starts
-    ``settings.nproc`` of them. Files are written as the settings say, also after Ctrl-C.
+    ``settings.ranks`` of them. Files are written as the settings say, also after Ctrl-C.
 
     Returns:
         The exit code: 0, 1 where a hook failed, 130 after Ctrl-C.
@@ -48,14 +49,16 @@ def run(settings: Settings) -> int:
     if world_size is not None:
         from ._torchrun import run_as_rank
 
+        if settings.hosts > 1:
+            raise BenchError("--hosts makes hosts on one machine, and torchrun has started ranks already: leave it out")
         return run_as_rank(checked(settings, world_size=int(world_size)), command)
     board, code = None, 0
     try:
         with _stoppable():
-            settings = checked(settings, world_size=settings.nproc)
+            settings = checked(settings, world_size=settings.ranks)
             board = Board(settings, command, default_progress())
             # Importing torch in every process takes a few seconds.
-            print(f"starting {settings.nproc} ranks", file=sys.stderr, flush=True)
+            print(f"starting {settings.ranks} rank{'s' if settings.ranks > 1 else ''}", file=sys.stderr, flush=True)
             launch(settings, board)
     except Stopped as stop:
         code = stop.code

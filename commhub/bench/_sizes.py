@@ -31,9 +31,10 @@ OPTIMIZERS = ("adamw", "sgd")
 """Those that ``--optimizer`` knows: AdamW, and SGD with Nesterov's momentum."""
 
 SIZES = {
-    # Parameters: 0.8 M, 4.8 M, 25 M, 85 M.
+    # Parameters: 0.8 M, 4.8 M, 19 M (of which each is used on few tokens: hard on a network), 25 M, 85 M.
     "tiny": ModelSize(width=128, layers=4, heads=4, context=128, adamw=2e-3),
     "small": ModelSize(width=256, layers=6, heads=8, context=256, adamw=1e-3),
+    "wide": ModelSize(width=512, layers=6, heads=8, context=64, adamw=6e-4),
     "medium": ModelSize(width=512, layers=8, heads=8, context=256, adamw=6e-4),
     "large": ModelSize(width=768, layers=12, heads=12, context=512, adamw=4e-4),
 }

@@ -6,10 +6,31 @@ from typing import TYPE_CHECKING
 
 from commhub.bench import _format
 
+from ._limits import limits
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._results import HookResult, Outcome
 
 HEADER = ("hook", "loss", "val. loss", "step time", "sent / step", "compression", "speed-up")
+LIMITS = (
+    "hook",
+    "step time",
+    "/ {base} (95 %)",
+    "floor",
+    "over floor",
+    "bus",
+    "hidden",
+    "extra CPU",
+    "sent",
+    "interface",
+)
+_LIMITS_MEAN = (
+    "Floor: a step without communication, or sent bytes / bandwidth where that is more. Bus: sent bytes over the time "
+    "in which messages were under way. Hidden: the share of communication that training did not wait for. Extra CPU: "
+    "beyond a step without communication. Interface: what left a host, headers too."
+)
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -29,16 +50,49 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
 
 
 def table(outcome: Outcome) -> str:
-    """Aligned columns, numbers to the right; then a line for each hook that did not end."""
-    lines = [HEADER, *rows(outcome)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    """Aligned columns, numbers to the right; the same of steps timed in turn; a line for each hook that did not end."""
+    text = _aligned([HEADER, *rows(outcome)])
+    timed = limit_rows(outcome)
+    if timed:
+        base = outcome.baseline
+        header = [name.format(base=base.hook if base else "") for name in LIMITS]
+        text += ["", *_aligned([header, *timed])]
+    text += [f"{result.hook}: {remark}" for result in outcome.results if (remark := remark_on(result))]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def limit_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """One row of texts for each hook that was timed in turn with others, in the order of ``LIMITS``."""
+    made: list[tuple[str, ...]] = []
+    for result in outcome.results:
+        found = limits(outcome, result)
+        if found is None:
+            continue
+        made.append(
+            (
+                result.hook,
+                _format.seconds(result.step_seconds),
+                _format.interval(found.ratio),
+                _format.seconds(found.floor_seconds),
+                _format.times(found.over_floor),
+                _format.rate(found.bus_bits_per_second),
+                _format.share(found.hidden),
+                _format.seconds(found.extra_cpu_seconds),
+                _format.size(result.sent_bytes),
+                _format.size(found.interface_bytes),
+            )
+        )
+    return made
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     ]
     text.insert(1, "-" * len(text[0]))
-    text += [f"{result.hook}: {remark}" for result in outcome.results if (remark := remark_on(result))]
-    return "\n".join(line.rstrip() for line in text)
+    return text
 
 
 def remark_on(result: HookResult) -> str:
@@ -53,7 +107,9 @@ def remark_on(result: HookResult) -> str:
 def notes(outcome: Outcome) -> list[str]:
     """How to read the table: what was emulated, what speed-ups refer to, what the times leave out."""
     settings = outcome.settings
-    said = []
+    said = list(outcome.remarks)
+    if outcome.hosts:
+        said.append(f"The link: {outcome.told_link}.")
     if outcome.link:
         said.append(
             f"The link is emulated ({outcome.link}): every collective takes at least sent bytes / bandwidth + latency."
@@ -71,8 +127,10 @@ def notes(outcome: Outcome) -> list[str]:
         for result in outcome.results
         if result.silent
     ]
-    said.append(
-        f"Step time is the median of steps {settings['warmup'] + 1} to {settings['steps']}; "
-        "loss is in nats per byte; bytes are what one rank sends."
-    )
+    timed = f"steps {settings['warmup'] + 1} to {settings['steps']}"
+    if any(result.race for result in outcome.results):
+        timed = f"{settings['repeats']} steps, one of each hook in turn, in an order shuffled in every round"
+    said.append(f"Step time is the median of {timed}; loss is in nats per byte; bytes are what one rank sends.")
+    if limit_rows(outcome):
+        said.append(_LIMITS_MEAN)
     return said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,15 +11,14 @@ import torch.distributed as dist
 
 from commhub.bench import _hooks
 
+from ._exchange import mean
 from ._model import loss_of
 from ._results import StepRecord
 from ._sizes import SIZES
-from ._wrap import wrap
+from ._wrap import make_optimizer, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import nn
 
     from commhub import Registration
 
@@ -31,20 +29,6 @@ if TYPE_CHECKING:
 VALIDATION_WINDOWS = 128
 _RISE = 10
 """Steps over which the learning rate rises to its value; AdamW's first steps are unstable at full rate."""
-
-
-def check_same_text(text: bytes, device: torch.device) -> None:
-    """Make sure that every machine found the same text: losses could not be compared otherwise.
-
-    Raises:
-        ValueError: if one of them differs, on every rank.
-    """
-    digest = torch.tensor([len(text), zlib.crc32(text)], dtype=torch.int64, device=device)
-    least, most = digest.clone(), digest.clone()
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    if not torch.equal(least, most):
-        raise ValueError("the ranks found different texts: give the same --data on every machine")
 
 
 def train(
@@ -58,7 +42,7 @@ def train(
     size = SIZES[settings.model]
     wrapped = wrap(settings, size, device)
     model = wrapped.model
-    optimizer = _optimizer(settings.optimizer, model)
+    optimizer = make_optimizer(settings.optimizer, model)
     rate = settings.learning_rate or size.learning_rate(settings.optimizer)
     registration = _hooks.attach(
         model, hook, optimizer=optimizer, link=_hooks.network(settings), group=wrapped.exchange
@@ -81,13 +65,6 @@ def train(
     return _validate(wrapped.whole(), text, device, rank, world_size)
 
 
-def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer ``name``; each step sets its learning rate."""
-    if name == "sgd":  # as in Vogels et al. 2019: linear in the gradient, so that error feedback loses nothing
-        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-
-
 def _pace(step: int, steps: int) -> float:
     """The learning rate over its highest value: up within the first steps, then straight down to zero at the end.
 
@@ -100,8 +77,8 @@ def _average(step: int, loss: torch.Tensor, seconds: float, registration: Regist
     """The step's record, averaged over the ranks; it also makes them begin the next step together."""
     cost = _hooks.last_cost(registration)
     measured = {"loss": loss.item(), "seconds": seconds, **attrs.asdict(cost)}
-    mean = _mean(list(measured.values()), loss.device)
-    return StepRecord(step=step, **dict(zip(measured, mean, strict=True)))
+    means = mean(list(measured.values()), loss.device)
+    return StepRecord(step=step, **dict(zip(measured, means, strict=True)))
 
 
 @torch.no_grad()
@@ -114,15 +91,8 @@ def _validate(model: Transformer, text: Text, device: torch.device, rank: int, w
         windows = share[start : start + 16].to(device)
         total += loss_of(model, windows).item() * len(windows)
         count += len(windows)
-    mean_total, mean_count = _mean([total, float(count)], device)
+    mean_total, mean_count = mean([total, float(count)], device)
     return mean_total / mean_count
-
-
-def _mean(values: list[float], device: torch.device) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    mean: list[float] = (total / dist.get_world_size()).tolist()
-    return mean
 
 
 def _synchronize(device: torch.device) -> None:

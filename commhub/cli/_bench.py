@@ -18,7 +18,15 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
     metavar="LIST",
     help='Hook strings, separated by commas: a,b,"powersgd(rank=4)".',
 )
-@click.option("--nproc", type=int, default=2, show_default=True, help="Ranks on this machine.")
+@click.option("--nproc", type=int, help="Ranks on this machine.  [default: 2, or one on each host]")
+@click.option(
+    "--hosts",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Make this many hosts on this machine (Linux network namespaces), each with a link of --bandwidth, and deal "
+    "the ranks out to them. Where none can be made, the link is emulated.",
+)
 @click.option(
     "--shard",
     type=int,
@@ -27,8 +35,21 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
     help="Shard the model (FSDP2) over groups of this many ranks. Hooks average between the groups; in a single group "
     "they take the place of the reduce-scatter.",
 )
-@click.option("--steps", type=int, default=100, show_default=True, help="Training steps under each hook.")
+@click.option(
+    "--steps",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Training steps under each hook; 0 trains none and times steps alone.",
+)
 @click.option("--warmup", type=int, default=5, show_default=True, help="First steps that are not timed.")
+@click.option(
+    "--repeats",
+    type=int,
+    default=20,
+    show_default=True,
+    help="After training, time this many steps of each hook, one of each in turn and in shuffled order.",
+)
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows of text per rank and step.")
 @click.option("--model", default="tiny", show_default=True, metavar="|".join(SIZES), help="The model's size.")
 @click.option(
@@ -37,8 +58,10 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
 @click.option("--learning-rate", type=float, help="The highest.  [default: the model's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial weights and batches.")
 @click.option("--data", metavar="PATH", help="File or folder of text.  [default: Python's standard library]")
-@click.option("--bandwidth", metavar="RATE", help="Emulate a link of this speed, such as 100mbit.")
-@click.option("--latency", metavar="TIME", help="Emulate a link with this latency, such as 1ms.")
+@click.option(
+    "--bandwidth", metavar="RATE", help="The speed of the hosts' links, or of an emulated link, such as 100mbit."
+)
+@click.option("--latency", metavar="TIME", help="The latency of the link, such as 1ms.")
 @click.option("--bucket-cap-mb", type=float, help="DDP's bucket size in MiB.  [default: DDP's own]")
 @click.option("--threads", type=int, help="Threads per rank.  [default: the cores divided among the ranks]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")

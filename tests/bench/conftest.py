@@ -36,6 +36,14 @@ BAD_HOOKS = """
             if bucket.step == 2 and bucket.rank == 1:
                 os.kill(os.getpid(), signal.SIGSEGV)
             bucket.flat.copy_((yield AllReduce(bucket.flat)))
+
+    @attrs.define
+    class Tells:
+        "Says where the ranks are, in its error."
+        def prepare(self, setup):
+            raise RuntimeError(f"the hosts are {setup.hosts}")
+        def reduce(self, bucket):
+            yield AllReduce(bucket.flat)
 """
 
 
@@ -51,7 +59,7 @@ def text_file(tmp_path_factory):
 def bad_hooks(tmp_path_factory):
     """A folder for PYTHONPATH with a plugin whose hooks fail in training."""
     folder = tmp_path_factory.mktemp("plugin")
-    hooks = {"bench_raises": "Raises", "bench_dies": "Dies"}
+    hooks = {"bench_raises": "Raises", "bench_dies": "Dies", "bench_tells": "Tells"}
     temporary_plugin(folder, "commhub-bench-bad", hooks=hooks, source=BAD_HOOKS)
     return folder
 
@@ -144,7 +152,7 @@ def make_result():
 def make_outcome():
     """An outcome of these results."""
 
-    def make(*results, link="", **settings):
+    def make(*results, link="", floor=(), bandwidth=None, hosts=0, **settings):
         chosen = Settings(hooks=[result.hook for result in results], steps=8, warmup=2, **settings)
         setup = {
             "torch": "2.13.0",
@@ -163,6 +171,9 @@ def make_outcome():
             setup=setup,
             link=link,
             results=results,
+            floor=floor,
+            bandwidth=bandwidth,
+            hosts=hosts,
         )
 
     return make

@@ -14,7 +14,7 @@ import pytest
 
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 HOOKS = ("allreduce", "fp16", *(["bench_raises"] if EVERYTHING else []), "allreduce", "bench_dies")
-SHORT = ("--batch", "2", "--steps", "6", "--warmup", "2", "--threads", "1")
+SHORT = ("--batch", "2", "--steps", "6", "--warmup", "2", "--repeats", "3", "--threads", "1")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")  # fmt: skip
 

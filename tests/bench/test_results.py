@@ -6,6 +6,7 @@ import math
 import pytest
 
 from commhub.bench import _format
+from commhub.bench._document import document
 from commhub.bench._finish import finish
 from commhub.bench._table import HEADER, notes, table
 from commhub.bench._verdict import verdict
@@ -129,17 +130,17 @@ def test_a_hook_that_sends_nothing_is_called_a_floor(make_result, make_outcome):
 
 def test_json_holds_every_step_and_no_nan(make_result, make_outcome):
     diverged = make_result("fp16", compression=None, loss=math.nan)
-    document = json.loads(json.dumps(make_outcome(make_result(), diverged).as_dict(), allow_nan=False))
-    assert document["schema"] == 1
-    assert document["baseline"] == "allreduce"
-    assert document["emulated_link"] is None
-    assert set(document) == {
-        "schema", "command", "settings", "machine", "setup", "emulated_link", "baseline", "hooks",
+    made = json.loads(json.dumps(document(make_outcome(make_result(), diverged)), allow_nan=False))
+    assert made["schema"] == 1
+    assert made["baseline"] == "allreduce"
+    assert made["emulated_link"] is None
+    assert set(made) == {
+        "schema", "command", "settings", "machine", "setup", "emulated_link", "link", "remarks", "baseline", "hooks",
     }  # fmt: skip
-    first, second = document["hooks"]
+    first, second = made["hooks"]
     assert set(first) == {
         "hook", "ran_as", "status", "error", "loss", "validation_loss", "step_seconds", "step_seconds_quartiles",
-        "sent_bytes_per_step", "compression", "speedup", "split_seconds", "steps",
+        "sent_bytes_per_step", "compression", "speedup", "split_seconds", "limits", "timed_steps", "steps",
     }  # fmt: skip
     assert len(first["steps"]) == 8
     assert set(first["steps"][0]) == {

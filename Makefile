@@ -6,7 +6,7 @@ PROJECTS := $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)
 .PHONY: demo test lint docs
 
 demo: .venv/installed
-	.venv/bin/commhub bench --model tiny --steps 40 --bandwidth 100mbit --report commhub-bench.html
+	.venv/bin/commhub bench --model tiny --steps 40 --repeats 10 --bandwidth 100mbit --report commhub-bench.html
 
 test: .venv/installed
 	$(PY) -m pytest -n 3 --dist worksteal $(PYTEST_ARGS) tests plugins

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 
 from commhub._errors import CommhubError
-from commhub.bench import _hooks
+from commhub.bench import _hooks, _pytorch
 
 from ._options import DEFAULT_REPORT, BenchError, Settings
 from ._sizes import SIZES
@@ -36,6 +36,11 @@ def checked(settings: Settings, *, world_size: int) -> Settings:
         hooks = tuple(_hooks.in_canonical_form(hook) for hook in settings.hooks)
     except CommhubError as err:
         raise BenchError(" ".join(str(err).split())) from err
+    theirs = [hook for hook in hooks if _pytorch.is_pytorchs(hook)]
+    if theirs and settings.shard > 1:
+        raise BenchError(f"{theirs[0]} is a hook for DDP; leave it out, or --shard")
+    if theirs and settings.emulated and settings.hosts == 1:
+        raise BenchError(f"{theirs[0]} communicates past an emulated link; use --hosts, or leave it out")
     for flag, file in (("--json", settings.json), ("--report", settings.report)):
         if file and (not Path(file).resolve().parent.is_dir() or Path(file).is_dir()):
             raise BenchError(f"{flag} {file} cannot be written: {_no_place(Path(file))}")

@@ -21,14 +21,14 @@ def printable(text: str, stream: object = None) -> str:
 
 def seconds(value: float | None) -> str:
     """Seconds as ``87.1 ms`` or ``1.42 s``."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NOTHING
     return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1e3)} ms"
 
 
 def size(value: float | None) -> str:
     """Bytes as ``0 B``, ``3.36 MB`` (decimal units)."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NOTHING
     for unit in ("B", "kB", "MB"):
         if value < 999.5:
@@ -48,7 +48,7 @@ def count(value: float) -> str:
 
 def times(value: float | None) -> str:
     """A ratio as ``1.85x``; ``inf`` where nothing was sent."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NOTHING
     return f"{_digits(value)}x" if math.isfinite(value) else "inf"
 
@@ -60,19 +60,19 @@ def interval(value: Ratio | None) -> str:
 
 def rate(value: float | None) -> str:
     """Bits per second as ``94.1 mbit/s``."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NOTHING
     return f"{_digits(value / 1e9)} gbit/s" if value >= 999.5e6 else f"{_digits(value / 1e6)} mbit/s"
 
 
 def share(value: float | None) -> str:
     """A share as ``37 %``."""
-    return NOTHING if value is None else f"{value:.0%}".replace("%", " %")
+    return NOTHING if value is None or math.isnan(value) else f"{value:.0%}".replace("%", " %")
 
 
 def loss(value: float | None) -> str:
     """A loss in nats per byte, with three decimals."""
-    return NOTHING if value is None else f"{value:.3f}"
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def error(err: BaseException) -> str:

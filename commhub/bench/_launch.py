@@ -25,6 +25,7 @@ from ._hooks import network
 from ._hosts import Hosts, NoHostsError
 from ._lifeline import Lifeline
 from ._options import BenchError, Settings
+from ._pytorch import is_pytorchs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +66,9 @@ def _hosts(settings: Settings, board: Board) -> Iterator[tuple[Settings, Hosts |
         try:
             stack.enter_context(hosts)
         except NoHostsError as why:
+            theirs = next(filter(is_pytorchs, settings.hooks), None)
+            if theirs and settings.emulated:
+                raise BenchError(f"no hosts can be made here, and {theirs} communicates past an emulated link") from why
             instead = "the link is emulated" if settings.emulated else "the ranks share this one"
             board.remarks.append(f"No hosts could be made on this machine, so {instead}: {why}.")
             print(printable(board.remarks[-1], sys.stderr), file=sys.stderr, flush=True)

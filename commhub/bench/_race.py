@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from commhub.bench import _format, _hooks
 
+from ._attach import attach
 from ._exchange import any_of, mean
 from ._interface import sent_bytes
 from ._model import loss_of
@@ -83,7 +84,7 @@ def race(
             elif repeat >= 0:
                 emit({"kind": "timed", "index": index, "record": attrs.asdict(_record(repeat, means))})
     for runner in runners.values():
-        runner.registration.close()
+        runner.attached.close()
 
 
 _FIGURES = [field.name for field in attrs.fields(TimedStep) if field.name != "repeat"]
@@ -98,18 +99,12 @@ class _Runner:
     """One hook's model, ready to take steps."""
 
     def __init__(self, settings: Settings, hook: str, device: torch.device, first: Wrapped | None) -> None:
-        self.wrapped = wrap(settings, SIZES[settings.model], device, like=first)
+        self.wrapped = wrap(settings, SIZES[settings.model], device, hook=hook, like=first)
         self._device = device
         self._optimizer = make_optimizer(settings.optimizer, self.wrapped.model)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
-        self.registration = _hooks.attach(
-            self.wrapped.model,
-            hook,
-            optimizer=self._optimizer,
-            link=_hooks.network(settings),
-            group=self.wrapped.exchange,
-        )
+        self.attached = attach(self.wrapped, hook, optimizer=self._optimizer, link=_hooks.network(settings))
 
     def step(self, windows: Tensor) -> list[float]:
         """Take one step; its ``_FIGURES``."""
@@ -120,7 +115,7 @@ class _Runner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds, cpu, sent = time.perf_counter() - began, time.process_time() - cpu, _sent() - sent
-        cost = attrs.asdict(_hooks.last_cost(self.registration)) | _hooks.last_flight(self.registration)
+        cost = attrs.asdict(self.attached.cost())
         figures = {"seconds": seconds, "cpu_seconds": cpu, "interface_bytes": float(sent), **cost}
         return [figures[name] for name in _FIGURES]
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from commhub.bench import _hooks
 
+from ._attach import attach
 from ._exchange import mean
 from ._model import loss_of
 from ._results import StepRecord
@@ -20,13 +21,13 @@ from ._wrap import make_optimizer, wrap
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from commhub import Registration
-
+    from ._attach import StepCost
     from ._data import Text
     from ._model import Transformer
     from ._options import Settings
 
 VALIDATION_WINDOWS = 128
+_COSTS = {field.name for field in attrs.fields(StepRecord)}
 _RISE = 10
 """Steps over which the learning rate rises to its value; AdamW's first steps are unstable at full rate."""
 
@@ -40,13 +41,11 @@ def train(
 ) -> float:
     """Train from the seed's initial weights under ``hook``; returns the validation loss. Collective."""
     size = SIZES[settings.model]
-    wrapped = wrap(settings, size, device)
+    wrapped = wrap(settings, size, device, hook=hook)
     model = wrapped.model
     optimizer = make_optimizer(settings.optimizer, model)
     rate = settings.learning_rate or size.learning_rate(settings.optimizer)
-    registration = _hooks.attach(
-        model, hook, optimizer=optimizer, link=_hooks.network(settings), group=wrapped.exchange
-    )
+    attached = attach(wrapped, hook, optimizer=optimizer, link=_hooks.network(settings))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -60,8 +59,8 @@ def train(
         optimizer.step()
         _synchronize(device)
         seconds = time.perf_counter() - start
-        on_step(_average(step, loss.detach(), seconds, registration))
-    registration.remove()  # also where ranks have drifted apart: they end with the same parameters
+        on_step(_average(step, loss.detach(), seconds, attached.cost()))
+    attached.end()  # also where ranks have drifted apart: they end with the same parameters
     return _validate(wrapped.whole(), text, device, rank, world_size)
 
 
@@ -73,10 +72,9 @@ def _pace(step: int, steps: int) -> float:
     return min((step + 1) / _RISE, 1.0 - step / steps)
 
 
-def _average(step: int, loss: torch.Tensor, seconds: float, registration: Registration) -> StepRecord:
+def _average(step: int, loss: torch.Tensor, seconds: float, cost: StepCost) -> StepRecord:
     """The step's record, averaged over the ranks; it also makes them begin the next step together."""
-    cost = _hooks.last_cost(registration)
-    measured = {"loss": loss.item(), "seconds": seconds, **attrs.asdict(cost)}
+    measured = {"loss": loss.item(), "seconds": seconds, **attrs.asdict(cost, filter=lambda x, _: x.name in _COSTS)}
     means = mean(list(measured.values()), loss.device)
     return StepRecord(step=step, **dict(zip(measured, means, strict=True)))
 

@@ -8,14 +8,19 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from . import _pytorch
 from ._model import Transformer
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.parallel import DistributedDataParallel
 
     from ._options import Settings
     from ._sizes import ModelSize
+
+_EVERYTHING = 1 << 20
+"""A bucket's size in MiB that every model fits into."""
 
 
 @attrs.frozen
@@ -27,6 +32,7 @@ class Wrapped:
         bare: the transformer itself; of a sharded one its parameters are on this rank in part.
         exchange: the ranks among which a hook works: those with the same shards, or where there are no others all that
             the model is sharded over. ``None`` for the model's own.
+        ddp: the model, if it is one of DDP.
     """
 
     model: nn.Module
@@ -34,6 +40,7 @@ class Wrapped:
     bare: Transformer
     _size: ModelSize
     _device: torch.device
+    ddp: DistributedDataParallel | None = None
 
     def whole(self) -> Transformer:
         """The transformer with all of its parameters on this rank. Collective."""
@@ -47,10 +54,12 @@ class Wrapped:
         return whole
 
 
-def wrap(settings: Settings, size: ModelSize, device: torch.device, *, like: Wrapped | None = None) -> Wrapped:
+def wrap(
+    settings: Settings, size: ModelSize, device: torch.device, *, hook: str = "", like: Wrapped | None = None
+) -> Wrapped:
     """A transformer with the seed's initial weights, for DDP or for FSDP2. Collective.
 
-    Under DDP its weights are in the very memory of those of ``like``.
+    Under DDP its weights are in the very memory of those of ``like``, and its gradients in buckets that ``hook`` takes.
     """
     torch.manual_seed(settings.seed)
     bare = Transformer(size).to(device)
@@ -61,11 +70,10 @@ def wrap(settings: Settings, size: ModelSize, device: torch.device, *, like: Wra
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [device.index] if device.type == "cuda" else None
+        cap = _EVERYTHING if _pytorch.takes_one_bucket(hook) else settings.bucket_cap_mb
         # All ranks have made the same weights: to send them over a slow link again would take long.
-        ddp = DistributedDataParallel(
-            bare, device_ids=ids, bucket_cap_mb=settings.bucket_cap_mb, init_sync=like is None
-        )
-        return Wrapped(ddp, None, bare, size, device)
+        ddp = DistributedDataParallel(bare, device_ids=ids, bucket_cap_mb=cap, init_sync=like is None)
+        return Wrapped(ddp, None, bare, size, device, ddp)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -48,7 +48,7 @@ def bench(given: argparse.Namespace, ranks: int, seed: int, folder: Path) -> dic
     if not path.exists():
         command = [
             sys.executable, "-m", "commhub", "bench", "--no-report", "--json", str(path), "--nproc", str(ranks),
-            "--batch", str(WINDOWS // ranks), "--steps", str(steps), "--seed", str(seed),
+            "--repeats", "0", "--batch", str(WINDOWS // ranks), "--steps", str(steps), "--seed", str(seed),
             "--optimizer", optimizer, "--shard", str(given.shard), "--hooks", ",".join(chosen),
         ]  # fmt: skip
         subprocess.run(command, check=True)  # noqa: S603 - our own command

@@ -41,17 +41,18 @@ def namespaces():
 @pytest.fixture(scope="module")
 def run(bench):
     """One bench of two hosts on links of 200 mbit/s, with an emulated latency where the kernel has none."""
-    flags = ("--hosts", "2", "--bandwidth", "200mbit", "--latency", "1ms", "--repeats", "6", "--json", "hosts.json")
-    return bench("--hooks", "allreduce,fp16,bench_tells", *SHORT, *flags)
+    flags = ("--hosts", "2", "--bandwidth", "200mbit", "--repeats", "6", "--json", "hosts.json")
+    return bench("--hooks", "allreduce,fp16,bench_tells,torch:fp16", *SHORT, *flags)
 
 
 def test_bytes_at_the_interface_are_those_accounted(run, bench):
     document = bench.json("hosts.json")
-    plain, half, tells = document["hooks"]
+    plain, half, tells, theirs = document["hooks"]
     assert (document["link"]["hosts"], document["link"]["bits_per_second"]) == (2, 200e6), run.stderr
     assert document["setup"]["machines"] == 2
     assert plain["sent_bytes_per_step"] == document["setup"]["parameters"] * 4
-    for hook in (plain, half):
+    assert theirs["sent_bytes_per_step"] == half["sent_bytes_per_step"]
+    for hook in (plain, half, theirs):
         assert hook["limits"]["interface_bytes"] == pytest.approx(hook["sent_bytes_per_step"], rel=0.05)
         # Nothing is faster than its link.
         assert min(step["seconds"] for step in hook["timed_steps"]) > 0.95 * hook["sent_bytes_per_step"] / 25e6

@@ -7,8 +7,9 @@ import attrs
 import pytest
 import torch
 
+import commhub
 from commhub import AllReduce
-from commhub.bench import _hooks, _race
+from commhub.bench import _attach, _race
 from commhub.bench._data import Text
 from commhub.bench._options import Settings
 from commhub.bench._sizes import SIZES
@@ -36,19 +37,21 @@ class Raises:
 def raced(hooks, flags, bad):
     """Every event, and the weights of all models before and after."""
     events, weights, own = [], [], _race.wrap
-    attach = _hooks.attach
+    attach = _race.attach
 
     def wrap(*arguments, **options):
         made = own(*arguments, **options)
         weights.append((made.bare, [parameter.detach().clone() for parameter in made.bare.parameters()]))
         return made
 
-    def attach_own(model, hook, **options):
-        return attach(model, bad.get(hook, hook), **options)
+    def attach_own(wrapped, hook, **options):
+        if hook not in bad:
+            return attach(wrapped, hook, **options)
+        return _attach._Ours(commhub.register(wrapped.model, bad[hook]))
 
     settings = Settings(hooks=("allreduce",), steps=0, batch=1, seed=3, repeats=5, **flags)
     text = Text.cut(TEXT, context=SIZES["tiny"].context)
-    with patch.object(_race, "wrap", wrap), patch.object(_hooks, "attach", attach_own):
+    with patch.object(_race, "wrap", wrap), patch.object(_race, "attach", attach_own):
         _race.race(settings, hooks, text, torch.device("cpu"), events.append)
     kept = all(torch.equal(p, q) for model, before in weights for p, q in zip(model.parameters(), before, strict=True))
     memory = {tuple(p.data_ptr() for p in model.parameters()) for model, _ in weights}
@@ -94,6 +97,17 @@ def test_a_hook_that_fails_falls_out_and_the_others_go_on(ranks):
         assert sorted(dropped) == [1, 3]
         timed = [event["index"] for event in events if event["kind"] == "timed"]
         assert [timed.count(index) for index in hooks] == [5, 2, 5, 0]  # three warm up
+
+
+def test_pytorchs_own_hooks_take_turns_with_ours(ranks):
+    hooks = {0: "torch:none", 1: "torch:allreduce", 2: "torch:fp16", 3: "torch:powersgd(rank=2)", 4: "allreduce"}
+    events, kept, _ = ranks(raced, 2, hooks, {}, {})[0]
+    assert [event["kind"] for event in events] == ["timed"] * 25, events[0]
+    assert kept
+    sent = {index: {e["record"]["sent_bytes"] for e in events if e["index"] == index} for index in hooks}
+    assert sent[0] == sent[1] == sent[4] == {4.0 * 873_216}
+    assert sent[2] == {2.0 * 873_216}
+    assert all(number != number for number in sent[3])  # nobody can know
 
 
 def test_sharded_models_take_turns_too(ranks):

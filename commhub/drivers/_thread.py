@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from ._communicator import Communicator
     from ._network import Network
     from ._signature import Signatures
-    from ._stats import Meter
     from ._task import Task
+    from ._timeline import Recorder
 
 _ENDS_WITHIN = 3.0
 """Seconds in which a collective that was given up has ended; it takes some milliseconds."""
@@ -55,7 +55,7 @@ class ThreadDriver:
         communicator: the groups to communicate on.
         board: where ranks report failures.
         signatures: compares what the ranks ask for.
-        meter: counts the figures.
+        meter: keeps what happened when.
         timeout: seconds after which a collective has failed, and a hook that has not returned.
         label: the hook's name, distribution and version, for errors.
     """
@@ -67,7 +67,7 @@ class ThreadDriver:
         communicator: Communicator,
         board: FailureBoard,
         signatures: Signatures,
-        meter: Meter,
+        meter: Recorder,
         *,
         timeout: float,
         label: str,
@@ -139,7 +139,7 @@ class ThreadDriver:
 
         A Ctrl-C meanwhile is a failure too, and is raised.
         """
-        self.meter.blocked_since = time.monotonic()
+        self.meter.block()
         try:
             self._inbox.end()
             with self._inbox.changed:
@@ -155,7 +155,7 @@ class ThreadDriver:
             self._leave(HookError(f"{self.label}: training was interrupted by {type(error).__name__}."))
             raise
         finally:
-            self.meter.blocked_since = None
+            self.meter.unblock()
             untold, self._untold = self._untold, ""
             if untold:
                 self._board.post(untold)

@@ -171,6 +171,9 @@ class Registration:
             raise RegistrationError(f"observe({shown(before)}, {shown(after)}): give functions.")
         return self._running.observe(Observer(before, after))
 
+    def timeline(self) -> tuple[Any, ...]:
+        return self._session.engine.timeline.steps
+
     def emulate(self, network: Network | str | None) -> None:
         """Make every collective take at least as long as it would on ``network``, from the next step on.
 

@@ -11,6 +11,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
+from . import _ranges
 from ._failure import Stopped
 from ._watch import SLICE
 
@@ -146,15 +147,16 @@ class Pipeline:
         oldest = next(iter(self._flights), None)
         if oldest is not None:
             self._watch.look(oldest, oldest.issued_at, list(self._flights))
-        pending = ((f, task.issued_at) for task, fs in self._flights.items() for f in fs if not f.is_done())
-        first, issued = next(pending, (None, 0.0))
-        if first is None:
+        pending = ((f, task) for task, fs in self._flights.items() for f in fs if not f.is_done())
+        first, task = next(pending, (None, None))
+        if first is None or task is None:
             self._watch.look_seldom()
             self._inbox.await_more(SLICE)
             return
-        if not self._inbox.ended:
-            with self._inbox.changed:
-                self._inbox.changed.wait(min(max(0.1 * (began - issued), _SHORTEST), _LONGEST))
-        else:
-            first.wait(SLICE)
+        with _ranges.of(task.record, "wait"):
+            if not self._inbox.ended:
+                with self._inbox.changed:
+                    self._inbox.changed.wait(min(max(0.1 * (began - task.issued_at), _SHORTEST), _LONGEST))
+            else:
+                first.wait(SLICE)
         self._recorder.waited(began, time.monotonic())

@@ -53,6 +53,7 @@ class BucketRecord:
         stages: in order.
         decode: the hook's work after its last collective; ``None`` until then.
         complete: when it was done with, however it ended; ``None`` until then.
+        stages_before: how many stages the bucket had the time before, where a profiler was on; else 1.
     """
 
     hook: str
@@ -65,6 +66,7 @@ class BucketRecord:
     stages: list[StageRecord] = attrs.Factory(list)
     decode: Interval | None = None
     complete: float | None = None
+    stages_before: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from commhub._errors import HookError, described
 from commhub.protocol._collectives import foreign
 from commhub.protocol._finite import is_number
 
+from . import _ranges
 from ._job import Job, Scratch, make_job
 from ._timeline import encoded
 
@@ -91,7 +92,7 @@ class Task:
         """Run the hook up to its first collective."""
         self.started = True
         began = self._now()
-        with torch.no_grad(), self._no_autocast():
+        with torch.no_grad(), self._no_autocast(), _ranges.of(self.record, "encode"):
             scatters = self._shard is not None
             reduce = cast("Scatterer", self._hook).reduce_scatter if scatters else self._hook.reduce
             exchange = reduce(self.bucket)
@@ -109,7 +110,7 @@ class Task:
         began = self._now()
         if self.record is not None:
             self.record.stages[-1].landed = began
-        with torch.no_grad(), self._no_autocast():
+        with torch.no_grad(), self._no_autocast(), _ranges.of(self.record, self._phase()):
             results = tuple(job.result(raw) for job, raw in zip(self.jobs, raws, strict=True))
             if self._watch:
                 self._note_finite(results)
@@ -159,6 +160,11 @@ class Task:
             self.groups.add(job.group)
         if self.record is not None:
             self.record.stages.append(encoded(self.jobs, began, time.monotonic()))
+
+    def _phase(self) -> Literal["encode", "decode"]:
+        """What the hook is about to do. That it is the last piece is known at its end: it was, the step before."""
+        is_last = self.record is not None and len(self.record.stages) >= self.record.stages_before
+        return "decode" if is_last else "encode"
 
     def _now(self) -> float:
         """Monotonic seconds; 0 where nothing is recorded."""

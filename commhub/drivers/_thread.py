@@ -19,7 +19,7 @@ import torch
 
 from commhub._errors import HookError, described
 
-from . import _graveyard
+from . import _graveyard, _ranges
 from ._board import take_leave
 from ._failure import Stopped
 from ._inbox import Inbox
@@ -142,7 +142,7 @@ class ThreadDriver:
         self.meter.block()
         try:
             self._inbox.end()
-            with self._inbox.changed:
+            with _ranges.blocked(self.meter.hook), self._inbox.changed:
                 while not self._inbox.idle:
                     self._inbox.changed.wait(SLICE)
                     self._watch.answer_if_busy(time.monotonic())

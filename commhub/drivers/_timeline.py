@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from . import _ranges
 from ._records import BucketRecord, StageRecord
 from ._stats import StepStats
 
@@ -55,12 +56,9 @@ class Round:
             if bucket.decode is not None:
                 decodes.append(bucket.decode)
         phases = {"encode": encodes, "wait": self.waits, "decode": decodes}
-        return StepStats(
-            logical,
-            sent,
-            *(sum([end - start for start, end in phase]) for phase in phases.values()),
-            {name: self._exposed(phase) for name, phase in phases.items()},
-        )
+        encode, wait, decode = (sum([end - start for start, end in phase]) for phase in phases.values())
+        exposed = {name: self._exposed(phase) for name, phase in phases.items()}
+        return StepStats(logical, sent, encode, wait, decode, exposed)
 
     def _exposed(self, phase: Iterable[Interval]) -> float:
         seconds = 0.0
@@ -138,14 +136,19 @@ class Recorder:
     """
 
     def __init__(self, hook: str = "", *, enqueues: bool = False) -> None:
-        self._hook, self._enqueues = hook, enqueues
-        self._round = Round()
+        self.hook, self._enqueues = hook, enqueues
+        self._round = self._before = Round()
         self._blocked_since: float | None = None
         self._waits_on = False
 
     def open(self, bucket: Bucket, purpose: Purpose) -> BucketRecord:
         """The record of a bucket that is ready."""
-        record = BucketRecord(self._hook, bucket.index, purpose, time.monotonic(), self._enqueues, bucket.spans)
+        record = BucketRecord(self.hook, bucket.index, purpose, time.monotonic(), self._enqueues, bucket.spans)
+        if _ranges.is_on():
+            before = (
+                len(one.stages) for one in self._before.buckets if (one.purpose, one.index) == (purpose, bucket.index)
+            )
+            record.stages_before = next(before, 1)
         self._round.buckets.append(record)
         return record
 
@@ -175,6 +178,8 @@ class Recorder:
     def take(self) -> Round:
         """The round that is over; another one begins."""
         done, self._round, self._waits_on = self._round, Round(), False
+        if any(bucket.purpose != "word" for bucket in done.buckets):
+            self._before = done
         return done
 
 

@@ -116,17 +116,15 @@ def _of_bucket(bucket: BucketRecord, number: int, step: int) -> Iterator[dict[st
         "sent_bytes": sum(stage.sent_bytes for stage in bucket.stages if stage.issued is not None),
     }
     yield _slice(called, tid, f"step {step} {called}", bucket.ready, complete, about)
-    at = bucket.ready
-    waits = "ready"
+    begun = bucket.stages[0].encode if bucket.stages else bucket.decode
+    if begun is not None:
+        yield _slice(called, tid, "ready", bucket.ready, begun[0], {"step": step})
     for index, stage in enumerate(bucket.stages):
         what = {"step": step, "stage": index}
-        yield _slice(called, tid, waits, at, stage.encode[0], what)
         yield _slice(called, tid, "encode", *stage.encode, what)
-        at, waits = stage.encode[1], "waits for its turn"
         if stage.issued is None:
             break
-        yield _slice(called, tid, waits, at, stage.issued, what)
-        at = stage.issued
+        yield _slice(called, tid, "waits for its turn", stage.encode[1], stage.issued, what)
         if stage.landed is None:
             break
         sent = {
@@ -135,10 +133,8 @@ def _of_bucket(bucket: BucketRecord, number: int, step: int) -> Iterator[dict[st
             "sent_bytes": stage.sent_bytes,
         }
         name = "enqueue" if bucket.enqueued else "on the wire"
-        yield _slice(called, tid, name, at, stage.landed, what | sent)
-        at, waits = stage.landed, "landed"
+        yield _slice(called, tid, name, stage.issued, stage.landed, what | sent)
     if bucket.decode is not None:
-        yield _slice(called, tid, waits, at, bucket.decode[0], {"step": step})
         yield _slice(called, tid, "decode", *bucket.decode, {"step": step})
         yield _slice(called, tid, "waits for its turn", bucket.decode[1], complete, {"step": step})
 

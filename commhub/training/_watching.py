@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from commhub._errors import RegistrationError, described
 from commhub._printable import shown
 from commhub.drivers._observers import Observer
@@ -87,7 +89,7 @@ class Watched:
         at which the host enqueued the work.
 
         Nothing is communicated: any rank may call it alone. Each needs a file of its own; ``{rank}`` in the path
-        stands for its number. What the file held is replaced.
+        stands for its number among all processes. What the file held is replaced.
 
         Returns:
             The steps, the oldest first. Each has ``step``, ``began``, ``ended``, the intervals ``blocked`` and
@@ -100,7 +102,8 @@ class Watched:
         """
         self._running.check_registered()
         session = self._running.session
-        steps, rank = session.engine.timeline.steps, session.engine.rank
+        steps = session.engine.timeline.steps
+        rank = dist.get_rank() if dist.is_initialized() else session.engine.rank
         if path is not None:
             _write(path, trace(steps, rank, hook=str(session)), rank)
         return steps

@@ -15,7 +15,7 @@ from commhub.drivers._trace import merged, write
 from commhub.testing import mlp, train
 
 NARROW, WIDTHS = 1 / 1024, [16] * 13  # twelve buckets, from the second step on
-PHASES = {"ready", "encode", "waits for its turn", "on the wire", "landed", "decode"}
+PHASES = {"ready", "encode", "waits for its turn", "on the wire", "decode"}
 
 
 class TwoStages:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from commhub.protocol._collectives import Subgroup
 
     from ._network import Network
-    from ._stats import Meter
     from ._task import Task
+    from ._timeline import Recorder
 
 
 class Driver(Protocol):
     """What carries tasks out; see HOW_IT_WORKS.md in this folder."""
 
-    meter: Meter
+    meter: Recorder
     failure: HookError | None
     network: Network | None
     partitions: int
@@ -92,8 +92,8 @@ def _on_threads(
     from ._gloo import GlooCommunicator
     from ._meeting import Unmet
     from ._signature import Signatures
-    from ._stats import Meter
     from ._thread import ThreadDriver
+    from ._timeline import Recorder
 
     board, signatures = FailureBoard(branch("board"), rank, size), Signatures(branch("signatures"), rank, size)
     patience = timeout + 5.0  # the driver's own timeout comes first, and knows what it was waiting for
@@ -104,17 +104,22 @@ def _on_threads(
     except BaseException as error:
         board.post(described(error))
         raise
-    driver = ThreadDriver(communicator, board, signatures, Meter(), timeout=timeout, label=label)
+    driver = ThreadDriver(communicator, board, signatures, Recorder(_name(label)), timeout=timeout, label=label)
     if size > 1:
         driver.listen()
     return driver
 
 
 def _on_streams(*, device: torch.device, group: ProcessGroup, label: str, **_: Any) -> Driver:
-    from ._stats import Meter
     from ._stream import CudaStreams, StreamDriver
+    from ._timeline import Recorder
 
-    return StreamDriver(group, CudaStreams(device), Meter(), label=label)
+    return StreamDriver(group, CudaStreams(device), Recorder(_name(label), enqueues=True), label=label)
+
+
+def _name(label: str) -> str:
+    """The hook's name, of its name, distribution and version."""
+    return label.partition(" ")[0]
 
 
 BY_DEVICE: dict[str, Callable[..., Driver]] = {"cpu": _on_threads, "cuda": _on_streams}

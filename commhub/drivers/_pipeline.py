@@ -11,14 +11,15 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
+from . import _ranges
 from ._failure import Stopped
 from ._watch import SLICE
 
 if TYPE_CHECKING:
     from ._communicator import Communicator, Flight
     from ._inbox import Inbox
-    from ._stats import Meter
     from ._task import Task
+    from ._timeline import Recorder
     from ._watch import Watch
 
 _SHORTEST, _LONGEST = 0.0002, 0.002
@@ -38,13 +39,13 @@ class Pipeline:
         communicator: the groups to communicate on; another may take its place between rounds.
         inbox: where tasks come from.
         watch: guards hooks and looks around.
-        meter: counts the figures.
+        recorder: keeps what happened when.
     """
 
-    def __init__(self, communicator: Communicator, inbox: Inbox, watch: Watch, meter: Meter) -> None:
+    def __init__(self, communicator: Communicator, inbox: Inbox, watch: Watch, recorder: Recorder) -> None:
         self.communicator = communicator
         self.active: list[Task] = []
-        self._inbox, self._watch, self._meter = inbox, watch, meter
+        self._inbox, self._watch, self._recorder = inbox, watch, recorder
         self._flights: dict[Task, list[Flight]] = {}
 
     def round(self) -> None:
@@ -119,18 +120,21 @@ class Pipeline:
 
     def _start(self, task: Task) -> None:
         if not task.started:
+            self._recorder.works()
             self._watch.guarded(task, task.start)
 
     def _issue(self, task: Task) -> None:
         task.issued_at = time.monotonic()
+        if task.record is not None:
+            task.record.stages[-1].issued = task.issued_at
         flights = self._flights[task] = []
         for job in task.jobs:
             flights.append(self.communicator.launch(job))
-            self._meter.step.sent_bytes += job.sent_bytes
         self._watch.progress.issued(task, flights)
 
     def _resume(self, task: Task) -> None:
         flights = self._flights.pop(task)
+        self._recorder.works()
         self._watch.guarded(task, lambda: self._take(task, flights))
 
     def _take(self, task: Task, flights: list[Flight]) -> None:
@@ -143,15 +147,16 @@ class Pipeline:
         oldest = next(iter(self._flights), None)
         if oldest is not None:
             self._watch.look(oldest, oldest.issued_at, list(self._flights))
-        pending = ((f, task.issued_at) for task, fs in self._flights.items() for f in fs if not f.is_done())
-        first, issued = next(pending, (None, 0.0))
-        if first is None:
+        pending = ((f, task) for task, fs in self._flights.items() for f in fs if not f.is_done())
+        first, task = next(pending, (None, None))
+        if first is None or task is None:
             self._watch.look_seldom()
             self._inbox.await_more(SLICE)
             return
-        if not self._inbox.ended:
-            with self._inbox.changed:
-                self._inbox.changed.wait(min(max(0.1 * (began - issued), _SHORTEST), _LONGEST))
-        else:
-            first.wait(SLICE)
-        self._meter.spent("wait", began, time.monotonic())
+        with _ranges.of(task.record, "wait"):
+            if not self._inbox.ended:
+                with self._inbox.changed:
+                    self._inbox.changed.wait(min(max(0.1 * (began - task.issued_at), _SHORTEST), _LONGEST))
+            else:
+                first.wait(SLICE)
+        self._recorder.waited(began, time.monotonic())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import attrs
 
-Phase = Literal["encode", "wait", "decode"]
+if TYPE_CHECKING:
+    from commhub.protocol._bucket import Bucket
+
+    from ._records import Purpose
 
 
 @attrs.define
@@ -64,20 +67,10 @@ class Stats(StepStats):
 
 
 class Meter:
-    """Collects the figures of the step under way. A driver's thread writes, training reads at the step's end."""
+    """Counts the bytes of a virtual rank, which has no time: a ``Recorder`` does for a driver what it leaves out."""
 
     def __init__(self) -> None:
         self.step = StepStats()
-        self.blocked_since: float | None = None
 
-    def spent(self, phase: Phase, start: float, end: float) -> None:
-        """Count the time from ``start`` to ``end`` (monotonic seconds), and how much of it training waited for."""
-        step = self.step
-        setattr(step, f"{phase}_seconds", getattr(step, f"{phase}_seconds") + end - start)
-        if self.blocked_since is not None:
-            step.exposed[phase] += max(0.0, end - max(start, self.blocked_since))
-
-    def take(self) -> StepStats:
-        """The finished step's figures; the next step starts from zero."""
-        step, self.step, self.blocked_since = self.step, StepStats(), None
-        return step
+    def open(self, bucket: Bucket, purpose: Purpose) -> None:
+        """Nothing is recorded."""

@@ -8,6 +8,7 @@ fails are ended by NCCL's watchdog after the group's timeout: a collective in fl
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ._network import Network
-    from ._stats import Meter
     from ._task import Task
+    from ._timeline import Recorder
 
 
 class CudaStreams:
@@ -66,13 +67,13 @@ class StreamDriver:
     Args:
         group: the model's process group.
         streams: where to enqueue.
-        meter: counts the figures; its seconds are the host's, which enqueues and does not wait.
+        meter: keeps what happened when: the host's times, which enqueues and does not wait.
         label: the hook's name, distribution and version, for errors.
     """
 
     confirms = False  # nothing is known on the host when a step ends there, nor waited for
 
-    def __init__(self, group: dist.ProcessGroup, streams: CudaStreams, meter: Meter, *, label: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, streams: CudaStreams, meter: Recorder, *, label: str) -> None:
         self.meter, self.label = meter, label
         self.network: Network | None = None
         self.failure: HookError | None = None
@@ -104,7 +105,8 @@ class StreamDriver:
             with self._streams.enter(task.bucket.flat):
                 task.start()
                 while not task.finished:
-                    self.meter.step.sent_bytes += sum(job.sent_bytes for job in task.jobs)
+                    if task.record is not None:
+                        task.record.stages[-1].issued = time.monotonic()
                     task.resume([self._carry_out(job) for job in task.jobs])
                 task.complete()
         except BaseException as error:  # noqa: BLE001 - a hook may raise anything

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from commhub._errors import HookError, described
 from commhub.protocol._collectives import foreign
 from commhub.protocol._finite import is_number
 
+from . import _ranges
 from ._job import Job, Scratch, make_job
+from ._timeline import encoded
 
 if TYPE_CHECKING:
     from commhub.protocol._bucket import Bucket
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from ._asked import Position
     from ._observers import Observers, Shown
+    from ._records import Purpose
     from ._stats import Meter
-
+    from ._timeline import Recorder
 
 logger = logging.getLogger("commhub")
 
@@ -34,14 +37,16 @@ class Task:
     """Drives ``hook.reduce(bucket)``: ``start``, then ``resume`` the results of ``jobs`` until ``finished``.
 
     ``groups`` are those among which it has communicated so far, ``None`` for all ranks; ``stage`` is the number of
-    times it has.
+    times it has. ``record`` is what is kept of its times, if anything.
 
     Args:
         hook: whose generator to drive.
         bucket: what it reduces.
         world: ranks of the whole group.
         wire: the registration's wire dtype.
-        scratch, meter: the driver's.
+        scratch: the driver's.
+        meter: gives the record.
+        purpose: what the bucket holds.
         watch: whether to keep ``bucket.finite``: for hooks that hold state.
         position: where it stands among all that the ranks do alike; ``None`` where nobody compares what they ask for.
         observers: who is told of its collectives and their results, in the thread that drives it.
@@ -56,8 +61,9 @@ class Task:
         world: int,
         wire: torch.dtype | None,
         scratch: Scratch,
-        meter: Meter,
+        meter: Meter | Recorder,
         watch: bool,
+        purpose: Purpose = "gradients",
         position: Position | None = None,
         observers: Observers | None = None,
         groups: Collection[Subgroup] | None = None,
@@ -73,7 +79,8 @@ class Task:
         self.issued_at = 0.0
         self.entered = 0
         self._hook, self._world, self._wire, self._scratch = hook, world, wire, scratch
-        self._meter, self._watch = meter, watch
+        self._watch = watch
+        self.record = meter.open(bucket, purpose)
         self._observers, self._known = observers, groups
         self._shown: Shown | None = None
         self._done = [done]
@@ -84,8 +91,8 @@ class Task:
     def start(self) -> None:
         """Run the hook up to its first collective."""
         self.started = True
-        began = time.monotonic()
-        with torch.no_grad(), self._no_autocast():
+        began = self._now()
+        with torch.no_grad(), self._no_autocast(), _ranges.of(self.record, "encode"):
             scatters = self._shard is not None
             reduce = cast("Scatterer", self._hook).reduce_scatter if scatters else self._hook.reduce
             exchange = reduce(self.bucket)
@@ -100,8 +107,10 @@ class Task:
 
     def resume(self, raws: Sequence[Tensor]) -> None:
         """Give the hook the results of ``jobs``, as they travelled, and run it up to its next collectives."""
-        began = time.monotonic()
-        with torch.no_grad(), self._no_autocast():
+        began = self._now()
+        if self.record is not None:
+            self.record.stages[-1].landed = began
+        with torch.no_grad(), self._no_autocast(), _ranges.of(self.record, self._phase()):
             results = tuple(job.result(raw) for job, raw in zip(self.jobs, raws, strict=True))
             if self._watch:
                 self._note_finite(results)
@@ -113,7 +122,10 @@ class Task:
     def complete(self) -> None:
         """Say that this bucket is done with, however it ended. Any thread may, and the first one does."""
         with contextlib.suppress(IndexError):
-            self._done.pop()()
+            done = self._done.pop()
+            if self.record is not None:
+                self.record.complete = time.monotonic()
+            done()
 
     def cancel(self) -> None:
         """Close the generator; the bucket keeps whatever is in it. Raises nothing."""
@@ -133,7 +145,8 @@ class Task:
             request = self._exchange.send(value)
         except StopIteration:
             self._finish()
-            self._meter.spent("decode", began, time.monotonic())
+            if self.record is not None:
+                self.record.decode = began, time.monotonic()
             return
         self._single = not isinstance(request, tuple)
         requests = (request,) if self._single else request
@@ -145,7 +158,17 @@ class Task:
             if job.group is not None and self._known is not None and job.group not in self._known:
                 raise HookError(f"yielded {job.kind.__name__} among {foreign(job.group)}")
             self.groups.add(job.group)
-        self._meter.spent("encode", began, time.monotonic())
+        if self.record is not None:
+            self.record.stages.append(encoded(self.jobs, began, time.monotonic()))
+
+    def _phase(self) -> Literal["encode", "decode"]:
+        """What the hook is about to do. That it is the last piece is known at its end: it was, the step before."""
+        is_last = self.record is not None and len(self.record.stages) >= self.record.stages_before
+        return "decode" if is_last else "encode"
+
+    def _now(self) -> float:
+        """Monotonic seconds; 0 where nothing is recorded."""
+        return 0.0 if self.record is None else time.monotonic()
 
     def _no_autocast(self) -> contextlib.AbstractContextManager[object]:
         kind = self._flat.device.type

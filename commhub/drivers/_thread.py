@@ -19,7 +19,7 @@ import torch
 
 from commhub._errors import HookError, described
 
-from . import _graveyard
+from . import _graveyard, _ranges
 from ._board import take_leave
 from ._failure import Stopped
 from ._inbox import Inbox
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from ._communicator import Communicator
     from ._network import Network
     from ._signature import Signatures
-    from ._stats import Meter
     from ._task import Task
+    from ._timeline import Recorder
 
 _ENDS_WITHIN = 3.0
 """Seconds in which a collective that was given up has ended; it takes some milliseconds."""
@@ -55,7 +55,7 @@ class ThreadDriver:
         communicator: the groups to communicate on.
         board: where ranks report failures.
         signatures: compares what the ranks ask for.
-        meter: counts the figures.
+        meter: keeps what happened when.
         timeout: seconds after which a collective has failed, and a hook that has not returned.
         label: the hook's name, distribution and version, for errors.
     """
@@ -67,7 +67,7 @@ class ThreadDriver:
         communicator: Communicator,
         board: FailureBoard,
         signatures: Signatures,
-        meter: Meter,
+        meter: Recorder,
         *,
         timeout: float,
         label: str,
@@ -139,10 +139,10 @@ class ThreadDriver:
 
         A Ctrl-C meanwhile is a failure too, and is raised.
         """
-        self.meter.blocked_since = time.monotonic()
+        self.meter.block()
         try:
             self._inbox.end()
-            with self._inbox.changed:
+            with _ranges.blocked(self.meter.hook), self._inbox.changed:
                 while not self._inbox.idle:
                     self._inbox.changed.wait(SLICE)
                     self._watch.answer_if_busy(time.monotonic())
@@ -155,7 +155,7 @@ class ThreadDriver:
             self._leave(HookError(f"{self.label}: training was interrupted by {type(error).__name__}."))
             raise
         finally:
-            self.meter.blocked_since = None
+            self.meter.unblock()
             untold, self._untold = self._untold, ""
             if untold:
                 self._board.post(untold)

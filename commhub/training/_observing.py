@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-    from commhub.drivers._observers import Observer, Observers
+    class Told(Protocol):
+        """Who is told of something, such as ``Observers``."""
+
+        def add(self, one: Any) -> None:
+            """Tell this one too."""
+
+        def remove(self, one: Any) -> None:
+            """Tell this one nothing more."""
+
+        def everyone(self) -> list[Any]:
+            """Those who are told."""
+
 
 KEPT = "_commhub_observers"
 """The attribute of a module under which its observers are kept."""
@@ -23,7 +34,7 @@ class _Kept(list[Any]):
         return list, ()
 
 
-def observe(module: nn.Module, observers: Observers, observer: Observer) -> Callable[[], None]:
+def observe(module: nn.Module, observers: Told, observer: object) -> Callable[[], None]:
     """Tell ``observer`` as long as ``module`` lives; what ends that, and keeps neither alive.
 
     An observer may refer to the module, which a reducer in C++ holds with all that it leads to: a circle that goes
@@ -36,21 +47,22 @@ def observe(module: nn.Module, observers: Observers, observer: Observer) -> Call
     observers.add(observer)
     to_module, to_observers, to_observer = weakref.ref(module), weakref.ref(observers), weakref.ref(observer)
 
-    def end() -> None:
+    def undo() -> None:
         told, one = to_observers(), to_observer()
         if told is not None and one is not None:
-            _end(to_module(), told, one)
+            end(to_module(), told, one)
 
-    return end
+    return undo
 
 
-def end_all(module: nn.Module | None, observers: Observers) -> None:
+def end_all(module: nn.Module | None, observers: Told) -> None:
     """End it for all of them."""
     for observer in observers.everyone():
-        _end(module, observers, observer)
+        end(module, observers, observer)
 
 
-def _end(module: nn.Module | None, observers: Observers, observer: Observer) -> None:
+def end(module: nn.Module | None, observers: Told, observer: object) -> None:
+    """End it for one of them."""
     observers.remove(observer)
     kept = None if module is None else module.__dict__.get(KEPT)
     if isinstance(kept, _Kept) and observer in kept:

@@ -7,9 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from commhub._errors import RegistrationError
-from commhub._printable import shown
 from commhub.drivers._network import Network
-from commhub.drivers._observers import Observer
 from commhub.registry._recipe import Recipe
 from commhub.training.rendezvous._everywhere import agree_everywhere
 from commhub.training.saving._phases import everyone_of, folder_of, rendezvous_of, save
@@ -21,12 +19,12 @@ from ._fit import made
 from ._loading import load, load_alone
 from ._running import Running
 from ._schedule import Schedule, next_one
+from ._watching import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from commhub.drivers._observers import After, Before
     from commhub.drivers._stats import Stats
     from commhub.protocol._hook import Averager, Hook
     from commhub.training.attachments._attachment import Attachment
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from ._session import Session
 
 
-class Registration:
+class Registration(Watched):
     """One hook registered on one model. ``commhub.register`` makes it; ``str()`` is the hook string it runs.
 
     ``swap``, ``schedule``, ``remove``, ``save`` and ``load`` are collective: every rank calls them, between steps.
@@ -42,7 +40,8 @@ class Registration:
 
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self._schedule = Schedule()
-        self._running = Running(session, attachment, self, weakref.WeakMethod(self._follow_schedule))
+        followers = weakref.WeakMethod(self._follow_schedule), weakref.WeakMethod(self._after_step)
+        self._running = Running(session, attachment, self, *followers)
         self._running.begin()
 
     @property
@@ -113,7 +112,11 @@ class Registration:
         facts = {"schedule": schedule.texts}
         agree_everywhere(rendezvous, everyone_of(target), "schedule", facts, failure, verify=target.verify)
         self._schedule = schedule
-        self._running.attachment.after = weakref.WeakMethod(self._follow_schedule)
+        self._running.call_after_steps()
+        self._follow_schedule()
+
+    def _after_step(self) -> None:
+        self._running.report()
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
@@ -146,30 +149,6 @@ class Registration:
         self._running.replace(lambda: Recipe(name="none", instance=PlainMean()), "remove")
         self._schedule = Schedule()
         self._running.end()
-
-    def observe(self, before: Before | None = None, after: After | None = None) -> Callable[[], None]:
-        """See every collective that a hook asks for, and its results; return a function that ends this.
-
-        ``before(bucket, requests)`` is called with the ``Collective`` values of a stage as the hook asks for them,
-        before they are averaged, cast and sent; ``after(bucket, requests, results)`` with the tensors that the hook
-        is given for them, in the same order. Between the two lies the time that the stage took; ``requests`` are the
-        same tuple in both. Every bucket of a step is seen and every average of parameters, on this rank, whatever
-        hook is swapped in, until ``remove``, another registration, or the function that is returned. What commhub
-        itself asks the ranks (whether a step ended well, whether they train the same) is not.
-
-        They are called in the thread that runs the hook: on CPU tensors the communication thread, while training goes
-        on. On CUDA what they are given is enqueued and not yet there. They look and change nothing, and they are quick,
-        since collectives wait for them. A tensor is theirs until they return: who keeps it makes a copy. What they
-        raise ends the step as if the hook had raised it, on all ranks. They may refer to the model. A stage that was
-        asked for before this call is not shown.
-
-        Raises:
-            RegistrationError: if this registration was removed, its model is gone, or these are no functions.
-        """
-        self._running.check_registered()
-        if not all(one is None or callable(one) for one in (before, after)):
-            raise RegistrationError(f"observe({shown(before)}, {shown(after)}): give functions.")
-        return self._running.observe(Observer(before, after))
 
     def emulate(self, network: Network | str | None) -> None:
         """Make every collective take at least as long as it would on ``network``, from the next step on.

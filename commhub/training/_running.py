@@ -10,17 +10,21 @@ import attrs
 
 from commhub._errors import RegistrationError
 
-from ._observing import end_all, observe
+from ._observing import end, end_all, observe
+from ._reporting import Reports
 from ._reunion import Reunion
 from ._start import refuse_removed, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from commhub.drivers._observers import Observer
     from commhub.registry._recipe import Recipe
     from commhub.training.attachments._attachment import Attachment
 
+    from ._reporting import Report
     from ._session import Session
 
 logger = logging.getLogger("commhub")
@@ -34,6 +38,7 @@ class Running:
         attachment: what feeds it.
         owner: the registration. Whoever holds it holds this.
         follow: called after what a timetable of the session's waits for.
+        after_step: called after each step, once somebody wants that.
 
     Attributes:
         session, attachment: at work now.
@@ -41,11 +46,17 @@ class Running:
     """
 
     def __init__(
-        self, session: Session, attachment: Attachment, owner: object, follow: weakref.WeakMethod[Callable[[], None]]
+        self,
+        session: Session,
+        attachment: Attachment,
+        owner: object,
+        follow: weakref.WeakMethod[Callable[[], None]],
+        after_step: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
         self.session, self.attachment, self.is_removed = session, attachment, False
         self._reunion: Reunion | None = None
-        self._owner, self._follow = weakref.ref(owner), follow
+        self._owner, self._follow, self._after_step = weakref.ref(owner), follow, after_step
+        self._reports = Reports()
 
     def begin(self) -> None:
         """Have the first session fed, once the owner can be asked what it is."""
@@ -121,20 +132,20 @@ class Running:
     def end(self) -> None:
         """Leave the model to what was installed last, if it still needs that."""
         self.is_removed = True
-        end_all(self.session.target.module(), self.session.engine.observers)
+        self._end_watching()
         if not self.attachment.detach():
             self.session.stop()
 
     def retire(self, session: Session) -> None:
         """Another registration has taken the model over with ``session``; collective."""
         self.is_removed = True
-        end_all(self.session.target.module(), self.session.engine.observers)
+        self._end_watching()
         relieve(self.session, session)
 
     def withdraw(self) -> None:
         """End as if nothing had been registered; each rank by itself."""
         self.is_removed = True
-        end_all(self.session.target.module(), self.session.engine.observers)
+        self._end_watching()
         self.session.stop()
 
     def observe(self, observer: Observer) -> Callable[[], None]:
@@ -143,10 +154,40 @@ class Running:
         Raises:
             RegistrationError: if the model is gone.
         """
+        return observe(self._module(), self.session.engine.observers, observer)
+
+    def add_report(self, report: Report) -> Callable[[], None]:
+        """Have figures reported from now on, whichever hook runs; what ends that.
+
+        Raises:
+            RegistrationError: if the model is gone.
+        """
+        undo = observe(self._module(), self._reports, report)
+        self.call_after_steps()
+        return undo
+
+    def call_after_steps(self) -> None:
+        """Have the owner called after each step."""
+        self.attachment.after = self._after_step
+
+    def report(self) -> None:
+        """A step has ended: tell those whose interval is over."""
+        session = self.session
+        for report in self._reports.everyone():
+            report.step_ended(session.engine.stats, session.engine.step, str(session))
+            if report.is_over:
+                end(session.target.module(), self._reports, report)
+
+    def _module(self) -> nn.Module:
         module = self.session.target.module()
         if module is None:
             raise RegistrationError("the model that this registration belongs to is gone.")
-        return observe(module, self.session.engine.observers, observer)
+        return module
+
+    def _end_watching(self) -> None:
+        module = self.session.target.module()
+        end_all(module, self.session.engine.observers)
+        end_all(module, self._reports)
 
     def announce(self, verb: str) -> None:
         """Log what happened, on rank 0."""

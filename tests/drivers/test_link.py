@@ -9,8 +9,8 @@ import torch
 from commhub import Network
 from commhub.drivers import _link
 from commhub.drivers._link import EmulatedLink, emulate, network_of
-from commhub.drivers._stats import Meter
 from commhub.drivers._thread import ThreadDriver
+from commhub.drivers._timeline import Recorder
 
 SLOW = Network(bandwidth=8000.0, latency=0.03)  # a byte takes a millisecond
 
@@ -132,7 +132,7 @@ def test_all_else_goes_to_the_communicator_below():
 
 def test_without_a_network_nothing_stands_in_between_and_two_networks_do_not_add_up():
     bare = Bare()
-    driver = ThreadDriver(bare, Mock(), Mock(), Meter(), timeout=1.0, label="none")
+    driver = ThreadDriver(bare, Mock(), Mock(), Recorder(), timeout=1.0, label="none")
     try:
         assert (driver.communicator, driver.network) == (bare, None)
         driver.network = SLOW

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhub
 from commhub.drivers import _driver
-from commhub.drivers._stats import Meter
 from commhub.drivers._stream import CudaStreams, StreamDriver
+from commhub.drivers._timeline import Recorder
 from commhub.testing import assert_equal_across_ranks, bitwise_equal
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
@@ -56,7 +56,7 @@ class Everything:
 
 
 def on_host_streams(*, group, label, **_):
-    return StreamDriver(group, HostStreams(), Meter(), label=label)
+    return StreamDriver(group, HostStreams(), Recorder(enqueues=True), label=label)
 
 
 def host_streams(wanted=True):

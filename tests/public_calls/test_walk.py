@@ -141,6 +141,8 @@ def rows(registration, folder):
         "swap": {"hook": "allreduce"},
         "schedule": {"hooks": {}},
         "observe": {},
+        "report": {},
+        "timeline": {},
         "emulate": {"network": None},
         "load_state_dict": {},
         "save": {"directory": folder},

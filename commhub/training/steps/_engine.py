@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from commhub._errors import HookError
     from commhub.drivers._driver import Driver
     from commhub.drivers._observers import Observers
+    from commhub.drivers._timeline import Timeline
     from commhub.protocol._collectives import Subgroup
     from commhub.protocol._hook import Hook
     from commhub.protocol._spans import Span
@@ -101,7 +102,7 @@ class Engine:
         """Start a step."""
         if self.averages is not None:
             self.averages.join()
-        self.rounds.catch_up()
+        self.rounds.begin(self.step)
         self._under_way = Step(
             divisor=self.world_size if divisor is None else divisor,
             divides=divides,
@@ -130,9 +131,7 @@ class Engine:
         """Reduce one bucket, in place, by a ``plain`` mean if the hook was not prepared for its parameters.
 
         With a ``shard`` it is scattered: the mean of this rank's part is left there. ``divisor`` counts for this bucket
-        in place of the step's.
-
-        ``done`` is called when it is over, whether it went well or not. ``last``: no more come before ``wait``.
+        in place of the step's. ``done`` is called when it is over, however it went. ``last``: no more until ``wait``.
         """
         step = self._under_way
         assert step is not None
@@ -201,10 +200,7 @@ class Engine:
         return self._call([record])
 
     def _say_what_is_missing(self, step: Step) -> None:
-        """Where a step has fewer buckets than the one before, have the ranks compare that, too.
-
-        Buckets that only some ranks leave out would meet the word on the step's end on the others.
-        """
+        """Have the ranks compare it where there are fewer buckets than before: others would meet their last word."""
         count = len(step.tasks)
         for index in range(count, self._buckets):
             self.rounds.leave_out(self._position(index), self.step)
@@ -232,9 +228,8 @@ class Engine:
         """Hear from every rank that its step ended well; and whether what it has is finite, if that may differ.
 
         A rank may fail after its last collective, when its peers need nothing more of it. Without this they would go
-        on, a step ahead, and meet in different collectives.
-
-        A step that an averager makes local asks only those who met in it; the others hear at the next average.
+        on, a step ahead, and meet in different collectives. A step that an averager makes local asks only those who met
+        in it; the others hear at the next average.
         """
         met = step.met
         local = self.averages is not None and None not in met
@@ -290,11 +285,16 @@ class Engine:
         return flat
 
     def take_over(self, former: Engine) -> None:
-        """Go on with what outlives a hook: the figures, and who observes."""
+        """Go on with what outlives a hook: the figures, what happened, and who observes."""
         self.stats = former.stats
-        self.rounds.observers = former.observers
+        self.rounds.take_over(former.rounds)
 
     @property
     def observers(self) -> Observers:
         """Who is told of what hooks ask for."""
         return self.rounds.observers
+
+    @property
+    def timeline(self) -> Timeline:
+        """What happened in the last steps."""
+        return self.rounds.timeline

@@ -15,6 +15,7 @@ from commhub.drivers._failure import to_raise
 from commhub.drivers._job import Scratch
 from commhub.drivers._observers import Observers
 from commhub.drivers._task import Task
+from commhub.drivers._timeline import Timeline
 from commhub.protocol._bucket import Bucket
 
 from ._own_hooks import Failed, Nothing, Sum
@@ -40,12 +41,14 @@ class Rounds:
         driver: carries them out.
         rank, world_size: in the whole group.
         observers: who is told of what hooks ask for.
+        timeline: what happened in the last steps.
     """
 
     driver: Driver
     rank: int
     world_size: int
     observers: Observers = attrs.Factory(Observers)
+    timeline: Timeline = attrs.Factory(Timeline)
     _groups: set[Subgroup] = attrs.Factory(set)
     _scratch: Scratch = attrs.Factory(Scratch)
     _unheard: bool = False
@@ -65,6 +68,15 @@ class Rounds:
     def failure(self) -> HookError | None:
         """What went wrong, once something has: a copy, to be raised."""
         return None if self.driver.failure is None else to_raise(self.driver.failure)
+
+    def begin(self, step: int) -> None:
+        """A step begins: what goes before it is over, and what follows is its own."""
+        self.catch_up()
+        self.timeline.begin(step)
+
+    def take_over(self, former: Rounds) -> None:
+        """Go on with what outlives a hook: who observes, and what happened."""
+        self.observers, self.timeline = former.observers, former.timeline
 
     def connect(self, groups: Sequence[Sequence[int]]) -> Sequence[Subgroup]:
         """Make communicators among disjoint groups of ranks, and know those that hold this rank from others' own."""
@@ -107,12 +119,14 @@ class Rounds:
             scratch=self._scratch,
             meter=self.driver.meter,
             watch=watch,
+            purpose="word" if not observed else "gradients" if position.topic == "step" else "parameters",
             position=position,
             observers=self.observers if observed else None,
             groups=self._groups,
             done=done,
         )
-        self.driver.meter.step.logical_bytes += logical_bytes
+        if task.record is not None:
+            task.record.logical_bytes = logical_bytes
         self.driver.submit(task)
         if last:
             self.driver.end_round()
@@ -195,7 +209,9 @@ class Rounds:
     def finish(self) -> StepStats:
         """Wait for all that was submitted; its figures. What went wrong is in ``failure``."""
         self.driver.wait()
-        return self.driver.meter.take()
+        done = self.driver.meter.take()
+        self.timeline.add(done)
+        return done.figures()
 
     def confirm(
         self, groups: Iterable[Subgroup | None], step: int, *, flag: Tensor | None = None, linger: bool = False

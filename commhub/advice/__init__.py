@@ -1,1 +1,1 @@
-"""What a hook would cost and gain on a network: a prediction from parts that can be measured. Nothing in the core uses it."""
+"""What a hook would cost and gain on a network: a prediction from parts that can be measured."""

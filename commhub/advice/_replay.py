@@ -1,7 +1,7 @@
 """One training step played through in virtual time: backward, the communication thread, and the link.
 
-The communication thread does what ``drivers._pipeline.Pipeline`` does, in its order. Training, that thread and what moves
-the bytes share the cores that a rank has: where there are fewer cores than work, all of it slows down alike.
+The communication thread does what ``drivers._pipeline.Pipeline`` does, in its order. Training, that thread and what
+moves the bytes share the cores that a rank has: where there are fewer cores than work, all of it slows down alike.
 """
 
 from __future__ import annotations

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import torch.distributed as dist
 
 from . import _pytorch
+from ._intervals import together
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +51,9 @@ class Attached(Protocol):
     def cost(self) -> StepCost:
         """What the step that has just ended cost."""
 
+    def trace(self) -> dict[str, Any]:
+        """The last steps as a trace, as JSON has it."""
+
     def end(self) -> None:
         """Take it off the model, whose parameters are alike on all ranks then. Collective."""
 
@@ -74,15 +81,28 @@ class _Ours:
 
     def cost(self) -> StepCost:
         last = self._registration.stats.last
+        step = self._registration.timeline()[-1]
+        buckets = [bucket for bucket in step.buckets if bucket.purpose != "word"]
+        stages = [stage for bucket in buckets for stage in bucket.stages]
+        encodes = [stage.encode for stage in stages]
+        decodes = [bucket.decode for bucket in buckets if bucket.decode is not None]
+        flights = [(x.issued, x.landed) for x in stages if x.issued is not None and x.landed is not None]
         return StepCost(
             sent_bytes=last.sent_bytes,
             reference_bytes=last.logical_bytes,
             encode=last.exposed["encode"],
             wait=last.exposed["wait"],
             decode=last.exposed["decode"],
-            wire=0.0,
-            busy=0.0,
+            wire=together(flights),
+            busy=together([*encodes, *flights, *decodes]),
         )
+
+    def trace(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "trace.json")
+            self._registration.timeline(file)
+            made: dict[str, Any] = json.loads(file.read_text())
+            return made
 
     def end(self) -> None:
         self._registration.remove()
@@ -108,6 +128,10 @@ class _Theirs:
             wire=_UNKNOWN,
             busy=_UNKNOWN,
         )
+
+    def trace(self) -> dict[str, Any]:
+        """Nobody has recorded anything."""
+        return {"traceEvents": []}
 
     def end(self) -> None:
         """PyTorch has no way to do that, and every step has left the parameters alike."""

@@ -103,6 +103,7 @@ class Board:
             bandwidth=None if link is None else link.bandwidth,
             floor=self.timing.floor([result.ran_as for result in self._results], nothing),
             remarks=tuple(self.remarks),
+            trace=self.timing.trace,
         )
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def checked(settings: Settings, *, world_size: int) -> Settings:
         raise BenchError(f"{theirs[0]} is a hook for DDP; leave it out, or --shard")
     if theirs and settings.emulated and settings.hosts == 1:
         raise BenchError(f"{theirs[0]} communicates past an emulated link; use --hosts, or leave it out")
-    for flag, file in (("--json", settings.json), ("--report", settings.report)):
+    for flag, file in (("--json", settings.json), ("--timeline", settings.timeline), ("--report", settings.report)):
         if file and (not Path(file).resolve().parent.is_dir() or Path(file).is_dir()):
             raise BenchError(f"{flag} {file} cannot be written: {_no_place(Path(file))}")
     _check_text(settings, world_size)

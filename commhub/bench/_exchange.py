@@ -37,3 +37,15 @@ def mean(values: Sequence[float], device: torch.device) -> list[float]:
 def any_of(here: bool, device: torch.device) -> bool:
     """Whether something is so on any rank."""
     return mean([float(here)], device)[0] > 0
+
+
+def gather(text: str, device: torch.device) -> list[str]:
+    """The texts of all ranks, in rank order."""
+    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(own)], device=device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.cat([own, own.new_zeros(longest - len(own))])
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return [bytes(each[: int(n)].tolist()).decode() for each, n in zip(gathered, lengths, strict=True)]

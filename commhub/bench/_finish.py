@@ -36,6 +36,8 @@ def finish(outcome: Outcome, *, stopped: int) -> int:
     for line in filter(None, [*_table.notes(outcome), verdict(outcome)]):
         _say(line)
     kept = _write("JSON", outcome.settings["json"], lambda: json.dumps(document(outcome), indent=1) + "\n")
+    if outcome.trace is not None:
+        kept &= _write("Timeline", outcome.settings["timeline"], lambda: json.dumps(outcome.trace))
     kept &= _write("Report", outcome.settings["report"], lambda: _html(outcome))
     if outcome.settings["report"] is None:
         print(f"No report: {NO_MATPLOTLIB}")

@@ -65,6 +65,7 @@ class Settings:
         learning_rate: the highest one; ``None`` means the model's own.
         bandwidth, latency: texts such as ``"100mbit"`` and ``"1ms"``: of the hosts' links, or of a link to emulate.
         threads: per rank; ``None`` means the cores divided among the ranks.
+        timeline: a file for the last of the steps that are timed in turn, as a trace of all ranks.
         report: ``None`` writes ``DEFAULT_REPORT`` into the current folder if matplotlib is there, ``""`` writes none.
 
     Raises:
@@ -90,11 +91,14 @@ class Settings:
     threads: int | None = attrs.field(default=None, validator=_at_least(1))
     device: str = attrs.field(default="auto", validator=_one_of(("auto", "cpu", "cuda")))
     json: str | None = None
+    timeline: str | None = None
     report: str | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.steps and not self.repeats:
             raise BenchError("--steps 0 --repeats 0 leaves nothing to be measured")
+        if self.timeline and not self.repeats:
+            raise BenchError("--timeline shows steps that are timed in turn, and --repeats 0 leaves them out")
         if self.steps and self.warmup >= self.steps:
             raise BenchError(f"--warmup {self.warmup} leaves none of --steps {self.steps} to be timed")
         if self.ranks % self.hosts:

@@ -6,6 +6,7 @@ which no step moves, and have gradients, buckets and an optimizer of their own. 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from commhub.bench import _format, _hooks
 
 from ._attach import attach
-from ._exchange import any_of, mean
+from ._exchange import any_of, gather, mean
 from ._interface import sent_bytes
 from ._model import loss_of
 from ._sizes import SIZES
@@ -83,11 +84,31 @@ def race(
                 emit({"kind": "dropped", "index": index, "error": error or "failed on another rank"})
             elif repeat >= 0:
                 emit({"kind": "timed", "index": index, "record": attrs.asdict(_record(repeat, means))})
+    if settings.timeline:
+        emit(
+            {
+                "kind": "timeline",
+                "trace": _together({index: x.attached.trace() for index, x in runners.items()}, device),
+            }
+        )
     for runner in runners.values():
         runner.attached.close()
 
 
 _FIGURES = [field.name for field in attrs.fields(TimedStep) if field.name != "repeat"]
+
+
+def _together(traces: dict[int, dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The traces of all hooks and ranks in one: a process for each hook on each rank, those of a hook side by side."""
+    events = []
+    for place, made in enumerate(traces.values()):
+        for event in made["traceEvents"]:
+            event["pid"] += place * dist.get_world_size()
+            if event["name"] == "process_sort_index":
+                event["args"]["sort_index"] = event["pid"]
+            events.append(event)
+    everything = [event for text in gather(json.dumps(events), device) for event in json.loads(text)]
+    return {"displayTimeUnit": "ms", "traceEvents": everything}
 
 
 def _record(repeat: int, means: list[float]) -> TimedStep:

@@ -144,6 +144,7 @@ class Outcome:
         bandwidth: bits per second that each host, or each rank on an emulated link, could send; ``None`` if unknown.
         floor: steps without communication, if there were any among those timed in turn.
         remarks: what went otherwise than asked for.
+        trace: of the last steps that were timed in turn, if that was asked for.
     """
 
     settings: dict[str, Any]
@@ -157,6 +158,7 @@ class Outcome:
     bandwidth: float | None = None
     floor: tuple[TimedStep, ...] = ()
     remarks: tuple[str, ...] = ()
+    trace: dict[str, Any] | None = None
 
     @property
     def baseline(self) -> HookResult | None:

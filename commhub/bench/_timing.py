@@ -20,12 +20,14 @@ class Timing:
         is_under_way: whether it has begun and is not over.
         error: why it ended badly, if it did.
         dropped: why a hook fell out, by its index.
+        trace: of the last steps, if that was asked for.
     """
 
     def __init__(self, progress: Progress, *, is_wanted: bool) -> None:
         self.is_over, self.is_under_way = not is_wanted, False
         self.error = ""
         self.dropped: dict[int, str] = {}
+        self.trace: dict[str, Any] | None = None
         self._progress = progress
         self._steps: dict[int, list[TimedStep]] = {}
 
@@ -41,6 +43,8 @@ class Timing:
         elif kind == "dropped":
             self._steps.pop(event["index"], None)
             self.dropped[event["index"]] = event["error"]
+        elif kind == "timeline":
+            self.trace = event["trace"]
         elif kind in ("raced", "race failed"):
             self.is_over, self.is_under_way = True, False
             if kind == "race failed":

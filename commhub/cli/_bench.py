@@ -66,6 +66,11 @@ from commhub.bench._sizes import OPTIMIZERS, SIZES
 @click.option("--threads", type=int, help="Threads per rank.  [default: the cores divided among the ranks]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @click.option("--json", metavar="FILE", help="Write every measurement to this file.")
+@click.option(
+    "--timeline",
+    metavar="FILE",
+    help="Write the last timed steps of all ranks and hooks here, as a trace for ui.perfetto.dev or chrome://tracing.",
+)
 @click.option("--report", metavar="FILE", help=f"Write the HTML report here.  [default: {DEFAULT_REPORT}]")
 @click.option("--no-report", is_flag=True, help="Write no HTML report.")
 @click.pass_context

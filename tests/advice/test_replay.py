@@ -80,7 +80,8 @@ def test_half_a_core_makes_everything_take_twice_as_long():
 
 
 def test_nothing_is_faster_than_its_parts():
-    buckets = [Bucket(ready=0.05 * k, stages=(stage(0.02, 0.1, 0.01), stage(0.01, 0.03)), decode=0.02) for k in range(8)]
+    stages = stage(0.02, 0.1, 0.01), stage(0.01, 0.03)
+    buckets = [Bucket(ready=0.05 * k, stages=stages, decode=0.02) for k in range(8)]
     link = 8 * 0.13
     work = 8 * 0.05
     for cores in (1, 2, 8):

@@ -41,7 +41,7 @@ def namespaces():
 @pytest.fixture(scope="module")
 def run(bench):
     """One bench of two hosts on links of 200 mbit/s, with an emulated latency where the kernel has none."""
-    flags = ("--hosts", "2", "--bandwidth", "200mbit", "--repeats", "6", "--json", "hosts.json")
+    flags = ("--hosts", "2", "--bandwidth", "200mbit", "--repeats", "6", "--json", "hosts.json", "--timeline", "t.json")
     return bench("--hooks", "allreduce,fp16,bench_tells,torch:fp16", *SHORT, *flags)
 
 
@@ -64,6 +64,11 @@ def test_the_table_says_what_the_link_was(run):
     assert "interface" in run.stdout
     assert "bench_tells failed while steps were timed" in run.stdout
     assert run.returncode == 1
+
+
+def test_the_timeline_is_written(run, bench):
+    assert "Timeline: t.json" in run.stdout
+    assert bench.json("t.json")["traceEvents"]
 
 
 def test_nothing_is_left_of_them(run, bench):

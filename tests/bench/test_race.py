@@ -110,6 +110,18 @@ def test_pytorchs_own_hooks_take_turns_with_ours(ranks):
     assert all(number != number for number in sent[3])  # nobody can know
 
 
+def test_a_timeline_has_the_last_steps_of_every_hook_on_every_rank(ranks):
+    hooks = {0: "allreduce", 1: "torch:fp16", 2: "powersgd_rank2(start_step=0)"}
+    answers = ranks(raced, 2, hooks, {"timeline": "timeline.json"}, {})
+    *_, last = answers[0][0]
+    events = last["trace"]["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert sorted(names.values()) == sorted(f"rank {rank}: {hooks[hook]}" for hook in (0, 2) for rank in range(2))
+    for pid in names:
+        mine = [event for event in events if event["pid"] == pid and event["ph"] == "X"]
+        assert {"compute", "blocked", "ready", "encode", "on the wire", "decode"} <= {event["name"] for event in mine}
+
+
 def test_sharded_models_take_turns_too(ranks):
     hooks = {0: "allreduce", 1: "quantize_per_channel"}
     events, kept, _ = ranks(raced, 2, hooks, {"shard": 2}, {})[0]

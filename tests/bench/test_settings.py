@@ -57,6 +57,8 @@ def no_launch(monkeypatch):
         (["--learning-rate", "0"], ["--learning-rate is 0.0, but must be above zero"]),
         (["--device", "tpu"], ["--device", "auto, cpu, cuda"]),
         (["--report", "no/such/folder/report.html"], ["--report", "its folder does not exist"]),
+        (["--timeline", "no/such/folder/t.json"], ["--timeline", "its folder does not exist"]),
+        (["--timeline", "t.json", "--repeats", "0"], ["--timeline shows steps that are timed in turn"]),
         (["--json", "."], ["--json", "it is a folder"]),
     ],
 )

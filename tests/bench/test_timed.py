@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 from commhub.bench._interface import sent_bytes
+from commhub.bench._intervals import together
 from commhub.bench._limits import limits
 from commhub.bench._table import limit_rows, notes, table
 from commhub.bench._timed import TimedStep, ratio
@@ -113,3 +114,18 @@ def test_an_interfaces_bytes_are_read_from_the_kernels_counters(tmp_path):
     assert sent_bytes("eth1", file) is None
     assert sent_bytes("eth0", tmp_path / "none") is None
     assert sent_bytes("lo") is not None
+
+
+@pytest.mark.parametrize(
+    ("intervals", "length"),
+    [
+        ([], 0),
+        ([(1, 3)], 2),
+        ([(1, 3), (5, 6)], 3),
+        ([(2, 6), (1, 3)], 5),
+        ([(1, 9), (2, 3), (4, 5)], 8),
+        ([(1, 2), (1, 2), (2, 3)], 2),
+    ],
+)
+def test_overlaps_count_once(intervals, length):
+    assert together(intervals) == length

@@ -55,8 +55,8 @@ def limits(outcome: Outcome, result: HookResult) -> Limits | None:
         ratio=None if base is None else ratio(result.race, base.race),
         floor_seconds=floor,
         over_floor=seconds / floor if floor else None,
-        bus_bits_per_second=8 * sent / wire if wire and sent else None,
-        hidden=max(0.0, 1 - exposed / busy) if busy and sent else None,
+        bus_bits_per_second=8 * sent / wire if wire > 0 and sent else None,
+        hidden=max(0.0, 1 - exposed / busy) if busy > 0 and sent else None,  # which NaN is not
         extra_cpu_seconds=cpu - _median(outcome.floor, lambda x: x.cpu_seconds) if outcome.floor else None,
         interface_bytes=statistics.median(measured) if measured else None,
     )

@@ -74,6 +74,12 @@ class Fabric:
             occupied = max(self.between.seconds(leaving), self.within.seconds(asked.sent_bytes) if own > 1 else 0.0)
         return Flight(latency=rounds * level.latency, occupied=occupied, load=level.load)
 
+    def word(self) -> float:
+        """Seconds in which all ranks hear from each other that a step ended well: an all-reduce of one number."""
+        p = len(self.hosts)
+        level = self.within if len(set(self.hosts)) == 1 else self.between
+        return _rounds(AllReduce, p) * level.latency if p > 1 else 0.0
+
 
 def _rounds(kind: type[Collective], p: int) -> int:
     """How many messages have to wait for one another."""

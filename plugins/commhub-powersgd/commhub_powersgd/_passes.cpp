@@ -8,9 +8,21 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t kRows = 4;  // rows that `project` takes at once
+constexpr int64_t kAhead = 2048;  // bytes to ask memory for in advance, by row; half as many or twice are little worse
+
+// Ask memory for what comes soon; it may lie beyond the end. The processor's own guesses end with a page, and it makes
+// them for few rows at once.
+template <typename T>
+void fetch(const T* from) {
+  __builtin_prefetch(from);
+}
 
 template <typename T>
 struct Lanes {
@@ -23,7 +35,35 @@ struct Lanes {
     return v;
   }
   static void store(T* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+  // Past the caches, to an address that is a multiple of 64: a plain store reads memory before it writes it, and this
+  // does not. `drain` before another thread reads what was written.
+  static void stream(T* to, Vector v) {
+#if defined(__AVX512F__)
+    __m512i whole;
+    std::memcpy(&whole, &v, sizeof v);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), whole);
+#elif defined(__AVX__)
+    __m256i halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), halves[0]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, halves[1]);
+#else
+    store(to, v);
+#endif
+  }
 };
+
+inline void drain() {
+#ifdef __AVX__
+  _mm_sfence();
+#endif
+}
+
+// Whether every row of a matrix begins at a multiple of 64.
+template <typename T>
+bool aligned(const T* matrix, int64_t m) {
+  return (reinterpret_cast<uintptr_t>(matrix) | m * sizeof(T)) % 64 == 0;
+}
 
 // R vectors of m elements, by columns: what belongs to the same ones lies together and at an aligned address. R rows a
 // power of two apart would share a few lines of the first-level cache.
@@ -61,6 +101,8 @@ void multiply(T* matrix, const T* addend, T scale, const T* right, T* left, int6
 #pragma GCC unroll 4
       for (int64_t c = 0; c < chains; ++c) {
         const int64_t k = j + c * L::count;
+        fetch(row + k + kAhead / sizeof(T));
+        if (Adds) fetch(other + k + kAhead / sizeof(T));
         auto value = L::load(row + k);
         if (Adds) {
           value += scale * L::load(other + k);
@@ -108,6 +150,8 @@ void project(T* matrix, const T* addend, T scale, const T* left, T* right, int64
           typename L::Vector values[kRows];
 #pragma GCC unroll 4
           for (int64_t k = 0; k < kRows; ++k) {
+            fetch(row + (k + kRows) * m + j);
+            if (Adds) fetch(other + (k + kRows) * m + j);
             values[k] = L::load(row + k * m + j);
             if (Adds) {
               values[k] += scale * L::load(other + k * m + j);
@@ -132,55 +176,64 @@ void project(T* matrix, const T* addend, T scale, const T* left, T* right, int64
   }
 }
 
-// Where there is room for an error, error = M - P Q^T; it may be M itself. Then, where there are new factors, M = P' Q'^T.
-// Returns whether every element of the error is finite: zero times anything else is not zero.
+// Where there is room for an error, error = M - P Q^T; it may be M itself. Then, where there are new factors,
+// M = P' Q'^T. Returns whether every element of the error is finite: zero times anything else is not zero.
+//
+// What is written and was not read here goes past the caches. Nobody asks for it soon, and to fetch it first would be a
+// quarter of all that this pass moves.
 template <typename T, int R, bool Keeps, bool Stores>
 bool settle(T* matrix, T* error, const T* left, const T* right, const T* new_left, const T* new_right, int64_t n,
             int64_t m, int threads) {
   using L = Lanes<T>;
   const Interleaved<T, R> factors(right, Keeps ? m : 0), new_factors(new_right, Stores ? m : 0);
+  const bool past = Keeps ? error != matrix && aligned(error, m) : aligned(matrix, m);
   int64_t odd = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : odd) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    T* row = matrix + i * m;
-    T* rest = Keeps ? error + i * m : nullptr;
-    T own[R], mean[R];
-    for (int r = 0; r < R; ++r) {
-      if (Keeps) own[r] = left[r * n + i];
-      if (Stores) mean[r] = new_left[r * n + i];
-    }
-    typename L::Vector zeros = {};
-    T zero = 0;
-    int64_t j = 0;
-    for (; j + L::count <= m; j += L::count) {
-      if (Keeps) {
-        auto value = L::load(row + j);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) value -= own[r] * factors.at(j, r);
-        L::store(rest + j, value);
-        zeros += value * T(0);
-      }
-      if (Stores) {
-        auto result = mean[0] * new_factors.at(j, 0);
-#pragma GCC unroll 8
-        for (int r = 1; r < R; ++r) result += mean[r] * new_factors.at(j, r);
-        L::store(row + j, result);
-      }
-    }
-    for (; j < m; ++j) {
-      T value = row[j], result = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : odd) if (threads > 1)
+  {
+#pragma omp for nowait
+    for (int64_t i = 0; i < n; ++i) {
+      T* row = matrix + i * m;
+      T* rest = Keeps ? error + i * m : nullptr;
+      T own[R], mean[R];
       for (int r = 0; r < R; ++r) {
-        if (Keeps) value -= own[r] * right[r * m + j];
-        if (Stores) result += mean[r] * new_right[r * m + j];
+        if (Keeps) own[r] = left[r * n + i];
+        if (Stores) mean[r] = new_left[r * n + i];
       }
-      if (Keeps) {
-        rest[j] = value;
-        zero += value * T(0);
+      typename L::Vector zeros = {};
+      T zero = 0;
+      int64_t j = 0;
+      for (; j + L::count <= m; j += L::count) {
+        if (Keeps) {
+          fetch(row + j + kAhead / sizeof(T));
+          auto value = L::load(row + j);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) value -= own[r] * factors.at(j, r);
+          past ? L::stream(rest + j, value) : L::store(rest + j, value);
+          zeros += value * T(0);
+        }
+        if (Stores) {
+          auto result = mean[0] * new_factors.at(j, 0);
+#pragma GCC unroll 8
+          for (int r = 1; r < R; ++r) result += mean[r] * new_factors.at(j, r);
+          past && !Keeps ? L::stream(row + j, result) : L::store(row + j, result);
+        }
       }
-      if (Stores) row[j] = result;
+      for (; j < m; ++j) {
+        T value = row[j], result = 0;
+        for (int r = 0; r < R; ++r) {
+          if (Keeps) value -= own[r] * right[r * m + j];
+          if (Stores) result += mean[r] * new_right[r * m + j];
+        }
+        if (Keeps) {
+          rest[j] = value;
+          zero += value * T(0);
+        }
+        if (Stores) row[j] = result;
+      }
+      for (int64_t k = 0; k < L::count; ++k) zero += zeros[k];
+      odd += zero != 0;
     }
-    for (int64_t k = 0; k < L::count; ++k) zero += zeros[k];
-    odd += zero != 0;
+    drain();
   }
   return odd == 0;
 }

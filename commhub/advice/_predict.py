@@ -56,6 +56,4 @@ def predict(
     )
     word = fabric.word() if any(bucket.stages for bucket in buckets) else 0.0
     played = play(Step(buckets=buckets, computed=backward.seconds * stretch, word=word, cores=max(1.0, cores)))
-    return Prediction(
-        seconds=played.seconds, exposed=played.exposed, sent_bytes=sum(cost.sent_bytes for cost in costs)
-    )
+    return Prediction(seconds=played.seconds, exposed=played.exposed, sent_bytes=sum(cost.sent_bytes for cost in costs))

@@ -10,6 +10,8 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from commhub.registry._spec import HookSpec
+
 Accuracy = Literal["exact", "rounding", "lossy"]
 _WORTH = 0.05
 """The share of a step that a hook must save to be recommended: what is predicted holds no better than that."""
@@ -64,6 +66,13 @@ class Advice:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return attrs.asdict(self)
+
+
+def accuracy_of(spec: HookSpec) -> Accuracy:
+    """The class of a hook's error: that of the gradient's dtype, one with a bound for each step, or one without."""
+    if spec.exact:
+        return "exact"
+    return "lossy" if spec.tolerance is None else "rounding"
 
 
 def recommend(

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from commhub.advice._advice import FASTEST, Advice, HookAdvice, Recommendation, pays_below, recommend
+from commhub import HookSpec
+from commhub.advice._advice import FASTEST, Advice, HookAdvice, Recommendation, accuracy_of, pays_below, recommend
 
 ALL = ("exact", "rounding", "lossy")
 
@@ -64,3 +65,11 @@ def test_json_has_the_names_that_are_promised():
     (first,) = document["hooks"]
     assert {"hook", "predicted_step_seconds", "sent_bytes", "pays_below_bits_per_second", "accuracy"} <= set(first)
     assert document["recommendation"] == {"hook": "fp16", "reason": "because"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "accuracy"), [({"exact": True}, "exact"), ({"tolerance": 1e-3}, "rounding"), ({}, "lossy")]
+)
+def test_the_class_of_accuracy_is_what_the_spec_declares(fields, accuracy):
+    spec = HookSpec(name="mine", summary="A hook.", factory="module:Class", **fields)
+    assert accuracy_of(spec) == accuracy

@@ -7,6 +7,8 @@ plain tensor operations in rank order. Sums are in the payload's dtype and agree
 from __future__ import annotations
 
 import copy
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -25,7 +27,7 @@ from commhub.registry._recipe import choose
 from ._failure import own_error
 from ._job import Scratch
 from ._network import Network
-from ._plain import check, exchange
+from ._plain import check, exchange, taken
 from ._stats import Meter
 from ._task import Task
 from ._virtual import alike, as_before, count, hosts_of, how_many, tensors
@@ -190,22 +192,23 @@ class _World:
         return connect
 
     def run(self, step: int, gradients: list[Sequence[Tensor]], buckets: int) -> None:
+        self.results = []  # those of the step before are not wanted any more
         outs = [[self.way.result(t, rank) for t in mine] for rank, mine in enumerate(gradients)]
         for state in self.states:
             state.begin()
-        finite = [torch.ones((), dtype=torch.bool) for _ in range(self.p)]
+        finite: list[Tensor | bool] = [True] * self.p
         for index, places in enumerate(_buckets(gradients[0], buckets)):
             tasks = [self._task(rank, gradients[rank], places, index, step) for rank in range(self.p)]
             self._drive(tasks)
             self.logical += self.plain.sent_bytes(tasks[0].bucket.flat.nbytes, self.p)
             for rank, task in enumerate(tasks):
-                finite[rank] = finite[rank] & task.bucket.finite.cpu()
+                finite[rank] = task.bucket.finite & finite[rank]
                 for place, view in zip(places, self.way.results(task.bucket), strict=True):
                     outs[rank][place].copy_(view)
         if self.plain is ReduceScatter:  # which ranks tell each other
-            finite = [torch.stack(finite).all()] * self.p
+            finite = [reduce(and_, finite)] * self.p
         for state, verdict in zip(self.states, finite, strict=True):
-            state.commit(bool(verdict))
+            state.commit(verdict)
         for function in self.after:
             function(step)
         self.results = outs
@@ -253,7 +256,7 @@ class _World:
                     self.meters[rank].step.sent_bytes += job.sent_bytes
                 if self.network is not None and stage[0].p > 1:
                     self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))
-            self._each(tasks, lambda task: task.resume([job.raw for job in task.jobs if job.raw is not None]))
+            self._each(tasks, lambda task: task.resume([taken(job) for job in task.jobs]))
 
     def _each(self, tasks: list[Task], action: Callable[[Task], None]) -> None:
         for task in tasks:

@@ -60,7 +60,9 @@ class Part:
         self.own = torch.zeros(section.share_rows, codec.row, dtype=dtype, device=device)
         ends = accumulate(len(line.rows) for line in self.owned)
         filled = [len(line.rows) * codec.row - line.stretch.length for line in self.owned]
+        self._owns = sum(len(line.rows) for line in self.owned)  # the rows after these are none's
         self._filling = [self.own[end - 1, -n:] for end, n in zip(ends, filled, strict=True) if n]
+        self._filling.append(self.own[self._owns :])
         self._noise: dict[bool, Tensor] = {}
         rows, table = section.share_rows, self._rows.table
         self._codes_at = Place(byte, rows, codec.row_bytes(dtype), self._rows.codes.dtype)
@@ -105,17 +107,19 @@ class Part:
 
     def sum(self, received: Tensor, divisor: int) -> None:
         """Make ``own`` the mean of what all ranks sent, (p, bytes of a share), in their order."""
-        mine = self._own_rows
-        for some in batches(len(received), self.own.numel()):
-            codes, scales = self._codes_at.within(received[some]), self.scales_at.within(received[some])
-            scales = scales.clone() if mine.table is None else scales[:, mine.parameter]
+        mine, owns = self._own_rows, self._owns
+        own, parameter = self.own[:owns], mine.parameter[:owns]
+        for some in batches(len(received), own.numel()) if owns else ():
+            codes = self._codes_at.within(received[some])[:, :owns]
+            scales = self.scales_at.within(received[some])
+            scales = scales[:, :owns].clone() if mine.table is None else scales[:, parameter]
             scales[..., :1].mul_(1.0 / divisor)
             if len(codes) == 1:
-                self.codec.decode(codes[0], scales[0], self.own, adding=some.start > 0)
+                self.codec.decode(codes[0], scales[0], own, adding=some.start > 0)
             else:
-                values = self.own.new_empty(codes.shape[0] * codes.shape[1], self.codec.row)
+                values = own.new_empty(len(codes) * owns, self.codec.row)
                 self.codec.decode(_in_one(codes), _in_one(scales), values, adding=False)
-                add_in_order(self.own.view(-1), values.view(len(codes), -1), adding=some.start > 0)
+                add_in_order(own.view(-1), values.view(len(codes), -1), adding=some.start > 0)
 
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result of all shares, (p, bytes of a share), into ``values``."""

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_BATCH = 1 << 17
-"""Elements of a batch: what is made of it stays in a core's second-level cache."""
+_BATCH = 1 << 19
+"""Bytes of a batch: what is made of it stays in a core's second-level cache."""
 
 
-def batches(shares: int, elements: int) -> Iterator[slice]:
+def batches(shares: int, size: int) -> Iterator[slice]:
     """All shares once, in order: as many at a time as are small together, at least one.
 
     Args:
         shares: how many there are.
-        elements: of each.
+        size: of what is made of each, in bytes.
     """
-    step = max(_BATCH // max(elements, 1), 1)
+    step = max(_BATCH // max(size, 1), 1)
     for low in range(0, shares, step):
         yield slice(low, min(low + step, shares))
 

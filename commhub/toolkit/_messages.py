@@ -46,7 +46,7 @@ class Uncoded:
     def sum(self, received: Tensor, out: Tensor) -> None:
         """Add up what all ranks sent for this share, in their order, in the second message."""
         total, terms = self.at.within(out).view(-1).zero_(), self._in(received)
-        for some in batches(*terms.shape):
+        for some in batches(len(terms), total.nbytes):
             add_in_order(total, terms[some], adding=True)
 
     def take(self, gathered: Tensor, values: Tensor) -> None:
@@ -122,7 +122,7 @@ class Messages:
         extremes = [
             extreme
             for place in places
-            for some in batches(len(shares), place.rows * place.width)
+            for some in batches(len(shares), place.size)
             for extreme in torch.aminmax(place.within(shares[some]))
         ]
         return torch.isfinite(torch.stack(extremes).to(dtype)).all()

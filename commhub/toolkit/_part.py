@@ -34,12 +34,16 @@ class Place:
     @property
     def end(self) -> int:
         """The byte from which on something else may lie."""
-        return -(-(self.byte + self.rows * self.width * self.dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT
+        return -(-(self.byte + self.size) // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.rows * self.width * self.dtype.itemsize
 
     def within(self, share: Tensor) -> Tensor:
         """A view of it in a share (uint8), or in each of several: (..., bytes of a share), to (..., rows, width)."""
-        size = self.rows * self.width * self.dtype.itemsize
-        return share.narrow(-1, self.byte, size).view(self.dtype).view(*share.shape[:-1], self.rows, self.width)
+        return share.narrow(-1, self.byte, self.size).view(self.dtype).view(*share.shape[:-1], self.rows, self.width)
 
 
 class Part:
@@ -91,7 +95,7 @@ class Part:
     def fill(self, shares: Tensor) -> None:
         """Write the first message, (p, bytes of a share)."""
         codes, scales, table = self._rows.codes, self._rows.scales, self._rows.table
-        for some in batches(len(shares), self.own.numel()):
+        for some in batches(len(shares), self._codes_at.size):
             rows = self._shares[some]
             _select(codes, rows, self._codes_at.within(shares[some]))
             if table is None:
@@ -109,7 +113,7 @@ class Part:
         """Make ``own`` the mean of what all ranks sent, (p, bytes of a share), in their order."""
         mine, owns = self._own_rows, self._owns
         own, parameter = self.own[:owns], mine.parameter[:owns]
-        for some in batches(len(received), own.numel()) if owns else ():
+        for some in batches(len(received), own.nbytes) if owns else ():
             codes = self._codes_at.within(received[some])[:, :owns]
             scales = self.scales_at.within(received[some])
             scales = scales[:, :owns].clone() if mine.table is None else scales[:, parameter]
@@ -124,7 +128,7 @@ class Part:
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result of all shares, (p, bytes of a share), into ``values``."""
         all_rows = self._rows
-        for some in batches(len(gathered), self.own.numel()):
+        for some in batches(len(gathered), self._codes_at.size):
             rows = self._shares[some]
             codes, scales = self._codes_at.within(gathered[some]), self.scales_at.within(gathered[some])
             if all_rows.table is not None:

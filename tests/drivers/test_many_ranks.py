@@ -104,12 +104,33 @@ def test_who_asks_for_something_else_is_named_with_a_rank_of_its_group(halves, o
         commhub.simulate(Odd(halves), [[torch.ones(1)]] * 8)
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_three_times_the_ranks_take_three_times_the_calls(hook):
+@pytest.mark.parametrize("p", [1, 2, 3, 7, 12])
+def test_every_rank_gets_its_rows_however_many_there_are(p):
+    shapes = (0,), (1,), (3, 2), (6, 0), (7, 2, 2), (12,), (24, 3)
+    given = [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(p)]
+    given = [[tensor.transpose(-1, 0).contiguous().transpose(-1, 0) for tensor in mine] for mine in given]
+    means = [sum(every) / p for every in zip(*given, strict=True)]
+    for rank, mine in enumerate(commhub.simulate("allreduce", given, buckets=2, sharded=True).gradients):
+        for mean, found in zip(means, mine, strict=True):
+            rows = -(-len(mean) // p)
+            torch.testing.assert_close(found, mean[rank * rows : (rank + 1) * rows])
+
+
+@pytest.mark.parametrize(("hook", "sharded"), [(hook, False) for hook in HOOKS] + [("fp16", True)])
+def test_three_times_the_ranks_take_three_times_the_calls(hook, sharded):
     def run(p):
         given = [[torch.ones(64, 64), torch.ones(1500, 2), torch.ones(5)] for _ in range(p)]
-        return calls_of(lambda: commhub.simulate(hook, given, steps=2, buckets=2))
+        return calls_of(lambda: commhub.simulate(hook, given, steps=2, buckets=2, sharded=sharded))
 
     run(2)  # what is loaded once
     few, many = run(20), run(60)
     assert many < 3.1 * few
+
+
+def test_a_simulation_shows_in_a_line_what_was_run():
+    given = [[torch.ones(1000)] for _ in range(4)]
+    shown = repr(commhub.simulate("fp16", given, steps=3, network="100mbit"))
+    assert shown.startswith("<Simulation of fp16 (commhub-fp16 ")
+    assert "4 ranks, 3 steps, compression 2, " in shown
+    assert "tensor" not in shown
+    assert "\n" not in shown

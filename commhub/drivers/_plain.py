@@ -43,10 +43,15 @@ def check(label: str, tasks: list[Task]) -> None:
             raise differ(rank, 0)
     for stage in zip(*(task.jobs for task in tasks), strict=True):
         asked = [(j.kind, j.payload.numel(), j.payload.dtype, j.group, j.asked.manner) for j in stage]
+        alike: set[int] = set()  # ranks that ask for what all of their group do
         for rank, job in enumerate(stage):
-            for other in range(len(stage)) if job.group is None else job.group.ranks:
+            if rank in alike:
+                continue
+            members = range(len(stage)) if job.group is None else job.group.ranks
+            for other in members:
                 if asked[other] != asked[rank]:
                     raise differ(other, rank)
+            alike.update(members)
     for task in tasks:
         try:
             for job in task.jobs:
@@ -61,7 +66,7 @@ def _shown(job: Job) -> str:
 
 
 def exchange(stage: Sequence[Job]) -> None:
-    """Carry one collective out for all ranks: ``stage[r]`` is rank r's job, whose ``raw`` gets its result."""
+    """Carry one collective out for all ranks: ``stage[r]`` is rank r's job, whose result ``taken`` gives."""
     done: set[int] = set()
     for rank, job in enumerate(stage):
         if rank in done:
@@ -81,34 +86,38 @@ def _carry_out(jobs: list[Job]) -> None:
         job.raw = result
 
 
+def taken(job: Job) -> Tensor:
+    """A rank's result, 1-D, in memory of its own, and once: a thousand ranks' results are never there all at a time."""
+    raw, job.raw = job.raw, None
+    assert raw is not None
+    return raw.clone(memory_format=torch.contiguous_format).view(-1)
+
+
 def _all_reduce(jobs: list[Job]) -> list[Tensor]:
     total = jobs[0].payload.clone()
     for job in jobs[1:]:
         total += job.payload
-    return [total.clone() for _ in jobs]
+    return [total] * len(jobs)
 
 
 def _reduce_scatter(jobs: list[Job]) -> list[Tensor]:
-    return [sum_shares(shares) for shares in _shares(jobs)]
+    total = sum_shares([job.payload for job in jobs])  # an element's sum is the same, whoever has it
+    return list(total.view(len(jobs), -1) if total.numel() else [total] * len(jobs))
 
 
 def _all_gather(jobs: list[Job]) -> list[Tensor]:
-    return [torch.cat([job.payload for job in jobs]) for _ in jobs]
+    return [torch.cat([job.payload for job in jobs])] * len(jobs)
 
 
 def _all_to_all(jobs: list[Job]) -> list[Tensor]:
-    return [torch.cat(shares) for shares in _shares(jobs)]
+    p, numel = len(jobs), jobs[0].payload.numel()
+    sent = torch.stack([job.payload.view(p, numel // p) for job in jobs])
+    return list(sent.unbind(1))
 
 
 def _broadcast(jobs: list[Job]) -> list[Tensor]:
     src = cast("Broadcast", jobs[0].asked).src
-    return [jobs[src].payload.clone() for _ in jobs]
-
-
-def _shares(jobs: list[Job]) -> list[list[Tensor]]:
-    """Per place, each rank's share for it."""
-    cut = [j.payload.chunk(len(jobs)) if j.payload.numel() else [j.payload] * len(jobs) for j in jobs]
-    return [[mine[place] for mine in cut] for place in range(len(jobs))]
+    return [jobs[src].payload.clone()] * len(jobs)
 
 
 WAYS: dict[type[Collective], Callable[[list[Job]], list[Tensor]]] = {
@@ -118,4 +127,7 @@ WAYS: dict[type[Collective], Callable[[list[Job]], list[Tensor]]] = {
     AllToAll: _all_to_all,
     Broadcast: _broadcast,
 }
-"""What comes of each kind: the group's jobs in rank order, to each one's result, 1-D, in memory of its own."""
+"""What comes of each kind: the group's jobs in rank order, to each one's result.
+
+Results share no memory with payloads, but may with one another: ``taken`` gives a rank its own.
+"""

@@ -7,6 +7,8 @@ plain tensor operations in rank order. Sums are in the payload's dtype and agree
 from __future__ import annotations
 
 import copy
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -25,11 +27,11 @@ from commhub.registry._recipe import choose
 from ._failure import own_error
 from ._job import Scratch
 from ._network import Network
-from ._plain import check, exchange
+from ._plain import check, exchange, taken
 from ._stats import Meter
 from ._task import Task
 from ._virtual import alike, as_before, count, hosts_of, how_many, tensors
-from ._virtual_buckets import Parted, Whole
+from ._virtual_buckets import Parted, Whole, in_buckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +44,7 @@ APART = True
 """Whether payloads are spoiled and results in memory of their own: no hook can then live on what it yielded."""
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Simulation:
     """What came of it.
 
@@ -54,6 +56,8 @@ class Simulation:
             all steps.
         seconds: the time all collectives take on ``network``, one after another; 0 without one.
         hooks, states: per rank, the hook and its memory after the last step.
+        label: the hook's name, distribution and version.
+        steps: how many were run.
     """
 
     gradients: tuple[tuple[Tensor, ...], ...]
@@ -62,6 +66,12 @@ class Simulation:
     seconds: float
     hooks: tuple[Hook, ...]
     states: tuple[State, ...]
+    label: str
+    steps: int
+
+    def __repr__(self) -> str:
+        ran = f"{self.label}: {len(self.hooks)} ranks, {self.steps} steps"
+        return f"<Simulation of {ran}, compression {self.compression:.3g}, {self.seconds:.3g} s>"
 
     @property
     def compression(self) -> float:
@@ -126,7 +136,7 @@ def simulate(
             alike(given[0], mine, rank)
         as_before(first, given[0], step)
         world.run(step, given, buckets)
-    return world.outcome()
+    return world.outcome(steps)
 
 
 def _make(make: Callable[[], Hook], hook: object) -> Hook:
@@ -190,22 +200,23 @@ class _World:
         return connect
 
     def run(self, step: int, gradients: list[Sequence[Tensor]], buckets: int) -> None:
+        self.results = []  # those of the step before are not wanted any more
         outs = [[self.way.result(t, rank) for t in mine] for rank, mine in enumerate(gradients)]
         for state in self.states:
             state.begin()
-        finite = [torch.ones((), dtype=torch.bool) for _ in range(self.p)]
-        for index, places in enumerate(_buckets(gradients[0], buckets)):
+        finite: list[Tensor | bool] = [True] * self.p
+        for index, places in enumerate(in_buckets(gradients[0], buckets)):
             tasks = [self._task(rank, gradients[rank], places, index, step) for rank in range(self.p)]
             self._drive(tasks)
             self.logical += self.plain.sent_bytes(tasks[0].bucket.flat.nbytes, self.p)
             for rank, task in enumerate(tasks):
-                finite[rank] = finite[rank] & task.bucket.finite.cpu()
+                finite[rank] = task.bucket.finite & finite[rank]
                 for place, view in zip(places, self.way.results(task.bucket), strict=True):
                     outs[rank][place].copy_(view)
         if self.plain is ReduceScatter:  # which ranks tell each other
-            finite = [torch.stack(finite).all()] * self.p
+            finite = [reduce(and_, finite)] * self.p
         for state, verdict in zip(self.states, finite, strict=True):
-            state.commit(bool(verdict))
+            state.commit(verdict)
         for function in self.after:
             function(step)
         self.results = outs
@@ -253,7 +264,7 @@ class _World:
                     self.meters[rank].step.sent_bytes += job.sent_bytes
                 if self.network is not None and stage[0].p > 1:
                     self.seconds += self.network.seconds(max(job.sent_bytes for job in stage))
-            self._each(tasks, lambda task: task.resume([job.raw for job in task.jobs if job.raw is not None]))
+            self._each(tasks, lambda task: task.resume([taken(job) for job in task.jobs]))
 
     def _each(self, tasks: list[Task], action: Callable[[Task], None]) -> None:
         for task in tasks:
@@ -262,7 +273,7 @@ class _World:
             except Exception as error:
                 raise own_error(self.label, task.bucket, error) from error
 
-    def outcome(self) -> Simulation:
+    def outcome(self, steps: int) -> Simulation:
         first = self.results[0]
         shared = [[a if _same_bits(a, b) else b for a, b in zip(first, mine, strict=True)] for mine in self.results]
         return Simulation(
@@ -272,23 +283,12 @@ class _World:
             seconds=self.seconds,
             hooks=tuple(self.hooks),
             states=tuple(self.states),
+            label=self.label,
+            steps=steps,
         )
 
 
-def _buckets(tensors: Sequence[Tensor], count: int) -> list[list[int]]:
-    """Places of the tensors by bucket: last first, as backward produces them, one dtype each, about equal in number."""
-    size = max(1, -(-len(tensors) // count))
-    made: list[list[int]] = []
-    for place in reversed(range(len(tensors))):
-        fits = made and len(made[-1]) < size and tensors[made[-1][0]].dtype == tensors[place].dtype
-        if fits:
-            made[-1].append(place)
-        else:
-            made.append([place])
-    return made
-
-
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a is b:
-        return True
+    if a is b or a.shape != b.shape:
+        return a is b
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -74,9 +74,11 @@ class Parted:
         used = (True,) * len(tensors)
         bucket = Bucket(flat=flat, shard=shard, parameters=parameters, used=used, spans=spans, **about)
         for view, tensor in zip(bucket.gradients, tensors, strict=True):
-            for other in range(self._p):
-                rows = self._part(tensor, other)
-                view[other, : len(rows)] = rows
+            rows = view.shape[1]
+            full, rest = divmod(len(tensor), rows) if rows else (0, 0)
+            view[:full].copy_(tensor[: full * rows].reshape(full, *view.shape[1:]))
+            if rest:
+                view[full, :rest] = tensor[full * rows :]
         return bucket
 
     def results(self, bucket: Bucket) -> Sequence[Tensor]:
@@ -98,3 +100,16 @@ class Parted:
     def _part(self, tensor: Tensor, rank: int) -> Tensor:
         rows = self._rows(tensor)
         return tensor[rank * rows : (rank + 1) * rows]
+
+
+def in_buckets(tensors: Sequence[Tensor], count: int) -> list[list[int]]:
+    """Places of the tensors by bucket: last first, as backward produces them, one dtype each, about equal in number."""
+    size = max(1, -(-len(tensors) // count))
+    made: list[list[int]] = []
+    for place in reversed(range(len(tensors))):
+        fits = made and len(made[-1]) < size and tensors[made[-1][0]].dtype == tensors[place].dtype
+        if fits:
+            made[-1].append(place)
+        else:
+            made.append([place])
+    return made

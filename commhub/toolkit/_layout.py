@@ -7,7 +7,9 @@ owns a row depends on the parameter's name and size alone, so that it survives o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import attrs
 
@@ -15,8 +17,6 @@ from commhub._errors import HookOptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from ._codec import Codec
 
     Owners = Callable[[str, int, int], Sequence[range]]
     """From a parameter's name, the number of its rows, and p: for each rank a run of rows, each row in one of them."""
@@ -53,15 +53,15 @@ class Lines:
         return Lines(self.place, self.rows[low:high], stretch, self.skipped + low * width)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Section:
-    """All parameters of a bucket that have the same codec.
+    """All parameters of a bucket that are coded alike.
 
     Rows are numbered: those that are full, parameter after parameter, then the short ones. One more, empty, fills
     the shares up to equal lengths.
 
     Attributes:
-        codec: theirs.
+        width: elements of a row.
         lines: each parameter's rows.
         full: stretches of whole rows, in the order of their rows.
         short: what is left of each parameter that does not fill its last row, in the order of their rows.
@@ -69,7 +69,7 @@ class Section:
         owned: what each rank's share holds, in its order.
     """
 
-    codec: Codec
+    width: int
     lines: tuple[Lines, ...]
     full: tuple[Stretch, ...]
     short: tuple[Stretch, ...]
@@ -96,15 +96,41 @@ class Section:
 
     def counts(self) -> list[int]:
         """For each row how many elements of it are its parameter's; for the empty one 1, to divide by."""
-        width = self.codec.row
-        return [width] * (self.rows - len(self.short)) + [stretch.length for stretch in self.short] + [1]
+        return [self.width] * (self.rows - len(self.short)) + [stretch.length for stretch in self.short] + [1]
+
+
+_sections: WeakValueDictionary[object, Section] = WeakValueDictionary()
+"""Those in use. All ranks of a simulation have the same ones, and each of them takes work for every rank."""
 
 
 def section(
-    codec: Codec, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int, owners: Owners
+    width: int, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int, owners: Owners
 ) -> Section:
-    """Lay out the parameters at ``places`` among p ranks; ``names`` and ``spans`` are those of the whole bucket."""
-    width = codec.row
+    """Lay out the parameters at ``places`` in rows of ``width`` elements among p ranks.
+
+    Args:
+        width: of a row.
+        places: of the parameters in the bucket.
+        names, spans: those of the whole bucket.
+        p: ranks.
+        owners: which of them sums which rows.
+
+    Raises:
+        HookOptionError: if ``owners`` does not give each row to one rank.
+    """
+    mine = tuple((place, names[place], spans[place]) for place in places)
+    if not isinstance(owners, Hashable):
+        return _lay_out(width, places, names, spans, p, owners)
+    key = width, mine, p, owners
+    found = _sections.get(key)
+    if found is None:
+        found = _sections[key] = _lay_out(width, places, names, spans, p, owners)
+    return found
+
+
+def _lay_out(
+    width: int, places: Sequence[int], names: Sequence[str], spans: Sequence[Stretch], p: int, owners: Owners
+) -> Section:
     whole = sum(spans[place].length // width for place in places)
     lines, full, short = [], [], []
     first, tail = 0, whole
@@ -134,7 +160,7 @@ def section(
     shares = [[row for part in parts for row in part.rows] for parts in owned]
     longest = max(map(len, shares))
     return Section(
-        codec=codec,
+        width=width,
         lines=tuple(lines),
         full=joined(full),
         short=tuple(short),

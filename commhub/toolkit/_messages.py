@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._batches import add_in_order, batches
 from ._part import Part, Place
 from ._pieces import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ._codec import Codec
     from ._layout import Section, Stretch
 
 
@@ -39,21 +41,23 @@ class Uncoded:
         """Write the mean's part into the first message."""
         for run, memory in self._runs(values):
             torch.mul(run, 1.0 / divisor, out=memory)
-        for share, its in zip(shares, self._memory, strict=True):
-            self.at.within(share).copy_(its)
+        self._in(shares).copy_(self._memory)
 
     def sum(self, received: Tensor, out: Tensor) -> None:
         """Add up what all ranks sent for this share, in their order, in the second message."""
-        total = self.at.within(out).zero_()
-        for share in received:
-            total.add_(self.at.within(share))
+        total, terms = self.at.within(out).view(-1).zero_(), self._in(received)
+        for some in batches(len(terms), total.nbytes):
+            add_in_order(total, terms[some], adding=True)
 
     def take(self, gathered: Tensor, values: Tensor) -> None:
         """Write the result into ``values``."""
-        for share, its in zip(gathered, self._memory, strict=True):
-            its.copy_(self.at.within(share)[0])
+        self._memory.copy_(self._in(gathered))
         for run, memory in self._runs(values):
             run.copy_(memory)
+
+    def _in(self, shares: Tensor) -> Tensor:
+        """A view of the part in each share, (p, elements)."""
+        return self.at.within(shares).squeeze(1)
 
     def _runs(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         flat, start = self._memory.view(-1), 0
@@ -66,22 +70,22 @@ class Messages:
     """A bucket's sections and messages.
 
     Args:
-        sections: what is compressed.
+        sections: what is compressed, and how.
         uncoded: what else is in the messages.
         rank, p: this rank among how many.
         dtype: in which the bucket is worked on: its own, or float32 for one of 16 bits.
     """
 
     def __init__(
-        self, sections: Sequence[Section], uncoded: Sequence[Stretch], *,
+        self, sections: Sequence[tuple[Codec, Section]], uncoded: Sequence[Stretch], *,
         rank: int, p: int, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._dtype = dtype
         self._copy: Tensor | None = None
         self.parts: list[Part] = []
         size = 0
-        for section in sections:
-            self.parts.append(Part(section, size, rank, dtype, device))
+        for codec, section in sections:
+            self.parts.append(Part(codec, section, size, rank, dtype, device))
             size = self.parts[-1].scales_at.end
         self._uncoded = Uncoded(uncoded, size, p, dtype, device)
         size = self._uncoded.at.end
@@ -115,7 +119,12 @@ class Messages:
         """Whether the mean is finite in ``dtype``: 0-dim bool. A row that is not finite has a scale that is not."""
         shares = gathered.view(self.message.shape)
         places = [part.scales_at for part in self.parts] + [self._uncoded.at] * bool(self._uncoded)
-        extremes = [extreme for share in shares for place in places for extreme in torch.aminmax(place.within(share))]
+        extremes = [
+            extreme
+            for place in places
+            for some in batches(len(shares), place.size)
+            for extreme in torch.aminmax(place.within(shares[some]))
+        ]
         return torch.isfinite(torch.stack(extremes).to(dtype)).all()
 
     def take(self, gathered: Tensor, values: Tensor) -> None:

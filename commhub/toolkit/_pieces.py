@@ -22,7 +22,7 @@ class Pieces:
     """
 
     def __init__(self, section: Section, dtype: torch.dtype, device: torch.device) -> None:
-        self._section, self._width = section, section.codec.row
+        self._section, self._width = section, section.width
         self._short = torch.zeros(len(section.short), self._width, dtype=dtype, device=device)
 
     def runs(self) -> list[tuple[int, Tensor]]:

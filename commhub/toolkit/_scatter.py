@@ -19,14 +19,14 @@ from ._rows import Rows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ._codec import Codec
     from ._layout import Section, Stretch
 
 
 class Coded:
     """The parameters that have the same codec, in every rank's part."""
 
-    def __init__(self, section: Section, byte: int, dtype: torch.dtype, device: torch.device) -> None:
-        codec = section.codec
+    def __init__(self, codec: Codec, section: Section, byte: int, dtype: torch.dtype, device: torch.device) -> None:
         self.section, self.codec = section, codec
         self._dtype, self._pieces = dtype, Pieces(section, dtype, device)
         self._parameter = torch.tensor(section.parameters()[:-1], device=device)
@@ -79,22 +79,22 @@ class Scatter:
     """A bucket's one message.
 
     Args:
-        sections: what is compressed, as it lies in a part.
+        sections: what is compressed, as it lies in a part, and how.
         uncoded: what else is in the message.
         p: ranks.
         dtype: in which the bucket is worked on: its own, or float32 for one of 16 bits.
     """
 
     def __init__(
-        self, sections: Sequence[Section], uncoded: Sequence[Stretch], *,
+        self, sections: Sequence[tuple[Codec, Section]], uncoded: Sequence[Stretch], *,
         p: int, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._dtype, self._uncoded = dtype, uncoded
         self._memory: dict[str, Tensor] = {}
         self.coded: list[Coded] = []
         size = 0
-        for section in sections:
-            self.coded.append(Coded(section, size, dtype, device))
+        for codec, section in sections:
+            self.coded.append(Coded(codec, section, size, dtype, device))
             size = self.coded[-1].end
         self._rest_at = Place(size, 1, sum(stretch.length for stretch in uncoded), dtype)
         self.message = torch.zeros(p, self._rest_at.end, dtype=torch.uint8, device=device)

@@ -215,7 +215,10 @@ class TwoStep:
         by_codec, rest = self._sorted(bucket, spans)
         p = bucket.world_size
         return Messages(
-            [section(codec, places, bucket.names, spans, p, self._owners) for codec, places in by_codec.items()],
+            [
+                (codec, section(codec.row, places, bucket.names, spans, p, self._owners))
+                for codec, places in by_codec.items()
+            ],
             joined(rest) if self._within else (),
             rank=bucket.rank,
             p=p,
@@ -228,7 +231,10 @@ class TwoStep:
         spans = [Stretch(span.offset, span.numel // p) for span in bucket.spans]
         by_codec, rest = self._sorted(bucket, spans)
         return Scatter(
-            [section(codec, places, bucket.names, spans, 1, in_turn) for codec, places in by_codec.items()],
+            [
+                (codec, section(codec.row, places, bucket.names, spans, 1, in_turn))
+                for codec, places in by_codec.items()
+            ],
             joined(rest) if self._within else (),
             p=p,
             dtype=torch.promote_types(bucket.flat.dtype, torch.float32),

@@ -1,16 +1,8 @@
 """Which rank sums which rows of a parameter."""
 
-import attrs
 import pytest
 
 from commhub.toolkit._layout import Stretch, in_turn, section
-
-
-@attrs.frozen
-class Rows:
-    """What the layout asks of a codec."""
-
-    row: int
 
 
 def owners(names, sizes, p, width=64):
@@ -18,7 +10,7 @@ def owners(names, sizes, p, width=64):
     for size in sizes:
         spans.append(Stretch(start, size))
         start += size
-    made = section(Rows(width), range(len(names)), names, spans, p, in_turn)
+    made = section(width, range(len(names)), names, spans, p, in_turn)
     found = {}
     for rank, parts in enumerate(made.owned):
         for part in parts:

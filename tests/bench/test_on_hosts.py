@@ -1,7 +1,4 @@
-"""Whole benches on hosts of their own: what goes over their links, and what is left of them whatever ends the bench.
-
-A launch costs some ten seconds of CPU. Without COMMHUB_EVERY_CHECK there is one.
-"""
+"""Whole benches on hosts of their own: what goes over their links, and what is left of them whatever ends the bench."""
 
 import os
 import shutil
@@ -15,7 +12,7 @@ from commhub.bench._hosts import Hosts, NoHostsError
 
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 SHORT = ("--batch", "2", "--steps", "0", "--threads", "1", "--no-report")
-more = pytest.mark.skipif(not EVERYTHING, reason="a launch more: .ci/run sets COMMHUB_EVERY_CHECK")
+pytestmark = pytest.mark.skipif(not EVERYTHING, reason="some launches of ten seconds: .ci/run sets COMMHUB_EVERY_CHECK")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +72,6 @@ def test_nothing_is_left_of_them(run, bench):
     assert bench.processes() == []
 
 
-@more
 def test_four_ranks_on_two_hosts_with_training(bench):
     flags = ("--hosts", "2", "--nproc", "4", "--bandwidth", "200mbit", "--batch", "1", "--steps", "4", "--warmup", "1")
     done = bench("--hooks", "bench_tells,allreduce", *flags, "--threads", "1", "--repeats", "2", "--no-report",
@@ -85,7 +81,6 @@ def test_four_ranks_on_two_hosts_with_training(bench):
     assert (plain["status"], len(plain["steps"]), len(plain["timed_steps"])) == ("done", 4, 2)
 
 
-@more
 def test_a_rank_that_dies_on_one_host_ends_those_of_the_other(bench):
     flags = ("--hosts", "2", "--batch", "1", "--steps", "4", "--warmup", "1", "--threads", "1", "--repeats", "2")
     done = bench("--hooks", "bench_dies,allreduce", *flags, "--no-report", "--json", "dies.json")
@@ -95,7 +90,6 @@ def test_a_rank_that_dies_on_one_host_ends_those_of_the_other(bench):
     assert bench.processes() == []
 
 
-@more
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_whatever_ends_the_bench_ends_its_ranks_and_its_hosts(bench, how):
     before = namespaces()
@@ -112,7 +106,6 @@ def test_whatever_ends_the_bench_ends_its_ranks_and_its_hosts(bench, how):
     assert bench.processes() == []
 
 
-@more
 def test_where_none_can_be_made_one_line_says_why_and_the_link_is_emulated(bench, tmp_path, monkeypatch):
     for tool in ("unshare", "nsenter", "ip"):
         (tmp_path / tool).symlink_to(shutil.which(tool))

@@ -56,7 +56,8 @@ def table(outcome: Outcome) -> str:
     if timed:
         base = outcome.baseline
         header = [name.format(base=base.hook if base else "") for name in LIMITS]
-        text += ["", *_aligned([header, *timed])]
+        kept = [place for place in range(len(header)) if any(row[place] != _format.NOTHING for row in timed)]
+        text += ["", *_aligned([[line[place] for place in kept] for line in (header, *timed)])]
     text += [f"{result.hook}: {remark}" for result in outcome.results if (remark := remark_on(result))]
     return "\n".join(line.rstrip() for line in text)
 

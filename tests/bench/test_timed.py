@@ -99,6 +99,14 @@ def test_the_table_has_a_row_of_limits_for_each_hook(on_a_link):
     assert [line.split()[0] for line in lines[8:]] == ["allreduce", "fp16", "powersgd_rank2"]
 
 
+def test_a_column_that_nothing_is_known_for_is_left_out(make_result, make_outcome):
+    outcome = make_outcome(make_result(race=steps([1.0], sent_bytes=1e6)), floor=steps([0.5]))
+    header = table(outcome).splitlines()[4]
+    assert "floor" in header
+    assert "interface" not in header
+    assert "bus" not in header
+
+
 COUNTERS = """Inter-|   Receive           |  Transmit
  face |bytes    packets errs drop fifo frame compressed multicast|bytes packets errs drop fifo colls carrier compressed
     lo: 1000 10 0 0 0 0 0 0 2000 20 0 0 0 0 0 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from commhub.bench._hosts import Hosts, NoHostsError
 from commhub.bench._options import Settings
 from commhub.bench._results import HookResult, Outcome, StepRecord
 from commhub.testing import temporary_plugin
@@ -114,6 +115,11 @@ class Bench:
                 found.append(environ.parent.name)
         return found
 
+    def namespaces(self):
+        """The network namespaces that these are in, but for this process's own."""
+        found = {os.readlink(f"/proc/{pid}/ns/net") for pid in self.processes()}
+        return found - {os.readlink("/proc/self/ns/net")}
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, text_file, bad_hooks):
@@ -122,6 +128,16 @@ def bench(tmp_path_factory, text_file, bad_hooks):
     yield made
     for pid in made.processes():
         os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def hosts_can_be_made():
+    """Skip where they cannot."""
+    try:
+        with Hosts(1):
+            pass
+    except NoHostsError as error:
+        pytest.skip(f"no hosts can be made here: {error}")
 
 
 @pytest.fixture

@@ -4,39 +4,19 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from commhub.bench._hosts import Hosts, NoHostsError
-
 EVERYTHING = bool(os.environ.get("COMMHUB_EVERY_CHECK"))
 SHORT = ("--batch", "2", "--steps", "0", "--threads", "1", "--no-report")
-pytestmark = pytest.mark.skipif(not EVERYTHING, reason="some launches of ten seconds: .ci/run sets COMMHUB_EVERY_CHECK")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def possible():
-    """Skip where no hosts can be made."""
-    try:
-        with Hosts(1):
-            pass
-    except NoHostsError as error:
-        pytest.skip(f"no hosts can be made here: {error}")
-
-
-def namespaces():
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/ns/net"):
-        try:
-            found.add(os.readlink(link))
-        except OSError:
-            continue
-    return found
+pytestmark = [
+    pytest.mark.skipif(not EVERYTHING, reason="some launches of ten seconds: .ci/run sets COMMHUB_EVERY_CHECK"),
+    pytest.mark.usefixtures("hosts_can_be_made"),
+]
 
 
 @pytest.fixture(scope="module")
-def run(bench):
+def run(hosts_can_be_made, bench):
     """One bench of two hosts on links of 200 mbit/s, with an emulated latency where the kernel has none."""
     flags = ("--hosts", "2", "--bandwidth", "200mbit", "--repeats", "6", "--json", "hosts.json", "--timeline", "t.json")
     return bench("--hooks", "allreduce,fp16,bench_tells,torch:fp16", *SHORT, *flags)
@@ -92,17 +72,15 @@ def test_a_rank_that_dies_on_one_host_ends_those_of_the_other(bench):
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_whatever_ends_the_bench_ends_its_ranks_and_its_hosts(bench, how):
-    before = namespaces()
     process = bench.start("--hosts", "2", "--bandwidth", "1mbit", "--hooks", "allreduce", *SHORT)
     while "timing" not in process.stderr.readline():
         assert process.poll() is None
-    assert len(namespaces()) == len(before) + 3
+    assert len(bench.namespaces()) == 3
     process.send_signal(getattr(signal, how))
     process.communicate(timeout=60)
     end = time.monotonic() + 20
-    while (namespaces() - before or bench.processes()) and time.monotonic() < end:
+    while bench.processes() and time.monotonic() < end:
         time.sleep(0.1)
-    assert namespaces() <= before
     assert bench.processes() == []
 
 

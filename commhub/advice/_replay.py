@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from commhub.drivers._pipeline import STRIDE
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-_STRIDE = 2
-"""Buckets that enter between two stages of one bucket, as in the driver."""
 _NEVER = float("inf")
 
 
@@ -187,7 +187,7 @@ class _Thread:
     def moves(self) -> Generator[float, None, None]:
         active: dict[int, int] = {}  # and the turn in which each entered
         for turn in itertools.count():
-            for bucket in [each for each, entered in active.items() if (turn - entered) % _STRIDE == 0]:
+            for bucket in [each for each, entered in active.items() if (turn - entered) % STRIDE == 0]:
                 while bucket in self._in_flight:
                     yield from self._do_something()
                 self._go_on(bucket, active)

@@ -71,8 +71,8 @@ def share(value: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss in nats per byte, with three decimals."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
+    """A loss in nats per byte, with three decimals; ``nan`` where training diverged."""
+    return NOTHING if value is None else f"{value:.3f}"
 
 
 def error(err: BaseException) -> str:

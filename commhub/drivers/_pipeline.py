@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SHORTEST, _LONGEST = 0.0002, 0.002
 """Seconds between looks at Gloo while more buckets may come: a tenth of the time waited so far, within these."""
-_STRIDE = 2
+STRIDE = 2
 """Buckets that enter between two stages of one bucket, and so how many messages are in flight at the least.
 
 With 1, a hook of one stage would have a single message in flight: that there is no second is known when the first has
@@ -56,7 +56,7 @@ class Pipeline:
             Stopped: if the driver is being closed.
         """
         for turn in itertools.count():
-            for task in [task for task in self.active if (turn - task.entered) % _STRIDE == 0]:
+            for task in [task for task in self.active if (turn - task.entered) % STRIDE == 0]:
                 self._until_back(task)
                 self._go_on(task)
             entering = self._next()

@@ -149,6 +149,13 @@ def test_json_holds_every_step_and_no_nan(make_result, make_outcome):
     assert (second["compression"], second["validation_loss"]) == (None, None)
 
 
+def test_a_loss_that_diverged_is_not_taken_for_one_that_was_not_measured(make_result, make_outcome):
+    outcome = make_outcome(make_result(loss=math.nan), make_result("fp16", (), status="not run", loss=None))
+    diverged, not_run = table(outcome).splitlines()[2:4]
+    assert diverged.split()[2] == "nan"
+    assert not_run.split()[2] == "-"
+
+
 def test_a_stopped_bench_without_a_step_leaves_earlier_files_alone(make_result, make_outcome, tmp_path, capsys):
     file = tmp_path / "out.json"
     file.write_text("earlier")
